@@ -1,0 +1,52 @@
+"""``understudy promote``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from understudy.cli.options import EPILOG, data_dir_argument, json_option
+
+
+@click.command(epilog=EPILOG)
+@data_dir_argument
+@json_option
+def promote(directory: Path, as_json: bool) -> None:
+    """Make the replica in DIR a primary, in about a second, whatever its size.
+
+    A replica that runs is asked to stop following, and ends. Then start the primary. Run again after it was cut
+    off, promote goes on where it was.
+
+    \b
+    Example:
+      understudy promote /var/lib/understudy/data
+      understudy primary --data-dir /var/lib/understudy/data
+    """
+    import asyncio
+
+    from understudy.cli.logs import QUIET, configure_logs
+    from understudy.cli.output import print_json, seconds_text
+    from understudy.common.portal import new_event_loop
+    from understudy.replica.promotion import promote_directory
+
+    configure_logs(level=QUIET)
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        promotion = runner.run(promote_directory(directory))
+    for warning in promotion.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    if as_json:
+        print_json(
+            {
+                "epoch": promotion.epoch,
+                "lsn": promotion.lsn,
+                "digest": promotion.digest.hex(),
+                "seconds": round(promotion.seconds, 3),
+            }
+        )
+        return
+    click.echo(
+        f"promoted in {seconds_text(promotion.seconds)}: epoch {promotion.epoch} begins at LSN {promotion.lsn}, "
+        f"digest {promotion.digest.hex()}"
+    )
+    click.echo(f"start it with: understudy primary --data-dir {directory}")

@@ -1,0 +1,24 @@
+"""What an application imports to work with a server.
+
+:func:`connect` and :func:`aconnect` give a direct connection: transactions and reads on the server itself.
+"""
+
+from understudy.client.blocking import Server, connect
+from understudy.client.direct import AsyncServer, RealmInfo, aconnect
+from understudy.common.memtable import Receipt
+from understudy.common.operations import Add, Delete, DeleteRange, Operation, Put, Update
+
+__all__ = [
+    "Add",
+    "AsyncServer",
+    "Delete",
+    "DeleteRange",
+    "Operation",
+    "Put",
+    "RealmInfo",
+    "Receipt",
+    "Server",
+    "Update",
+    "aconnect",
+    "connect",
+]

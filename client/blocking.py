@@ -1,0 +1,135 @@
+"""The direct client for code without an event loop: the same calls, each waiting for its answer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+
+from understudy.client.direct import TIMEOUT_S, AsyncServer, RealmInfo, parse_addresses
+from understudy.common import portal
+from understudy.common.memtable import Receipt
+from understudy.common.operations import Operation
+from understudy.common.transaction import TransactionBuilder
+from understudy.common.types import Lsn
+from understudy.v1 import admin_pb2
+
+_SCAN_BATCH = 1_000
+
+
+class Server:
+    """A connection to a server; see :class:`AsyncServer` for what each call does and raises."""
+
+    def __init__(self, server: AsyncServer) -> None:
+        self._server = server
+
+    def close(self) -> None:
+        """Closes the connection."""
+        portal.call(self._server.close())
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def commit(
+        self,
+        realm: str,
+        operations: Iterable[Operation],
+        *,
+        durability: str | None = None,
+        timeout_s: float | None = TIMEOUT_S,
+    ) -> Receipt:
+        """Commits one transaction and returns its receipt."""
+        return portal.call(self._server.commit(realm, operations, durability=durability, timeout_s=timeout_s))
+
+    def wait(self, number: int, *, timeout_s: float | None = TIMEOUT_S) -> Receipt:
+        """The receipt of a transaction whose outcome was unknown."""
+        return portal.call(self._server.wait(number, timeout_s=timeout_s))
+
+    @contextlib.contextmanager
+    def transaction(
+        self, realm: str, *, durability: str | None = None, timeout_s: float | None = TIMEOUT_S
+    ) -> Iterator[TransactionBuilder]:
+        """Collects operations, and commits them when the block ends without an error."""
+        builder = TransactionBuilder()
+        yield builder
+        builder.committed(self.commit(realm, builder.operations, durability=durability, timeout_s=timeout_s))
+
+    def get(self, realm: str, key: bytes, *, timeout_s: float = TIMEOUT_S) -> bytes | None:
+        """The value at ``key``, or None."""
+        return portal.call(self._server.get(realm, key, timeout_s=timeout_s))
+
+    def get_many(
+        self, realm: str, keys: Sequence[bytes], *, timeout_s: float = TIMEOUT_S
+    ) -> list[bytes | None]:
+        """The values at ``keys``, all as of one LSN."""
+        return portal.call(self._server.get_many(realm, keys, timeout_s=timeout_s))
+
+    def count(self, realm: str, *, start: bytes = b"", end: bytes = b"", timeout_s: float = TIMEOUT_S) -> int:
+        """How many keys there are from ``start`` to before ``end``."""
+        return portal.call(self._server.count(realm, start=start, end=end, timeout_s=timeout_s))
+
+    def scan(
+        self,
+        realm: str,
+        *,
+        start: bytes = b"",
+        end: bytes = b"",
+        limit: int | None = None,
+        reverse: bool = False,
+        timeout_s: float | None = None,
+    ) -> Iterator[tuple[bytes, bytes]]:
+        """Pairs from ``start`` to before ``end``, in key order, all as of one LSN."""
+        pairs = self._server.scan(
+            realm, start=start, end=end, limit=limit, reverse=reverse, timeout_s=timeout_s
+        )
+
+        async def batch() -> list[tuple[bytes, bytes]]:
+            found = []
+            async for pair in pairs:
+                found.append(pair)
+                if len(found) == _SCAN_BATCH:
+                    break
+            return found
+
+        try:
+            while True:
+                found = portal.call(batch())
+                yield from found
+                if len(found) < _SCAN_BATCH:
+                    return
+        finally:
+            portal.call(pairs.aclose())  # type: ignore[attr-defined]
+
+    def realms(self, *, timeout_s: float = TIMEOUT_S) -> list[RealmInfo]:
+        """All realms, in order of their paths."""
+        return portal.call(self._server.realms(timeout_s=timeout_s))
+
+    def drop_realm(self, realm: str, *, timeout_s: float = TIMEOUT_S) -> Lsn:
+        """Drops a realm and everything in it; returns the LSN."""
+        return portal.call(self._server.drop_realm(realm, timeout_s=timeout_s))
+
+    def status(self, *, timeout_s: float = TIMEOUT_S) -> admin_pb2.StatusResponse:
+        """The server's own account of itself."""
+        return portal.call(self._server.status(timeout_s=timeout_s))
+
+
+def connect(addresses: str, *, timeout_s: float = TIMEOUT_S) -> Server:
+    """Connects to ``"HOST:PORT"``, or to the primary among ``"a:7850,b:7850"``; a context manager.
+
+    Raises:
+        UsageError: a bad address.
+        PeerUnreachable, NotPrimary, Fenced, ProtocolError: nobody suitable answered within ``timeout_s``.
+    """
+
+    async def opened() -> AsyncServer:
+        server = AsyncServer(parse_addresses(addresses))
+        try:
+            await server.ready(timeout_s=timeout_s)
+        except BaseException:
+            await server.close()
+            raise
+        return server
+
+    return Server(portal.call(opened()))

@@ -1,0 +1,92 @@
+"""The operators' service: what primary and replica answer alike, and refusals for the rest."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable
+
+from understudy.common.engine import Engine
+from understudy.common.errors import CorruptionError, Unavailable, WrongRole
+from understudy.common.read_service import Context
+from understudy.common.rpc import answering_errors
+from understudy.common.types import Lsn
+from understudy.v1 import admin_pb2, admin_pb2_grpc
+
+CHECK_S_MAX = 3600.0
+
+
+class AdminService(admin_pb2_grpc.AdminServicer):
+    """``Status`` and ``StateDigests``; roles add what is theirs."""
+
+    def __init__(self, status: Callable[[], admin_pb2.StatusResponse], engine: Callable[[], Engine]) -> None:
+        self._status = status
+        self._engine = engine
+        self._checking = asyncio.Lock()  # a full scan is costly: one at a time
+
+    async def Status(self, request: admin_pb2.StatusRequest, context: Context) -> admin_pb2.StatusResponse:
+        """All that is known of this node."""
+        async with answering_errors(context):
+            return self._status()
+        raise AssertionError("aborted")
+
+    async def StateDigests(
+        self, request: admin_pb2.StateDigestsRequest, context: Context
+    ) -> admin_pb2.StateDigestsResponse:
+        """Recomputes the state digests of the present checkpoint, or of a later one if asked for."""
+        async with answering_errors(context):
+            engine = self._engine()
+            if request.checkpoint:
+                await self._checkpoint()
+            if request.at_least_lsn > engine.state.applied.lsn:
+                raise Unavailable(
+                    f"this node is at LSN {engine.state.applied.lsn}, before {request.at_least_lsn}"
+                )
+            async with asyncio.timeout(CHECK_S_MAX):
+                await engine.wait_for_checkpoint(Lsn(request.at_least_lsn))
+                async with self._checking:
+                    return await recompute_digests(engine)
+        raise AssertionError("aborted")
+
+    async def _checkpoint(self) -> None:
+        raise WrongRole("only a primary takes checkpoints when asked; a replica follows its marks")
+
+    async def Promote(self, request: admin_pb2.PromoteRequest, context: Context) -> admin_pb2.PromoteResponse:
+        """Replicas only."""
+        async with answering_errors(context):
+            raise WrongRole("this node is not a replica")
+        raise AssertionError("aborted")
+
+    async def Fence(self, request: admin_pb2.FenceRequest, context: Context) -> admin_pb2.FenceResponse:
+        """Primaries only."""
+        async with answering_errors(context):
+            raise WrongRole("this node is not a primary")
+        raise AssertionError("aborted")
+
+
+async def recompute_digests(engine: Engine) -> admin_pb2.StateDigestsResponse:
+    """A full scan of the store in a process of its own, so that commits here go on undisturbed.
+
+    Raises:
+        CorruptionError: the scan could not be finished.
+    """
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "understudy.common.store_check",
+        str(engine.directory.store),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        out, complaint = await process.communicate()
+    except BaseException:
+        process.kill()
+        await process.wait()
+        raise
+    if process.returncode != 0:
+        raise CorruptionError(
+            f"the store in {engine.directory.store} can't be scanned: {complaint.decode(errors='replace')[-500:]}",
+            remedy=f"stop this node and run `understudy verify {engine.directory.path}`",
+        )
+    return admin_pb2.StateDigestsResponse.FromString(out)

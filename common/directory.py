@@ -1,0 +1,323 @@
+"""The data directory: who owns it, what role it has, and how a new copy takes the old one's place.
+
+::
+
+    DIR/node.json     format, role, cluster, node; published whole
+    DIR/lock          flock'ed by the process that has DIR open, and by its checkpoint process
+    DIR/log/          change-log segments
+    DIR/store/        the LMDB environment
+    DIR/incoming/     a copy being made (bootstrap, rewind); nothing here is trusted until it is complete
+    DIR/set-aside/    what was replaced, and exports of entries that only this node had
+    DIR/control.sock  where the owning process listens for `status` and `promote`
+
+Roles and what follows them::
+
+    creating ──> primary ──> fenced ──┐
+    replica ──> promoting ──> primary │ rewind
+       ^─────────── installing <──────┘<── bootstrap of a replica
+
+``creating`` and ``installing`` are intentions: whoever opens the directory next finishes or restarts the step.
+"""
+
+from __future__ import annotations
+
+import enum
+import fcntl
+import json
+import os
+import shutil
+import time
+import uuid
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from understudy.common.errors import (
+    CorruptionError,
+    DirectoryError,
+    DirectoryInUse,
+    NewerFormat,
+    NotADataDirectory,
+)
+from understudy.common.files import publish, sync_directory
+from understudy.common.types import ClusterId, NodeId, new_id
+
+FORMAT_VERSION = 1
+NODE_FILE = "node.json"
+# A killed process's checkpoint process ends once its LMDB commit is through; on a slow disk that takes a while.
+LOCK_WAIT_S = 10.0
+_LOCK_POLL_S = 0.02
+
+
+class Role(enum.StrEnum):
+    """What a data directory is for."""
+
+    CREATING = "creating"  # a primary whose first files are not all there yet
+    PRIMARY = "primary"
+    REPLICA = "replica"
+    PROMOTING = "promoting"  # a replica that was told to become primary and may have begun its epoch
+    FENCED = "fenced"  # a primary that has learned of a higher epoch
+    INSTALLING = "installing"  # a complete copy in incoming/ is taking the old one's place
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeFile:
+    """What ``node.json`` says. ``cluster`` is empty while a replica has no copy yet."""
+
+    format: int = FORMAT_VERSION
+    role: Role
+    cluster: str
+    node: str
+
+    @classmethod
+    def read(cls, path: Path) -> NodeFile:
+        """Reads and checks ``node.json``.
+
+        Raises:
+            NewerFormat, CorruptionError.
+        """
+        try:
+            raw = json.loads(path.read_bytes())
+            if raw["format"] > FORMAT_VERSION:
+                raise NewerFormat(
+                    f"{path.parent} was written by a newer version of Understudy (format {raw['format']})",
+                    remedy=f"this version reads format {FORMAT_VERSION}; upgrade it",
+                )
+            return cls(role=Role(raw["role"]), cluster=raw["cluster"], node=str(uuid.UUID(raw["node"])))
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptionError(
+                f"{path} can't be read: {error}", remedy="restore this node from its peer or a backup"
+            ) from error
+
+
+class DataDirectory:
+    """A data directory that this process owns until :meth:`close`."""
+
+    def __init__(self, path: Path, lock_fd: int, node: NodeFile | None) -> None:
+        self.path = path
+        self.lock_fd = lock_fd
+        self._node = node
+
+    # -- opening -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def open(cls, path: Path) -> DataDirectory:
+        """Takes the directory; an absent one is made, an empty one is fine, anything else must be ours.
+
+        Raises:
+            DirectoryInUse, NotADataDirectory, NewerFormat, DirectoryError, CorruptionError.
+        """
+        try:
+            path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            node_file = path / NODE_FILE
+            if not node_file.exists() and _foreign(path):
+                raise NotADataDirectory(
+                    f"{path} is not empty and not a data directory of Understudy",
+                    remedy="give an empty or absent directory",
+                )
+            lock_fd = _lock(path)
+        except FileExistsError as error:
+            raise NotADataDirectory(f"{path} is not a directory") from error
+        except OSError as error:
+            raise DirectoryError(f"can't use {path} as data directory: {error.strerror}") from error
+        try:
+            directory = cls(path, lock_fd, NodeFile.read(node_file) if node_file.exists() else None)
+            directory._finish_interrupted()
+        except BaseException:
+            os.close(lock_fd)
+            raise
+        return directory
+
+    @classmethod
+    def open_existing(cls, path: Path) -> DataDirectory:
+        """As :meth:`open`, but the directory must hold data.
+
+        Raises:
+            NotADataDirectory: it holds none.
+        """
+        if not (path / NODE_FILE).is_file():
+            raise NotADataDirectory(
+                f"{path} is not a data directory of Understudy: it has no {NODE_FILE}",
+                remedy="give the directory that `understudy primary` or `understudy replica` was started with",
+            )
+        return cls.open(path)
+
+    def close(self) -> None:
+        """Gives the directory up."""
+        os.close(self.lock_fd)
+
+    def __enter__(self) -> DataDirectory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- what it is ----------------------------------------------------------------------------------------
+
+    @property
+    def is_new(self) -> bool:
+        """Whether nothing was ever made here."""
+        return self._node is None
+
+    @property
+    def role(self) -> Role:
+        """Its role; only of a directory that is not new."""
+        return self._known.role
+
+    @property
+    def cluster(self) -> ClusterId:
+        """The cluster's id; empty while there is no copy."""
+        return ClusterId(uuid.UUID(self._known.cluster).bytes if self._known.cluster else b"")
+
+    @property
+    def node(self) -> NodeId:
+        """This copy's id."""
+        return NodeId(uuid.UUID(self._known.node).bytes)
+
+    @property
+    def has_copy(self) -> bool:
+        """Whether there are a log and a store to open."""
+        return self._node is not None and bool(self._node.cluster) and self.role is not Role.CREATING
+
+    @property
+    def _known(self) -> NodeFile:
+        if self._node is None:
+            raise NotADataDirectory(f"{self.path} is empty")
+        return self._node
+
+    @property
+    def log(self) -> Path:
+        """Where the segments are."""
+        return self.path / "log"
+
+    @property
+    def store(self) -> Path:
+        """Where the LMDB environment is."""
+        return self.path / "store"
+
+    @property
+    def incoming(self) -> Path:
+        """Where a copy is being made."""
+        return self.path / "incoming"
+
+    @property
+    def control(self) -> Path:
+        """The Unix socket of the owning process."""
+        return self.path / "control.sock"
+
+    @property
+    def set_aside(self) -> Path:
+        """Where replaced copies and exports go."""
+        return self.path / "set-aside"
+
+    # -- changing it ---------------------------------------------------------------------------------------
+
+    def begin(self, role: Role, cluster: ClusterId) -> None:
+        """Makes a new directory ours, as ``creating`` or as a replica without a copy."""
+        self._publish(
+            NodeFile(
+                role=role,
+                cluster=str(uuid.UUID(bytes=cluster)) if cluster else "",
+                node=str(uuid.UUID(bytes=new_id())),
+            )
+        )
+
+    def set_role(self, role: Role) -> None:
+        """Changes the role, durably."""
+        self._publish(replace(self._known, role=role))
+
+    def install(self, cluster: ClusterId, *, keep_old: bool) -> Path | None:
+        """Puts ``incoming/store`` and ``incoming/log``, complete and synced, in the old copy's place.
+
+        A crash on the way is made good by the next :meth:`open`. The directory is a replica's afterwards.
+
+        Args:
+            cluster: the new copy's.
+            keep_old: move the old copy to ``set-aside/`` instead of removing it.
+
+        Returns:
+            Where the old copy was set aside, if it was.
+        """
+        kept = None
+        if keep_old and self.store.exists():
+            kept = self.set_aside / time.strftime("copy-%Y%m%dT%H%M%SZ", time.gmtime())
+            # Its place is noted in incoming/ so that a crash in between does not lose it.
+            kept.mkdir(parents=True, exist_ok=True)
+            publish(self.incoming / "old-copy-to", os.fsencode(kept.name))
+        self._publish(replace(self._known, role=Role.INSTALLING, cluster=str(uuid.UUID(bytes=cluster))))
+        self._finish_interrupted()
+        return kept
+
+    def _finish_interrupted(self) -> None:
+        if self._node is None:
+            return
+        if self._node.role is Role.INSTALLING:
+            self._finish_install()
+        elif self._node.role is Role.CREATING:
+            for part in (self.log, self.store):
+                shutil.rmtree(part, ignore_errors=True)
+
+    def _finish_install(self) -> None:
+        note = self.incoming / "old-copy-to"
+        old_to = self.set_aside / os.fsdecode(note.read_bytes()) if note.exists() else None
+        for current in (self.store, self.log):
+            new = self.incoming / current.name
+            if not new.exists():
+                continue  # moved before the crash
+            if current.exists():
+                if old_to is not None and not (old_to / current.name).exists():
+                    os.rename(current, old_to / current.name)
+                else:
+                    shutil.rmtree(current)
+            os.rename(new, current)
+        sync_directory(self.path)
+        if old_to is not None:
+            sync_directory(old_to)
+            sync_directory(self.set_aside)
+        self.set_role(Role.REPLICA)
+        shutil.rmtree(self.incoming, ignore_errors=True)
+
+    def _publish(self, node: NodeFile) -> None:
+        publish(self.path / NODE_FILE, json.dumps(asdict(node), indent=2).encode() + b"\n")
+        self._node = node
+
+
+def _foreign(path: Path) -> bool:
+    ours = {"lock", NODE_FILE + ".new"}  # left by a first start that was cut off
+    return any(entry.name not in ours and entry.name != "lost+found" for entry in path.iterdir())
+
+
+def _lock(path: Path) -> int:
+    fd = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    deadline = time.monotonic() + LOCK_WAIT_S
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
+            if _is_running(owner) or time.monotonic() > deadline:
+                os.close(fd)
+                raise DirectoryInUse(
+                    f"{path} is in use by process {owner or '?'}",
+                    remedy="stop that process, or work through it with --server",
+                ) from None
+            time.sleep(_LOCK_POLL_S)
+        else:
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, str(os.getpid()).encode(), 0)
+            return fd
+
+
+def _is_running(pid: str) -> bool:
+    if not pid.isdigit():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    # A zombie answers to signal 0 but holds nothing any more.
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return True

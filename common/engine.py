@@ -1,0 +1,338 @@
+"""The engine of a node: change-log, state and checkpoints, opened and closed together.
+
+What it does not know: where entries come from (a committer on a primary, a peer on a replica) and when they may
+be applied. Its owner submits record bytes, hears when they are durable, and applies entries in LSN order.
+
+Everything here runs on the owner's event loop, but the writer's thread, the checkpoint process, and their
+callbacks' first steps, which only hand over to the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+from collections.abc import Callable
+from typing import ParamSpec, Protocol, TypeVar
+
+import structlog
+
+from understudy.common.changelog import ChangeLog
+from understudy.common.checkpoint_process import Checkpointer
+from understudy.common.directory import DataDirectory
+from understudy.common.errors import DiskFull, UnderstudyError
+from understudy.common.files import FileSystem, OsFileSystem
+from understudy.common.group_writer import GroupWriter
+from understudy.common.metrics import EngineMetrics
+from understudy.common.records import Record
+from understudy.common.state import State
+from understudy.common.store import Store
+from understudy.common.tasks import spawn
+from understudy.common.types import SYSTEM_REALM, Digest, Epoch, Lsn, Position
+from understudy.v1 import log_pb2, store_pb2
+
+HISTORY_KEY = b"history-key"
+# Beyond this many frozen memtables the checkpoint has fallen behind; nothing more is applied until it caught up.
+FROZEN_MAX = 2
+_CHECKPOINT_RETRY_S = 2.0  # after a full disk
+_DIGESTS_KEPT = 64  # results waiting for the other side's, and the other way round
+
+log = structlog.get_logger()
+
+_P = ParamSpec("_P")
+_V = TypeVar("_V")
+
+
+class EngineOwner(Protocol):
+    """Who is told what happens; all calls come on the event loop."""
+
+    def on_durable(self, position: Position, offset: int) -> None:
+        """Everything up to ``position`` is durable here."""
+
+    def on_checkpoint(self, result: store_pb2.CheckpointResult) -> None:
+        """A checkpoint is in the store."""
+
+    def on_disk_full(self, full: bool) -> None:
+        """The disk has become full, or has space again."""
+
+    def on_failure(self, error: UnderstudyError) -> None:
+        """Storage failed or is corrupt: acknowledge nothing more and end the process."""
+
+    def retain_from(self) -> Lsn:
+        """The first LSN that somebody still needs from the log."""
+
+
+class Engine:
+    """A node's log, state and checkpoints."""
+
+    def __init__(
+        self, directory: DataDirectory, store: Store, changelog: ChangeLog, metrics: EngineMetrics
+    ) -> None:
+        self.directory = directory
+        self.log = changelog
+        self.state = State(store)
+        self.metrics = metrics
+        self.mismatches: list[str] = []
+        self.disk_full = False
+        self.failed: UnderstudyError | None = None
+        self._checkpointer = Checkpointer()
+        self._writer: GroupWriter | None = None
+        self._owner: EngineOwner | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._frozen = asyncio.Event()
+        self._checkpointed = asyncio.Condition()
+        self._task: asyncio.Task[None] | None = None
+        self._own_digests: collections.OrderedDict[int, bytes] = collections.OrderedDict()
+        self._marked_digests: collections.OrderedDict[int, log_pb2.DigestMark] = collections.OrderedDict()
+
+    # -- opening and closing -------------------------------------------------------------------------------
+
+    @classmethod
+    def open(
+        cls,
+        directory: DataDirectory,
+        *,
+        metrics: EngineMetrics | None = None,
+        files: FileSystem | None = None,
+    ) -> Engine:
+        """Opens log and store and recovers: what is behind the checkpoint is applied from the log.
+
+        Raises:
+            CorruptionError, NewerFormat, StorageFailed, DiskFull.
+        """
+        store = Store.open(directory.store, cluster=directory.cluster)
+        checkpoint = store.current.checkpoint
+        try:
+            changelog = ChangeLog.open(
+                directory.log,
+                cluster=directory.cluster,
+                after=Position(Lsn(checkpoint.lsn), Digest(checkpoint.digest)),
+                after_offset=checkpoint.log_offset,
+                files=files or OsFileSystem(),
+            )
+        except BaseException:
+            store.close()
+            raise
+        engine = cls(directory, store, changelog, metrics or EngineMetrics())
+        try:
+            engine._checkpointer.start(directory.store, directory.lock_fd)
+            engine._recover()
+        except BaseException:
+            engine._close_files()
+            raise
+        return engine
+
+    def _recover(self) -> None:
+        if self.log.torn_bytes:
+            log.warning("log_tail_cut", bytes=self.log.torn_bytes, lsn=self.log.end.lsn)
+        for record in self.log.records(self.state.applied.lsn):
+            self.state.apply(record)
+            while self.state.frozen:
+                self._note_result(self._checkpointer.run(self.state.frozen[-1].job()))
+
+    def start(self, owner: EngineOwner) -> None:
+        """Begins to write and to checkpoint; must be called on the event loop."""
+        self._owner = owner
+        self._loop = asyncio.get_running_loop()
+        self._writer = GroupWriter(
+            self.log,
+            on_durable=self._handover(owner.on_durable),
+            on_disk_full=self._handover(self._on_disk_full),
+            on_failed=self._handover(self.fail),
+            on_sync=self.metrics.observe_sync,
+        )
+        self._task = spawn(self._checkpoint_forever(), self.fail)
+
+    def _handover(self, callback: Callable[_P, None]) -> Callable[_P, None]:
+        """A function for other threads that runs ``callback`` on the loop."""
+        loop = asyncio.get_running_loop()
+
+        def hand_over(*args: _P.args, **kwargs: _P.kwargs) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                loop.call_soon_threadsafe(lambda: callback(*args, **kwargs))
+
+        return hand_over
+
+    async def close(self) -> None:
+        """Finishes what was submitted and lets go of everything but the directory."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        if self._writer is not None:
+            await asyncio.to_thread(self._writer.close)
+        await asyncio.to_thread(self._close_files)
+
+    def _close_files(self) -> None:
+        self._checkpointer.close()
+        self.log.close()
+        self.state.store.close()
+
+    # -- facts ---------------------------------------------------------------------------------------------
+
+    @property
+    def durable(self) -> Position:
+        """The last durable entry."""
+        return self.log.end
+
+    @property
+    def checkpoint(self) -> store_pb2.CheckpointRow:
+        """What the store holds."""
+        return self.state.store.current.checkpoint
+
+    @property
+    def epoch(self) -> Epoch:
+        """The epoch of the last applied entry; 0 before the first."""
+        return Epoch(self.state.epochs[-1].info.epoch if self.state.epochs else 0)
+
+    @property
+    def history_key(self) -> bytes:
+        """The key that changes are signed with; empty before it was made."""
+        if self.state.realm(SYSTEM_REALM) is None:
+            return b""
+        return self.state.get(SYSTEM_REALM, HISTORY_KEY) or b""
+
+    @property
+    def pending_bytes(self) -> int:
+        """Submitted, not yet durable."""
+        return self._writer.pending_bytes if self._writer else 0
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether checkpoints can't keep up, so that nothing more should be applied for now."""
+        return len(self.state.frozen) >= FROZEN_MAX
+
+    def first_lsn_within(self, newest_bytes: int) -> Lsn:
+        """The first LSN of the oldest segment that is needed to hold the newest bytes of the log."""
+        from_offset = self.log.end_offset - newest_bytes
+        held = [segment.first_lsn for segment in self.log.segments() if segment.first_offset <= from_offset]
+        return held[-1] if held else self.log.first_lsn
+
+    # -- entries -------------------------------------------------------------------------------------------
+
+    def submit(self, data: bytes, last: Position, epoch: Epoch) -> None:
+        """Hands whole records, in order, to the writer; ``on_durable`` follows.
+
+        Raises:
+            StorageFailed: storage has failed before.
+        """
+        if self.failed is not None:
+            raise self.failed
+        assert self._writer is not None, "start() comes first"
+        self._writer.submit(data, last, epoch)
+
+    def apply(self, record: Record, entry: log_pb2.Entry | None = None) -> log_pb2.Entry:
+        """Applies the next durable entry; see :meth:`State.apply`."""
+        entry = self.state.apply(record, entry)
+        kind = entry.WhichOneof("body")
+        if kind == "freeze":
+            self._frozen.set()
+        elif kind == "digest_mark":
+            self._note_mark(entry.digest_mark)
+        return entry
+
+    def fail(self, error: UnderstudyError) -> None:
+        """Notes the first failure and tells the owner."""
+        if self.failed is None:
+            self.failed = error
+            log.error("storage_failed", error=str(error))
+            if self._owner is not None:
+                self._owner.on_failure(error)
+
+    def _on_disk_full(self, full: bool) -> None:
+        if full != self.disk_full:
+            self.disk_full = full
+            log.warning("disk_full" if full else "disk_has_space", directory=str(self.directory.path))
+            if self._owner is not None:
+                self._owner.on_disk_full(full)
+
+    # -- checkpoints ---------------------------------------------------------------------------------------
+
+    async def _checkpoint_forever(self) -> None:
+        while True:
+            await self._frozen.wait()
+            self._frozen.clear()
+            while self.state.frozen:
+                try:
+                    await self._checkpoint_oldest()
+                except DiskFull:
+                    self._on_disk_full(True)
+                    await asyncio.sleep(_CHECKPOINT_RETRY_S)
+
+    async def _checkpoint_oldest(self) -> None:
+        table = self.state.frozen[-1]
+        result = await asyncio.to_thread(lambda: self._checkpointer.run(table.job()))
+        if self.disk_full:
+            self._on_disk_full(False)
+        self._note_result(result)
+        if self._owner is not None:
+            self._owner.on_checkpoint(result)
+        await self._prune()
+        async with self._checkpointed:
+            self._checkpointed.notify_all()
+
+    def _note_result(self, result: store_pb2.CheckpointResult) -> None:
+        self.state.checkpointed()
+        self.metrics.observe_checkpoint(result.seconds)
+        row = result.checkpoint
+        self._own_digests[row.lsn] = row.state_digest
+        _forget_oldest(self._own_digests)
+        self._compare(row.lsn)
+
+    async def _prune(self) -> None:
+        if self._owner is None:
+            return
+        keep_from = min(self._owner.retain_from(), self.checkpoint.lsn + 1)
+        removed = await asyncio.to_thread(self.log.prune, Lsn(keep_from))
+        if removed:
+            log.info("segments_removed", count=len(removed), first_lsn=self.log.first_lsn)
+
+    async def wait_for_room(self) -> None:
+        """Returns once checkpoints have caught up."""
+        async with self._checkpointed:
+            await self._checkpointed.wait_for(lambda: not self.is_behind or self.failed is not None)
+
+    async def wait_for_checkpoint(self, lsn: Lsn) -> None:
+        """Returns once the store holds everything up to ``lsn``, the LSN of a freeze mark or below it."""
+        async with self._checkpointed:
+            await self._checkpointed.wait_for(lambda: self.checkpoint.lsn >= lsn or self.failed is not None)
+
+    # -- comparing digests -------------------------------------------------------------------------------
+
+    def _note_mark(self, mark: log_pb2.DigestMark) -> None:
+        self._marked_digests[mark.freeze_lsn] = mark
+        _forget_oldest(self._marked_digests)
+        self._compare(mark.freeze_lsn)
+
+    def _compare(self, freeze_lsn: int) -> None:
+        mark = self._marked_digests.get(freeze_lsn)
+        own = self._own_digests.get(freeze_lsn)
+        if mark is None or own is None:
+            return
+        del self._marked_digests[freeze_lsn]
+        equal = own == mark.state_digest
+        self.metrics.count_comparison(equal=equal)
+        if not equal:
+            message = self._describe_mismatch(mark)
+            self.mismatches.append(message)
+            del self.mismatches[:-_DIGESTS_KEPT]
+            log.error("state_digest_mismatch", freeze_lsn=freeze_lsn, detail=message)
+
+    def _describe_mismatch(self, mark: log_pb2.DigestMark) -> str:
+        differing = [
+            changed.realm
+            for changed in mark.changed
+            if (row := self.state.store.current.realm(changed.realm)) is not None
+            and row.version == changed.version
+            and row.state_digest != changed.state_digest
+        ]
+        where = f"realms {', '.join(differing[:10])}" if differing else "a realm not changed since"
+        return (
+            f"at LSN {mark.freeze_lsn} this copy's state is not the primary's: {where}; find out which side is "
+            "damaged with `understudy verify --server A --against B` and `understudy verify DIR`, then remove the "
+            "damaged copy and let it bootstrap again"
+        )
+
+
+def _forget_oldest(kept: collections.OrderedDict[int, _V]) -> None:
+    while len(kept) > _DIGESTS_KEPT:
+        kept.popitem(last=False)

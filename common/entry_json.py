@@ -1,0 +1,57 @@
+"""Entries of the log as JSON objects: for people to read, and exact enough to be replayed."""
+
+from __future__ import annotations
+
+import base64
+
+from understudy.common import entries
+from understudy.common.operations import KIND_NAMES
+from understudy.common.records import Record
+from understudy.common.types import format_id
+from understudy.v1 import log_pb2
+
+
+def entry_row(record: Record) -> dict[str, object]:
+    """One entry: what it does in words, and its exact bytes as ``entry_base64``.
+
+    Raises:
+        CorruptionError: it can't be decoded.
+    """
+    entry = entries.parse_entry(record.payload, record.lsn)
+    row: dict[str, object] = {
+        "lsn": record.lsn,
+        "digest": record.digest.hex(),
+        "time_us": entry.time_us,
+        "kind": entry.WhichOneof("body"),
+    }
+    if entry.HasField("change"):
+        change = entries.parse_change(entry.change, record.lsn)
+        row |= {
+            "realm": change.realm,
+            "version": change.version,
+            "client": format_id(change.client),
+            "number": change.number,
+            "operations": [operation_row(operation) for operation in change.operations],
+        }
+    row["entry_base64"] = base64.b64encode(record.payload).decode()
+    return row
+
+
+def operation_row(operation: log_pb2.Operation) -> dict[str, object]:
+    """One operation; fields that its kind does not use are left out."""
+    row: dict[str, object] = {"kind": KIND_NAMES[operation.kind], **text_or_base64("key", operation.key)}
+    if operation.value:
+        row |= text_or_base64("value", operation.value)
+    if operation.end:
+        row |= text_or_base64("end", operation.end)
+    if operation.amount:
+        row["amount"] = operation.amount
+    return row
+
+
+def text_or_base64(name: str, data: bytes) -> dict[str, str]:
+    """``{name: text}`` where ``data`` is UTF-8, else ``{name_base64: …}``."""
+    try:
+        return {name: data.decode()}
+    except UnicodeDecodeError:
+        return {f"{name}_base64": base64.b64encode(data).decode()}

@@ -1,0 +1,224 @@
+"""All errors of Understudy, one tree, split by who can mend what and whether trying again helps.
+
+::
+
+    UnderstudyError
+    ├── UsageError                 the caller's mistake; trying again does not help
+    │   ├── BadRealmPath, BadKey, BadOperation, TransactionTooLarge
+    │   ├── UnknownRealm
+    │   └── BadImport
+    ├── ResetNeeded                this copy's history is not the peer's; an operator decides
+    │   ├── Diverged, ForeignCluster, AheadOfPrimary, Fenced
+    ├── CorruptionError            bytes on disk or wire are not what was written
+    ├── DirectoryError             the data directory can't be used
+    │   ├── DirectoryInUse, WrongRole, NotADataDirectory, NewerFormat
+    ├── PeerError                  the other side
+    │   ├── PeerUnreachable        try again later
+    │   ├── ProtocolError          it speaks something else
+    │   └── NotPrimary             ask another server
+    ├── Unavailable                this side, for now
+    │   ├── DiskFull, Overloaded
+    ├── OutcomeUnknown             the deadline passed; the transaction may or may not have been applied
+    ├── ReceiptExpired             applied so long ago that its receipt is gone
+    ├── NotPermitted
+    └── StorageFailed              write or fsync failed: the process must end
+
+``code`` names the class on the wire, ``exit_code`` is what the command line ends with.
+"""
+
+from __future__ import annotations
+
+import enum
+
+
+class ExitCode(enum.IntEnum):
+    """What a command ends with; the same table stands in every ``--help``."""
+
+    DONE = 0
+    FAILED = 1
+    USAGE = 2
+    RESET_NEEDED = 3
+    CORRUPT = 4
+    UNREACHABLE = 5
+    DIRECTORY = 6
+    NOT_PERMITTED = 7
+
+
+class UnderstudyError(Exception):
+    """Base of all errors.
+
+    Args:
+        message: what happened and where.
+        remedy: what mends it, if possible a command.
+    """
+
+    exit_code = ExitCode.FAILED
+
+    def __init__(self, message: str, *, remedy: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.remedy})" if self.remedy else self.message
+
+    @property
+    def code(self) -> str:
+        """The name that stands for this class on the wire."""
+        return type(self).__name__
+
+
+class UsageError(UnderstudyError):
+    """The caller asked for something that can't be."""
+
+    exit_code = ExitCode.USAGE
+
+
+class BadRealmPath(UsageError):
+    """A realm path is not of the form ``/segment/segment``."""
+
+
+class BadKey(UsageError):
+    """A key is empty or too long."""
+
+
+class BadOperation(UsageError):
+    """An operation or a transaction is malformed."""
+
+
+class TransactionTooLarge(UsageError):
+    """A transaction, a value or a message is beyond its limit."""
+
+
+class UnknownRealm(UsageError):
+    """No realm of that path exists."""
+
+    exit_code = ExitCode.FAILED
+
+
+class BadImport(UsageError):
+    """A line of an import file can't be read."""
+
+
+class ResetNeeded(UnderstudyError):
+    """This copy's history is not on the peer's."""
+
+    exit_code = ExitCode.RESET_NEEDED
+
+
+class Diverged(ResetNeeded):
+    """Both sides hold entries that the other lacks."""
+
+
+class ForeignCluster(ResetNeeded):
+    """The peer belongs to another cluster."""
+
+
+class AheadOfPrimary(ResetNeeded):
+    """This replica holds entries that its primary has lost."""
+
+
+class Fenced(ResetNeeded):
+    """This primary has learned of a higher epoch and accepts no more writes."""
+
+
+class CorruptionError(UnderstudyError):
+    """Bytes on disk or wire are not what was written."""
+
+    exit_code = ExitCode.CORRUPT
+
+
+class DirectoryError(UnderstudyError):
+    """The data directory can't be used as asked."""
+
+    exit_code = ExitCode.DIRECTORY
+
+
+class DirectoryInUse(DirectoryError):
+    """Another process has the data directory open."""
+
+
+class WrongRole(DirectoryError):
+    """The data directory's role does not allow this command."""
+
+
+class NotADataDirectory(DirectoryError):
+    """The directory holds something else than Understudy's data."""
+
+
+class NewerFormat(DirectoryError):
+    """The directory was written by a newer version."""
+
+
+class PeerError(UnderstudyError):
+    """The other side of a connection is at fault."""
+
+    exit_code = ExitCode.UNREACHABLE
+
+
+class PeerUnreachable(PeerError):
+    """No connection, or it was lost; trying again later can help."""
+
+
+class ProtocolError(PeerError):
+    """The peer sent what this protocol version does not allow."""
+
+    exit_code = ExitCode.FAILED
+
+
+class NotPrimary(PeerError):
+    """The server asked is not the primary."""
+
+    exit_code = ExitCode.DIRECTORY
+
+
+class Unavailable(UnderstudyError):
+    """This side can't do it now; nothing was done; trying again later can help."""
+
+
+class DiskFull(Unavailable):
+    """No space left where the data lives."""
+
+
+class Overloaded(Unavailable):
+    """A limit on what is in flight was reached."""
+
+
+class OutcomeUnknown(UnderstudyError):
+    """A deadline passed before the answer came.
+
+    ``number`` identifies the transaction; the client goes on trying until it is closed, and
+    ``wait`` with this number gives the receipt once there is one.
+    """
+
+    exit_code = ExitCode.UNREACHABLE
+
+    def __init__(self, message: str, *, remedy: str = "", number: int = 0) -> None:
+        super().__init__(message, remedy=remedy)
+        self.number = number
+
+
+class ReceiptExpired(UnderstudyError):
+    """A retried transaction was answered so long ago that its receipt is no longer kept; it was not applied again."""
+
+
+class NotPermitted(UnderstudyError):
+    """Refused by policy."""
+
+    exit_code = ExitCode.NOT_PERMITTED
+
+
+class StorageFailed(UnderstudyError):
+    """A write or fsync failed. The kernel may have dropped the pages, so nothing after it can be trusted."""
+
+
+def _subclasses(cls: type[UnderstudyError]) -> dict[str, type[UnderstudyError]]:
+    found = {cls.__name__: cls}
+    for sub in cls.__subclasses__():
+        found.update(_subclasses(sub))
+    return found
+
+
+def from_code(code: str, message: str) -> UnderstudyError:
+    """The error that ``code`` names; an unknown code gives the base class."""
+    return _subclasses(UnderstudyError).get(code, UnderstudyError)(message)

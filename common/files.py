@@ -1,0 +1,178 @@
+"""The file layer: everything that writes files durably goes through here, so that tests can make it fail.
+
+``FileSystem`` is the port; ``OsFileSystem`` the real one. Errors of the operating system are translated here,
+once: no space is :class:`DiskFull` (nothing was promised yet), anything else :class:`StorageFailed`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+from understudy.common.errors import DiskFull, StorageFailed
+
+_NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+@contextlib.contextmanager
+def storage_errors(action: str, path: Path) -> Iterator[None]:
+    """Turns an ``OSError`` into one of ours that says what was being done to which file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            raise DiskFull(
+                f"no space left to {action} {path}", remedy="free some space; writes go on by themselves then"
+            ) from error
+        raise StorageFailed(f"can't {action} {path}: {error.strerror}") from error
+
+
+class WritableFile(Protocol):
+    """A file opened for reading and writing at offsets."""
+
+    def write_at(self, data: bytes, offset: int) -> None:
+        """Writes all of ``data``."""
+
+    def read_at(self, length: int, offset: int) -> bytes:
+        """Up to ``length`` bytes; fewer only at the end of the file."""
+
+    def size(self) -> int:
+        """The file's length in bytes."""
+
+    def truncate(self, length: int) -> None:
+        """Cuts or extends the file."""
+
+    def sync(self) -> None:
+        """Makes content and length durable (``fdatasync``)."""
+
+    def close(self) -> None:
+        """Closes the file; it can't be used afterwards."""
+
+
+class FileSystem(Protocol):
+    """What the change-log needs of a file system."""
+
+    def open(self, path: Path, *, create: bool = False) -> WritableFile:
+        """Opens ``path`` for reading and writing; ``create`` makes it and fails if it is there."""
+
+    def names(self, directory: Path) -> list[str]:
+        """The names in a directory, sorted."""
+
+    def remove(self, path: Path) -> None:
+        """Removes a file."""
+
+    def sync_directory(self, path: Path) -> None:
+        """Makes the names in a directory durable."""
+
+
+class OsFile:
+    """A file of the operating system."""
+
+    def __init__(self, path: Path, *, create: bool) -> None:
+        self._path = path
+        flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_EXCL if create else 0)
+        with storage_errors("open", path):
+            self._fd = os.open(path, flags, 0o600)
+
+    def write_at(self, data: bytes, offset: int) -> None:
+        """Writes all of ``data``; a short write is continued."""
+        view = memoryview(data)
+        with storage_errors("write", self._path):
+            while view:
+                written = os.pwrite(self._fd, view, offset)
+                view = view[written:]
+                offset += written
+
+    def read_at(self, length: int, offset: int) -> bytes:
+        """Up to ``length`` bytes; fewer only at the end of the file."""
+        with storage_errors("read", self._path):
+            data = os.pread(self._fd, length, offset)
+            while len(data) < length:
+                more = os.pread(self._fd, length - len(data), offset + len(data))
+                if not more:
+                    break
+                data += more
+        return data
+
+    def size(self) -> int:
+        """The file's length in bytes."""
+        return os.fstat(self._fd).st_size
+
+    def truncate(self, length: int) -> None:
+        """Cuts or extends the file."""
+        with storage_errors("truncate", self._path):
+            os.ftruncate(self._fd, length)
+
+    def sync(self) -> None:
+        """``fdatasync``."""
+        with storage_errors("sync", self._path):
+            os.fdatasync(self._fd)
+
+    def close(self) -> None:
+        """Closes the file."""
+        os.close(self._fd)
+
+
+class OsFileSystem:
+    """The operating system's files."""
+
+    def open(self, path: Path, *, create: bool = False) -> OsFile:
+        """Opens or creates a file."""
+        return OsFile(path, create=create)
+
+    def names(self, directory: Path) -> list[str]:
+        """The names in a directory, sorted."""
+        with storage_errors("list", directory):
+            return sorted(os.listdir(directory))
+
+    def remove(self, path: Path) -> None:
+        """Removes a file."""
+        with storage_errors("remove", path):
+            path.unlink()
+
+    def sync_directory(self, path: Path) -> None:
+        """``fsync`` of the directory."""
+        sync_directory(path)
+
+
+def sync_directory(path: Path) -> None:
+    """Makes the names in ``path`` durable."""
+    with storage_errors("sync", path):
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def publish(path: Path, data: bytes, *, mode: int = 0o600) -> None:
+    """Replaces ``path`` by ``data``, so that after a crash it holds either the old or the new bytes, whole."""
+    beside = path.with_name(path.name + ".new")
+    with storage_errors("write", beside):
+        fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+        try:
+            with open(fd, "wb", closefd=False) as file:
+                file.write(data)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.rename(beside, path)
+    sync_directory(path.parent)
+
+
+def sync_tree(root: Path) -> None:
+    """Makes every file and name below ``root`` durable."""
+    for folder, _, files in os.walk(root):
+        for name in files:
+            path = Path(folder) / name
+            with storage_errors("sync", path):
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
+        sync_directory(Path(folder))

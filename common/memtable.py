@@ -1,0 +1,190 @@
+"""The memtable: what changed since the last freeze mark, in memory.
+
+A ``RealmDelta`` is what changed in one realm; older layers (a frozen memtable, then the store) answer for the
+rest. A memtable is bounded by the freeze mark that the primary sets when it passes ``MEMTABLE_BYTES`` or
+``MEMTABLE_OPERATIONS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from sortedcontainers import SortedList
+
+from understudy.common.operations import ADD, DELETE, DELETE_RANGE, PUT, UPDATE, added
+from understudy.common.ranges import RangeSet
+from understudy.common.types import START, Digest, Lsn, Position
+from understudy.v1 import log_pb2, store_pb2
+
+# One LMDB transaction writes a whole memtable, and holds every page it touches in memory: up to one page of
+# 4 KiB an operation where the store is large. Recovery time grows with it, too.
+MEMTABLE_BYTES = 32 << 20
+MEMTABLE_OPERATIONS = 64_000
+# What a change costs in memory beside its bytes: history row, receipt, dictionary entries, object headers.
+CHANGE_OVERHEAD_BYTES = 300
+
+
+class Missing:
+    """The type of :data:`MISSING`."""
+
+    __slots__ = ()
+
+
+MISSING: Final = Missing()  # "not here: ask the layer below", as opposed to None: "deleted"
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What a committed transaction is answered with."""
+
+    realm: str
+    version: int
+    lsn: Lsn
+    digest: Digest  # the log's digest at `lsn`
+
+
+class RealmDelta:
+    """What changed in one realm since the last freeze mark.
+
+    ``created``: nothing of this realm is in any older layer. Invariant: ``history`` holds the versions
+    ``version - len(history) + 1 ... version``.
+    """
+
+    __slots__ = (
+        "_new_keys", "_sorted_keys", "client_rows", "created", "deleted", "head", "history", "id", "path",
+        "receipts", "values", "version",
+    )  # fmt: skip
+
+    def __init__(self, path: str, realm_id: int, version: int, head: bytes, *, created: bool) -> None:
+        self.path = path
+        self.id = realm_id
+        self.version = version
+        self.head = head
+        self.created = created
+        self.values: dict[bytes, bytes | None] = {}
+        self.deleted = RangeSet()
+        self.history: list[bytes] = []
+        self.receipts: dict[bytes, dict[int, Receipt]] = {}
+        self.client_rows: dict[bytes, tuple[int, int, int]] = {}
+        self._sorted_keys: SortedList[bytes] = SortedList()
+        self._new_keys: list[bytes] = []
+
+    def get(self, key: bytes) -> bytes | Missing | None:
+        """The value, None where it was deleted, MISSING where an older layer knows."""
+        if key in self.values:
+            return self.values[key]
+        return None if self.created or (self.deleted and key in self.deleted) else MISSING
+
+    def apply(self, operation: log_pb2.Operation, older: Callable[[RealmDelta, bytes], bytes | None]) -> None:
+        """Applies one operation; ``older`` gives the current value of a key that this delta does not hold."""
+        kind, key = operation.kind, operation.key
+        if kind == PUT:
+            self._set(key, operation.value)
+        elif kind == DELETE:
+            self._set(key, None)
+        elif kind == UPDATE:
+            if self._current(key, older) is not None:
+                self._set(key, operation.value)
+        elif kind == ADD:
+            self._set(key, added(self._current(key, older), operation.amount))
+        elif kind == DELETE_RANGE:
+            self._delete_range(key, operation.end)
+
+    def _set(self, key: bytes, value: bytes | None) -> None:
+        if key not in self.values:
+            self._new_keys.append(key)
+        self.values[key] = value
+
+    def _current(self, key: bytes, older: Callable[[RealmDelta, bytes], bytes | None]) -> bytes | None:
+        found = self.get(key)
+        return older(self, key) if isinstance(found, Missing) else found
+
+    def _delete_range(self, start: bytes, end: bytes) -> None:
+        for key in list(self.keys(start, end, reverse=False)):
+            del self.values[key]
+            self._sorted_keys.remove(key)
+        self.deleted.add(start, end)
+
+    def keys(self, start: bytes, end: bytes, *, reverse: bool) -> Iterator[bytes]:
+        """Keys that this delta holds a value or a deletion for, from ``start`` to before ``end``, in order.
+
+        Sorted only when somebody looks: most memtables are written out without ever being scanned.
+        """
+        if self._new_keys:
+            self._sorted_keys.update(self._new_keys)
+            self._new_keys = []
+        keys: Iterator[bytes] = self._sorted_keys.irange(
+            start or None, end or None, inclusive=(True, False), reverse=reverse
+        )
+        return keys
+
+
+class Memtable:
+    """All realms' deltas between two freeze marks, and the marks themselves."""
+
+    __slots__ = (
+        "bytes", "dropped_ids", "epochs", "first_change_lsn", "offset", "operations", "position", "realms",
+        "time_us",
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        self.realms: dict[str, RealmDelta | None] = {}  # None: dropped, and not made again
+        self.dropped_ids: list[int] = []
+        self.epochs: list[store_pb2.EpochRow] = []
+        self.bytes = 0
+        self.operations = 0
+        self.first_change_lsn = Lsn(0)  # 0: no change yet
+        self.position: Position = START  # set when frozen: where it ends
+        self.offset = 0
+        self.time_us = 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it is time for a freeze mark."""
+        return self.bytes >= MEMTABLE_BYTES or self.operations >= MEMTABLE_OPERATIONS
+
+    def freeze(self, position: Position, offset: int, time_us: int) -> None:
+        """Notes where the memtable ends; nothing is applied to it afterwards."""
+        self.position, self.offset, self.time_us = position, offset, time_us
+
+    def job(self) -> store_pb2.CheckpointJob:
+        """What the checkpoint process is handed."""
+        dropped = [path for path, delta in self.realms.items() if delta is None]
+        return store_pb2.CheckpointJob(
+            checkpoint=store_pb2.CheckpointRow(
+                lsn=self.position.lsn,
+                digest=self.position.digest,
+                log_offset=self.offset,
+                time_us=self.time_us,
+            ),
+            realms=[_delta_message(delta) for delta in self.realms.values() if delta is not None],
+            epochs=self.epochs,
+            dropped_realm_ids=self.dropped_ids,
+            dropped_realms=dropped,
+        )
+
+
+def _delta_message(delta: RealmDelta) -> store_pb2.RealmDelta:
+    ranges = list(delta.deleted)
+    puts = [(key, value) for key, value in delta.values.items() if value is not None]
+    return store_pb2.RealmDelta(
+        path=delta.path,
+        id=delta.id,
+        version=delta.version,
+        head=delta.head,
+        created=delta.created,
+        deleted_starts=[start for start, _ in ranges],
+        deleted_ends=[end for _, end in ranges],
+        put_keys=[key for key, _ in puts],
+        put_values=[value for _, value in puts],
+        deleted_keys=[key for key, value in delta.values.items() if value is None],
+        history=delta.history,
+        history_first=delta.version - len(delta.history) + 1,
+        clients=list(delta.client_rows),
+        client_rows=[
+            store_pb2.ClientRow(number=number, version=version, time_us=time_us)
+            for number, version, time_us in delta.client_rows.values()
+        ],
+    )

@@ -1,0 +1,163 @@
+"""Operations: what an application builds, how they are checked, and what a counter is.
+
+A counter is a value of decimal text, ``-?[1-9][0-9]*`` or ``0``, within 64 bits signed. An ``add`` to anything
+else, or beyond that range, leaves the value alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from understudy.common.errors import BadOperation, TransactionTooLarge
+from understudy.common.types import KEY_BYTES_MAX, OPERATIONS_MAX, TRANSACTION_BYTES_MAX, check_key
+from understudy.v1 import log_pb2
+
+PUT = log_pb2.Operation.PUT
+UPDATE = log_pb2.Operation.UPDATE
+DELETE = log_pb2.Operation.DELETE
+DELETE_RANGE = log_pb2.Operation.DELETE_RANGE
+ADD = log_pb2.Operation.ADD
+
+KIND_NAMES = {
+    PUT: "put",
+    UPDATE: "update",
+    DELETE: "delete",
+    DELETE_RANGE: "delete_range",
+    ADD: "add",
+}
+
+_COUNTER_MIN, _COUNTER_MAX = -(1 << 63), (1 << 63) - 1
+_COUNTER_BYTES_MAX = 20
+OPERATION_OVERHEAD_BYTES = 16  # what an operation costs beside key and value
+
+
+@dataclass(frozen=True, slots=True)
+class Put:
+    """Sets ``key`` to ``value``."""
+
+    key: bytes
+    value: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """Sets ``key`` to ``value`` where the key exists; otherwise does nothing."""
+
+    key: bytes
+    value: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Delete:
+    """Removes ``key``; nothing happens where it does not exist."""
+
+    key: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteRange:
+    """Removes every key from ``start`` (included) to ``end`` (excluded); empty means without bound."""
+
+    start: bytes
+    end: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Add:
+    """Adds ``amount`` to the counter at ``key``; a missing key counts as 0."""
+
+    key: bytes
+    amount: int
+
+
+Operation = Put | Update | Delete | DeleteRange | Add
+
+
+def to_proto(operation: Operation) -> log_pb2.Operation:
+    """The operation as it goes over the wire.
+
+    Raises:
+        BadOperation: it is none of the five, or a field has the wrong type.
+    """
+    try:
+        match operation:
+            case Put(key, value):
+                return log_pb2.Operation(kind=PUT, key=key, value=value)
+            case Update(key, value):
+                return log_pb2.Operation(kind=UPDATE, key=key, value=value)
+            case Delete(key):
+                return log_pb2.Operation(kind=DELETE, key=key)
+            case DeleteRange(start, end):
+                return log_pb2.Operation(kind=DELETE_RANGE, key=start, end=end)
+            case Add(key, amount):
+                return log_pb2.Operation(kind=ADD, key=key, amount=amount)
+    except (TypeError, ValueError) as error:
+        raise BadOperation(f"bad operation {operation!r:.200}: {error}") from error
+    raise BadOperation(f"not an operation: {operation!r:.200}")
+
+
+def to_protos(operations: Iterable[Operation]) -> list[log_pb2.Operation]:
+    """All operations as they go over the wire, checked.
+
+    Raises:
+        BadOperation, BadKey, TransactionTooLarge: see :func:`check_operations`.
+    """
+    protos = [to_proto(operation) for operation in operations]
+    check_operations(protos)
+    return protos
+
+
+def check_operations(operations: Sequence[log_pb2.Operation]) -> None:
+    """Refuses a transaction that must not enter the log.
+
+    Raises:
+        BadOperation: it is empty, or has an unknown kind.
+        BadKey: a key is empty or too long.
+        TransactionTooLarge: too many operations or bytes.
+    """
+    if not operations:
+        raise BadOperation("a transaction needs at least one operation")
+    if len(operations) > OPERATIONS_MAX:
+        raise TransactionTooLarge(
+            f"a transaction of {len(operations)} operations", remedy=f"at most {OPERATIONS_MAX:,} are allowed"
+        )
+    size = 0
+    for operation in operations:
+        kind, key = operation.kind, operation.key
+        if kind == DELETE_RANGE:
+            _check_range(key, operation.end)
+        elif not (PUT <= kind <= ADD):
+            raise BadOperation(f"unknown operation kind {kind}", remedy="upgrade this server")
+        elif not 1 <= len(key) <= KEY_BYTES_MAX:
+            check_key(key)
+        size += len(key) + len(operation.value) + OPERATION_OVERHEAD_BYTES
+    if size > TRANSACTION_BYTES_MAX:
+        raise TransactionTooLarge(
+            f"a transaction of {size:,} bytes",
+            remedy=f"at most {TRANSACTION_BYTES_MAX:,} are allowed; split it",
+        )
+
+
+def _check_range(start: bytes, end: bytes) -> None:
+    for bound in (start, end):
+        if bound:
+            check_key(bound)
+    if end and start >= end:
+        raise BadOperation(f"empty range: {start[:40]!r} is not before {end[:40]!r}")
+
+
+def added(value: bytes | None, amount: int) -> bytes | None:
+    """The value after an ``add``: ``value`` itself where it is no counter or would leave 64 bits."""
+    if value is None:
+        return b"%d" % amount
+    if len(value) > _COUNTER_BYTES_MAX:
+        return value
+    try:
+        count = int(value)
+    except ValueError:
+        return value
+    if b"%d" % count != value:  # " 1", "+1", "01", "1_0" are text, not counters
+        return value
+    total = count + amount
+    return b"%d" % total if _COUNTER_MIN <= total <= _COUNTER_MAX else value

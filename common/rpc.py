@@ -1,0 +1,208 @@
+"""gRPC's edge: how servers are made, where they may listen, and how our errors cross the wire.
+
+An error travels as a gRPC status with the class name in the trailing metadata and comes out as the same class.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from understudy.common.errors import (
+    DirectoryError,
+    NotPermitted,
+    PeerError,
+    PeerUnreachable,
+    ProtocolError,
+    ResetNeeded,
+    Unavailable,
+    UnderstudyError,
+    UnknownRealm,
+    UsageError,
+    from_code,
+)
+from understudy.common.types import MESSAGE_BYTES_MAX
+
+CODE_METADATA = "understudy-code"
+STREAMS_MAX = 1_000  # a connection: more concurrent calls than that wait
+
+_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+)
+_SERVER_OPTIONS = (
+    *_OPTIONS,
+    ("grpc.so_reuseport", 0),  # two servers on one port would share connections without a word
+    ("grpc.max_concurrent_streams", STREAMS_MAX),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+)
+_CHANNEL_OPTIONS = (
+    *_OPTIONS,
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    # One connection a channel of ours: a dead one must not be shared behind our back.
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+_STATUS: tuple[tuple[type[UnderstudyError], grpc.StatusCode], ...] = (
+    (UnknownRealm, grpc.StatusCode.NOT_FOUND),
+    (UsageError, grpc.StatusCode.INVALID_ARGUMENT),
+    (ResetNeeded, grpc.StatusCode.FAILED_PRECONDITION),
+    (DirectoryError, grpc.StatusCode.FAILED_PRECONDITION),
+    (PeerError, grpc.StatusCode.FAILED_PRECONDITION),
+    (NotPermitted, grpc.StatusCode.PERMISSION_DENIED),
+    (Unavailable, grpc.StatusCode.RESOURCE_EXHAUSTED),
+)
+
+
+# -- addresses -----------------------------------------------------------------------------------------------
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of ``HOST:PORT``.
+
+    Raises:
+        UsageError: it is not of that form.
+    """
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdigit() or int(port) > 65535:
+        raise UsageError(f"bad address {address!r}", remedy="give HOST:PORT, for example 127.0.0.1:7850")
+    return host.strip("[]"), int(port)
+
+
+def check_listen(address: str, *, insecure: bool) -> None:
+    """Refuses to listen beyond this machine in the clear (G10).
+
+    Raises:
+        NotPermitted: the address is not loopback and ``insecure`` is not set.
+        UsageError: it is no address.
+    """
+    host, _ = split_address(address)
+    if not insecure and not _is_loopback(host):
+        raise NotPermitted(
+            f"refusing to listen on {address}: anyone who reaches it could read and write everything",
+            remedy="listen on 127.0.0.1, or pass --insecure where the network itself is trusted",
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+# -- servers and channels ------------------------------------------------------------------------------------
+
+
+class Listener:
+    """A gRPC server with health and reflection; services are added to :attr:`server` before :meth:`start`."""
+
+    def __init__(self, services: Sequence[str]) -> None:
+        self.server = grpc.aio.server(options=_SERVER_OPTIONS)
+        self.address = ""
+        self._health = health.aio.HealthServicer()
+        self._services = services
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
+        reflection.enable_server_reflection(
+            [*services, health.SERVICE_NAME, reflection.SERVICE_NAME], self.server
+        )
+
+    async def start(self, listen: str, control: Path) -> str:
+        """Listens on ``listen`` and on the Unix socket ``control``; returns the address with the real port.
+
+        Raises:
+            UsageError: the address can't be used, for example because it is in use.
+        """
+        host, _ = split_address(listen)
+        try:
+            port = self.server.add_insecure_port(listen)
+        except RuntimeError as error:
+            raise UsageError(
+                f"can't listen on {listen}: it is in use, or not an address of this machine",
+                remedy="choose another --listen address",
+            ) from error
+        with contextlib.suppress(FileNotFoundError):
+            control.unlink()
+        with short_socket_path(control) as path:
+            self.server.add_insecure_port(f"unix:{path}")
+            await self.server.start()
+        self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        for service in ("", *self._services):
+            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        return self.address
+
+    async def stop(self, *, grace_s: float) -> None:
+        """Stops accepting, lets what is under way finish for ``grace_s``, then closes."""
+        await self._health.enter_graceful_shutdown()
+        await self.server.stop(grace_s)
+
+
+@contextlib.contextmanager
+def short_socket_path(path: Path) -> Iterator[str]:
+    """A name for a Unix socket that fits into 107 bytes, however deep the directory lies."""
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{folder}/{path.name}"
+    finally:
+        os.close(folder)
+
+
+def open_channel(target: str) -> grpc.aio.Channel:
+    """A channel to ``HOST:PORT`` or ``unix:PATH``; it connects when first used."""
+    return grpc.aio.insecure_channel(target, options=_CHANNEL_OPTIONS)
+
+
+# -- errors --------------------------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def answering_errors(context: grpc.aio.ServicerContext) -> AsyncIterator[None]:  # type: ignore[type-arg]
+    """Turns our errors into the call's status."""
+    try:
+        yield
+    except UnderstudyError as error:
+        status = next((code for kind, code in _STATUS if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
+        await context.abort(status, str(error), trailing_metadata=((CODE_METADATA, error.code),))
+
+
+@contextlib.contextmanager
+def peer_errors(address: str) -> Iterator[None]:
+    """Turns a failed call to ``address`` into one of our errors."""
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        raise from_rpc(error, address) from error
+    except grpc.aio.UsageError as error:
+        raise PeerUnreachable(f"the connection to {address} is closed") from error
+
+
+def from_rpc(error: grpc.aio.AioRpcError, address: str) -> UnderstudyError:
+    """Our error for a failed call."""
+    metadata = error.trailing_metadata()
+    code = metadata.get(CODE_METADATA) if metadata is not None else None
+    details = error.details() or error.code().name
+    if code is not None:
+        return from_code(str(code), details)
+    match error.code():
+        case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.DEADLINE_EXCEEDED | grpc.StatusCode.CANCELLED:
+            return PeerUnreachable(
+                f"{address} is not reachable: {details}", remedy="is it running, and is the address right?"
+            )
+        case grpc.StatusCode.UNIMPLEMENTED:
+            return ProtocolError(f"{address} does not speak this protocol: {details}")
+        case _:
+            return ProtocolError(f"{address} answered {error.code().name}: {details}")

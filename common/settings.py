@@ -1,0 +1,181 @@
+"""Settings of the two processes: flags first, then ``UNDERSTUDY_*`` variables, then a TOML file.
+
+They become one frozen object, checked once here; nothing behind it asks the environment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from understudy.common.errors import UsageError
+from understudy.common.rpc import check_listen, split_address
+from understudy.common.types import Durability
+
+ENVIRONMENT_PREFIX = "UNDERSTUDY_"
+LOG_FLOOR_BYTES = 256 << 20  # a replica that was away for a short while must not need a bootstrap
+LOG_CEILING_BYTES = 8 << 30  # a replica that never comes back must not fill the disk
+_SEGMENT_BYTES = 64 << 20
+REPLICA_ID_MAX = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrimarySettings:
+    """What ``understudy primary`` runs with."""
+
+    data_dir: Path
+    listen: str = "127.0.0.1:7850"
+    durability: Durability = Durability.LOCAL
+    sync_replicas: int = 1
+    degrade_after_s: float | None = None  # None: wait for replicas as long as it takes
+    log_floor_bytes: int = LOG_FLOOR_BYTES
+    log_ceiling_bytes: int = LOG_CEILING_BYTES
+    metrics: str | None = None
+    insecure: bool = False
+
+    def validate(self) -> None:
+        """Refuses what can't be.
+
+        Raises:
+            UsageError, NotPermitted: with the setting's name.
+        """
+        check_listen(self.listen, insecure=self.insecure)
+        if self.metrics is not None:
+            check_listen(self.metrics, insecure=self.insecure)
+        if self.sync_replicas < 1:
+            raise UsageError(f"sync_replicas is {self.sync_replicas}", remedy="give 1 or more")
+        if self.degrade_after_s is not None and self.degrade_after_s < 0:
+            raise UsageError(f"degrade_after_s is {self.degrade_after_s}", remedy="give seconds, 0 or more")
+        if self.log_floor_bytes < 0 or self.log_ceiling_bytes < max(self.log_floor_bytes, 2 * _SEGMENT_BYTES):
+            raise UsageError(
+                f"log_floor_bytes is {self.log_floor_bytes:,} and log_ceiling_bytes {self.log_ceiling_bytes:,}",
+                remedy=f"the ceiling is at least the floor and at least {2 * _SEGMENT_BYTES:,}",
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaSettings:
+    """What ``understudy replica`` runs with."""
+
+    data_dir: Path
+    primary: str
+    listen: str = "127.0.0.1:7851"
+    id: str = dataclasses.field(default_factory=socket.gethostname)
+    bootstrap_rate: int | None = None  # bytes a second; None: as fast as it goes
+    log_floor_bytes: int = LOG_FLOOR_BYTES
+    metrics: str | None = None
+    insecure: bool = False
+
+    def validate(self) -> None:
+        """Refuses what can't be.
+
+        Raises:
+            UsageError, NotPermitted: with the setting's name.
+        """
+        check_listen(self.listen, insecure=self.insecure)
+        if self.metrics is not None:
+            check_listen(self.metrics, insecure=self.insecure)
+        for address in self.primary.split(","):
+            split_address(address)
+        if not self.id.isprintable() or not 1 <= len(self.id) <= REPLICA_ID_MAX:
+            raise UsageError(
+                f"bad replica id {self.id!r}", remedy=f"give 1 to {REPLICA_ID_MAX} printable characters"
+            )
+        if self.bootstrap_rate is not None and self.bootstrap_rate < 1:
+            raise UsageError(
+                f"bootstrap_rate is {self.bootstrap_rate}", remedy="give bytes a second, 1 or more"
+            )
+
+
+_S = TypeVar("_S", PrimarySettings, ReplicaSettings)
+
+
+def load_settings(
+    kind: type[_S],
+    flags: Mapping[str, Any],
+    *,
+    file: Path | None = None,
+    environment: Mapping[str, str] = os.environ,
+) -> _S:
+    """The settings of ``kind``, checked.
+
+    Args:
+        kind: which process.
+        flags: from the command line; None means not given.
+        file: a TOML file with the same names in a table ``[primary]`` or ``[replica]``.
+        environment: where ``UNDERSTUDY_DATA_DIR`` and so on are looked up.
+
+    Raises:
+        UsageError, NotPermitted: a value can't be, a key is unknown, or a required one is missing.
+    """
+    section = kind.__name__.removesuffix("Settings").lower()
+    known = {field.name: field for field in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(kind)
+    raw: dict[str, Any] = dict(_from_file(file, section, set(known))) if file else {}
+    raw |= {
+        name: environment[variable]
+        for name in known
+        if (variable := ENVIRONMENT_PREFIX + name.upper()) in environment
+    }
+    raw |= {name: value for name, value in flags.items() if value is not None}
+    values = {name: _convert(name, value, hints[name]) for name, value in raw.items()}
+    required = [
+        name
+        for name, field in known.items()
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    for name in required:
+        if name not in values:
+            raise UsageError(
+                f"{name} is not set",
+                remedy=f"give --{name.replace('_', '-')} or {ENVIRONMENT_PREFIX}{name.upper()}",
+            )
+    settings = kind(**values)
+    settings.validate()
+    return settings
+
+
+def _from_file(path: Path, section: str, known: set[str]) -> Mapping[str, Any]:
+    try:
+        content = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise UsageError(f"can't read {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not TOML: {error}") from error
+    for name in content:
+        if name not in ("primary", "replica"):
+            raise UsageError(
+                f"{path}: unknown table or key {name!r}", remedy="known are [primary] and [replica]"
+            )
+    table = content.get(section, {})
+    for name in table:
+        if name not in known:
+            raise UsageError(
+                f"{path}: unknown key {name!r} in [{section}]", remedy=f"known: {', '.join(sorted(known))}"
+            )
+    return typing.cast(Mapping[str, Any], table)
+
+
+def _convert(name: str, value: Any, hint: Any) -> Any:
+    if isinstance(hint, types.UnionType):
+        hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
+    try:
+        if hint is Durability and not isinstance(value, Durability):
+            return Durability.parse(str(value))
+        if hint is bool and isinstance(value, str):
+            return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[
+                value.lower()
+            ]
+        return value if isinstance(value, hint) else hint(value)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"bad value {value!r} for {name}", remedy=f"give a value of type {hint.__name__}"
+        ) from error

@@ -1,0 +1,425 @@
+"""A pinned snapshot of an LMDB file in ranges with their digests, and the copy that is built from them.
+
+The source pins a snapshot with a read transaction; from then on LMDB writes only pages that the snapshot does not
+reach, so the file can be read range by range, in any order, while another process commits. Two kinds of pages do
+change, and are not sent as they are:
+
+* the two meta pages: the snapshot's own is read when it is pinned and stands for both (:func:`lone_meta_pages`);
+* the pages that the snapshot lists as free: they are sent as zeros. Nothing reads them, what they held was
+  deleted, and only so does a range have one digest for as long as it is pinned.
+
+The receiver builds the copy under a name of its own and keeps beside it, in ``<name>.ranges``, which ranges are in
+place, so that a transfer that broke off is taken up again::
+
+    8 bytes   magic "USRANGES"
+    4         format version, 1
+    4         bytes in a range
+    8         bytes in the file
+    16        the snapshot's name
+    16        XXH3-128 of the 40 bytes above
+    16 * n    for each range its digest, XXH3-128, or zeros where it is not known to be in place
+
+Integers are little-endian. A digest is written only after its range was written and synced, so it never says more
+than the disk holds. Where the header does not fit the transfer at hand, all digests are dropped, and what is in the
+copy counts only as far as its content has the digests that are asked for.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import errno
+import functools
+import os
+import struct
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import lmdb
+
+from understudy.common.errors import CorruptionError, Overloaded
+from understudy.common.files import OsFile, publish, storage_errors, sync_directory
+from understudy.common.lmdb_pages import Meta, read_metas
+from understudy.common.snapshot_ranges import (
+    RANGE_BYTES,
+    RANGE_DIGEST_BYTES,
+    FileRanges,
+    count_ranges,
+    open_newest,
+    range_digest,
+)
+from understudy.common.store_layout import lmdb_errors
+
+# Each flush waits for the disk; what was written since the last one is fetched again after a power failure.
+FLUSH_RANGES = 64
+# A try costs some 50 us and fails only if a commit ends in them.
+_PIN_TRIES_MAX = 1000
+
+_MAGIC = b"USRANGES"
+_VERSION = 1
+_HEADER = struct.Struct("<8sIIQ16s")
+_MARKS_AT = _HEADER.size + RANGE_DIGEST_BYTES
+_NO_MARK = bytes(RANGE_DIGEST_BYTES)
+# The file systems can't do it, or not with each other.
+_NO_CLONING = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
+
+
+@functools.lru_cache(maxsize=2)  # whole ranges, and the last one
+def _digest_of_zeros(length: int) -> bytes:
+    return range_digest(bytes(length))
+
+
+# -- the source --------------------------------------------------------------------------------------------
+
+
+class PinnedSnapshot:
+    """A snapshot that stays readable, range by range, until it is closed. Its reads may run in any thread."""
+
+    range_bytes = RANGE_BYTES
+
+    def __init__(self, txn: lmdb.Transaction[bytes], ranges: FileRanges) -> None:
+        self.txn = txn
+        self._ranges = ranges
+        self.file_bytes = ranges.meta.file_bytes
+        self.ranges = ranges.count
+        self.meta_pages = ranges.meta_pages  # both, as they must be in the copy
+
+    @classmethod
+    def open(cls, env: lmdb.Environment, data_file: Path) -> Self:
+        """Pins the newest snapshot of ``env``, whose file is ``data_file``.
+
+        ``env`` must use LMDB's lock file, or the writer would not see the pin.
+
+        Raises:
+            Overloaded: too many snapshots are pinned, or commits end faster than one can be.
+            CorruptionError, StorageFailed.
+        """
+        with storage_errors("open", data_file):
+            fd = os.open(data_file, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            txn, meta, page = _pin(env, fd, data_file)
+        except BaseException:
+            os.close(fd)
+            raise
+        return cls(txn, FileRanges(fd, data_file, meta, page))
+
+    def read(self, index: int) -> bytes:
+        """One range, of :data:`RANGE_BYTES` but for the last.
+
+        Raises:
+            CorruptionError: the file was cut off, or its list of free pages is damaged.
+            StorageFailed: it can't be read.
+            IndexError: there is no such range.
+            ValueError: the snapshot is closed.
+        """
+        return self._ranges.read(index)
+
+    @staticmethod
+    def digest(data: bytes) -> bytes:
+        """A range's digest: XXH3-128, 16 bytes."""
+        return range_digest(data)
+
+    def close(self) -> None:
+        """Lets go of the snapshot."""
+        self._ranges.close()
+        self.txn.abort()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _pin(env: lmdb.Environment, fd: int, path: Path) -> tuple[lmdb.Transaction[bytes], Meta, bytes]:
+    """A read transaction and its own meta page."""
+    for _ in range(_PIN_TRIES_MAX):
+        with lmdb_errors("pin a snapshot of", path.parent):
+            txn: lmdb.Transaction[bytes] = env.begin()
+        try:
+            metas = read_metas(fd, path)
+            own, page = metas[txn.id() & 1]
+            # The next commit but one overwrites this slot, and can't begin before the next one is in the other
+            # slot. So if a second look finds this snapshot still the newest, neither LMDB nor we have read a page
+            # that was half written.
+            newest = max(meta.txn_id for meta, _ in read_metas(fd, path))
+        except BaseException:
+            txn.abort()
+            raise
+        if own.txn_id == txn.id() == newest:
+            return txn, own, page
+        txn.abort()
+    raise Overloaded(f"commits to {path} end faster than a snapshot can be pinned", remedy="try again")
+
+
+# -- the copy ----------------------------------------------------------------------------------------------
+
+
+class SnapshotCopy:
+    """A copy of a pinned snapshot while it is being put together.
+
+    May be used from several threads; they wait for each other. A method that runs while :meth:`close` is called
+    ends after the range it is at.
+    """
+
+    def __init__(self, path: Path, file_bytes: int, data: OsFile, marks_file: OsFile) -> None:
+        self.path = path
+        self.file_bytes = file_bytes
+        self.ranges = count_ranges(file_bytes)
+        self._data = data
+        self._marks_file = marks_file
+        self._marks = bytearray(marks_file.read_at(self.ranges * RANGE_DIGEST_BYTES, _MARKS_AT))
+        self._written: dict[int, bytes] = {}  # since the last flush
+        self._lock = threading.RLock()
+        self._closed = False
+        with storage_errors("open", path):
+            self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)  # for what an OsFile does not offer
+
+    @classmethod
+    def open(cls, path: Path, *, snapshot: bytes, file_bytes: int) -> Self:
+        """Begins a copy at ``path``, or goes on with what is there.
+
+        Args:
+            path: of the copy; its directory must exist.
+            snapshot: the source's 16-byte name of the snapshot.
+            file_bytes: how long the copy will be.
+
+        Raises:
+            DiskFull, StorageFailed.
+        """
+        header = _header(snapshot, file_bytes)
+        side = _side_file(path)
+        is_new = not path.exists()
+        with contextlib.ExitStack() as opened:
+            data = OsFile(path, create=is_new)
+            opened.callback(data.close)
+            data.truncate(file_bytes)
+            if is_new or not _is_side_file(side, header, file_bytes):
+                # After the copy itself: this makes both names durable.
+                publish(side, header + bytes(_marks_bytes(file_bytes)))
+            marks_file = OsFile(side, create=False)
+            opened.callback(marks_file.close)
+            copy = cls(path, file_bytes, data, marks_file)
+            opened.pop_all()
+        return copy
+
+    def missing(self, digests: Sequence[bytes]) -> list[int]:
+        """The ranges that are still to be fetched.
+
+        Args:
+            digests: what each range must have. Whatever is in the copy with another one does not count.
+
+        Raises:
+            CorruptionError: not as many digests as ranges.
+            DiskFull, StorageFailed.
+        """
+        self._check_count(digests)
+        with self._lock:
+            return [index for index, digest in enumerate(digests) if not self._has(index, digest)]
+
+    def write(self, index: int, data: bytes, digest: bytes) -> None:
+        """Puts a range in its place.
+
+        Args:
+            index: which.
+            data: its content, as it came.
+            digest: what it must have, from the list of all digests.
+
+        Raises:
+            CorruptionError: this is not that range; nothing was written, ask for it again.
+            DiskFull, StorageFailed.
+        """
+        if not 0 <= index < self.ranges or len(data) != self._length(index) or range_digest(data) != digest:
+            raise CorruptionError(
+                f"range {index} of {self.path} arrived damaged", remedy="it has to be fetched again"
+            )
+        with self._lock:
+            self._put(index, data, digest)
+
+    def adopt(self, base: Path, digests: Sequence[bytes]) -> list[int]:
+        """Takes what fits from a file that nobody writes to, and returns the ranges that are still to be fetched.
+
+        Args:
+            base: an LMDB file, such as a store that is to be replaced.
+            digests: what each range must have.
+
+        Raises:
+            CorruptionError: not as many digests as ranges.
+            DiskFull, StorageFailed.
+        """
+        rest = collections.deque(self.missing(digests))
+        left = []
+        # A damaged base is no reason not to replace it; what can't be taken from it is fetched.
+        with self._lock, contextlib.suppress(CorruptionError), open_newest(base) as source:
+            while rest and rest[0] < source.count:
+                if not self._adopt_range(source, rest[0], digests[rest[0]]):
+                    left.append(rest[0])
+                rest.popleft()
+        return [*left, *rest]
+
+    def flush(self) -> None:
+        """Makes durable what was written, and then the note that it is there."""
+        with self._lock:
+            self._check_open()
+            # Should the sync fail, the kernel may have dropped the data: without a mark it was never written.
+            written, self._written = self._written, {}
+            self._data.sync()
+            for index, digest in written.items():
+                self._set_mark(index, digest)
+
+    def finish(self, digests: Sequence[bytes]) -> None:
+        """Makes the whole copy durable, reads it back, and removes the side file.
+
+        Raises:
+            CorruptionError: ranges do not have their digests; :meth:`missing` names them, fetch them again.
+            DiskFull, StorageFailed.
+        """
+        self._check_count(digests)
+        with self._lock:
+            self.flush()
+            bad = [index for index, digest in enumerate(digests) if range_digest(self._read(index)) != digest]
+            for index in bad:
+                self._set_mark(index, _NO_MARK)
+        if bad:
+            raise CorruptionError(
+                f"{len(bad)} ranges of {self.path} are not what was sent, the first at "
+                f"{bad[0] * RANGE_BYTES} bytes",
+                remedy="they have to be fetched again",
+            )
+        side = _side_file(self.path)
+        with storage_errors("remove", side):
+            side.unlink()
+        sync_directory(self.path.parent)
+
+    def close(self) -> None:
+        """Closes the files. What was not flushed is looked at again when the copy is taken up again."""
+        already_closed, self._closed = self._closed, True
+        with self._lock:
+            if not already_closed:
+                self._data.close()
+                self._marks_file.close()
+                os.close(self._fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- one range -----------------------------------------------------------------------------------------
+
+    def _has(self, index: int, digest: bytes) -> bool:
+        if digest in (self._mark(index), self._written.get(index)):
+            return True
+        self._check_open()
+        if self._is_hole(index):
+            data, found = b"", _digest_of_zeros(self._length(index))
+        else:
+            data = self._read(index)
+            found = range_digest(data)
+        if found == digest:
+            # Written once more: an earlier sync may have failed, and then the disk need not have what we read.
+            self._put(index, data, digest)
+        return found == digest
+
+    def _adopt_range(self, source: FileRanges, index: int, digest: bytes) -> bool:
+        data = source.read(index)
+        if range_digest(data) != digest:
+            return False
+        cloned = source.is_verbatim(index) and self._clone(source.fd, index)
+        self._put(index, b"" if cloned else data, digest)
+        return True
+
+    def _put(self, index: int, data: bytes, digest: bytes) -> None:
+        """Writes ``data``, empty where the range's content is there already, and notes that it is."""
+        self._check_open()
+        self._data.write_at(data, index * RANGE_BYTES)
+        self._written[index] = digest
+        if len(self._written) >= FLUSH_RANGES:
+            self.flush()
+
+    def _clone(self, source_fd: int, index: int) -> bool:
+        """Has the file system copy a range; some then share the blocks of both files."""
+        start, left = index * RANGE_BYTES, self._length(index)
+        try:
+            while left:
+                copied = os.copy_file_range(source_fd, self._fd, left, start, start)
+                if not copied:
+                    return False
+                start, left = start + copied, left - copied
+        except OSError as error:
+            if error.errno in _NO_CLONING:
+                return False
+            with storage_errors("write", self.path):
+                raise
+        return True
+
+    def _is_hole(self, index: int) -> bool:
+        start = index * RANGE_BYTES
+        try:
+            return os.lseek(self._fd, start, os.SEEK_DATA) >= start + self._length(index)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return True  # nothing but a hole up to the end
+            with storage_errors("read", self.path):
+                raise
+
+    def _read(self, index: int) -> bytes:
+        self._check_open()
+        return self._data.read_at(self._length(index), index * RANGE_BYTES)
+
+    def _length(self, index: int) -> int:
+        return min(RANGE_BYTES, self.file_bytes - index * RANGE_BYTES)
+
+    # -- marks ---------------------------------------------------------------------------------------------
+
+    def _mark(self, index: int) -> bytes:
+        at = index * RANGE_DIGEST_BYTES
+        return bytes(self._marks[at : at + RANGE_DIGEST_BYTES])
+
+    def _set_mark(self, index: int, digest: bytes) -> None:
+        at = index * RANGE_DIGEST_BYTES
+        self._marks[at : at + RANGE_DIGEST_BYTES] = digest
+        self._marks_file.write_at(digest, _MARKS_AT + at)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError("the copy is closed")
+
+    def _check_count(self, digests: Sequence[bytes]) -> None:
+        if len(digests) != self.ranges:
+            raise CorruptionError(
+                f"{len(digests)} digests came for the {self.ranges} ranges of {self.path}",
+                remedy="they have to be fetched again",
+            )
+
+
+def _side_file(path: Path) -> Path:
+    return path.with_name(path.name + ".ranges")
+
+
+def _header(snapshot: bytes, file_bytes: int) -> bytes:
+    fields = _HEADER.pack(_MAGIC, _VERSION, RANGE_BYTES, file_bytes, snapshot)
+    return fields + range_digest(fields)
+
+
+def _is_side_file(path: Path, header: bytes, file_bytes: int) -> bool:
+    length = _MARKS_AT + _marks_bytes(file_bytes)
+    with storage_errors("read", path):
+        return _read(path, _MARKS_AT) == header and path.stat().st_size == length
+
+
+def _marks_bytes(file_bytes: int) -> int:
+    return count_ranges(file_bytes) * RANGE_DIGEST_BYTES
+
+
+def _read(path: Path, length: int) -> bytes:
+    """The beginning of a file, empty where there is no such file."""
+    with storage_errors("read", path):
+        try:
+            with path.open("rb") as file:
+                return file.read(length)
+        except FileNotFoundError:
+            return b""

@@ -1,0 +1,123 @@
+"""The ranges of an LMDB file's newest or pinned snapshot, as they are sent: see :mod:`understudy.common.snapshot`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import xxhash
+
+from understudy.common.errors import CorruptionError
+from understudy.common.files import storage_errors
+from understudy.common.lmdb_pages import Meta, free_pages, lone_meta_pages, read_metas
+
+RANGE_BYTES = 1 << 20
+RANGE_DIGEST_BYTES = 16
+
+
+def range_digest(data: bytes) -> bytes:
+    """XXH3-128, 16 bytes."""
+    return xxhash.xxh3_128_digest(data)
+
+
+def count_ranges(file_bytes: int) -> int:
+    """How many ranges a file has; the last one may be short."""
+    return -(-file_bytes // RANGE_BYTES)
+
+
+class FileRanges:
+    """The ranges of one snapshot in an open file. From any thread; :meth:`close` waits for a read to end."""
+
+    def __init__(self, fd: int, path: Path, meta: Meta, meta_page: bytes) -> None:
+        self.meta = meta
+        self.meta_pages = lone_meta_pages(meta_page, meta)
+        self.count = count_ranges(meta.file_bytes)
+        self.fd = fd
+        self._path = path
+        self._free: bytearray | None = None
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def read(self, index: int) -> bytes:
+        """One range, see the module's docstring."""
+        if not 0 <= index < self.count:
+            raise IndexError(f"range {index} of {self.count}")
+        with self._lock:
+            if self._closed:
+                raise ValueError("the snapshot is closed")
+            # Not when opening: where millions of pages are free, this takes a second.
+            if self._free is None:
+                self._free = free_pages(self.fd, self.meta, self._path)
+            data = self._read_raw(index)
+        self._blank_free_pages(index, data)
+        if index == 0:
+            data[: len(self.meta_pages)] = self.meta_pages
+        return bytes(data)
+
+    def is_verbatim(self, index: int) -> bool:
+        """Whether a range that was read is, byte for byte, what the file has."""
+        return index > 0 and next(self._free_runs(index), None) is None
+
+    def _read_raw(self, index: int) -> bytearray:
+        start = index * RANGE_BYTES
+        data = bytearray(min(RANGE_BYTES, self.meta.file_bytes - start))
+        view, done = memoryview(data), 0
+        with storage_errors("read", self._path):
+            while done < len(data):
+                read = os.preadv(self.fd, [view[done:]], start + done)
+                if not read:
+                    break
+                done += read
+        self._check_end(start + done, start + len(data))
+        return data
+
+    def _check_end(self, end: int, wanted: int) -> None:
+        # LMDB never writes pages that a transaction takes and gives back, so the last ones may be missing.
+        page_bytes = self.meta.page_bytes
+        missing = self._free_between(end // page_bytes, wanted // page_bytes)
+        if not all(missing):
+            raise CorruptionError(
+                f"{self._path} was cut off at {end} bytes",
+                remedy="restore this node from its peer or a backup",
+            )
+
+    def _free_between(self, first: int, last: int) -> bytes:
+        return bytes(self._free[first:last]) if self._free is not None else b""
+
+    def _blank_free_pages(self, index: int, data: bytearray) -> None:
+        for first, last in self._free_runs(index):
+            data[first:last] = bytes(last - first)
+
+    def _free_runs(self, index: int) -> Iterator[tuple[int, int]]:
+        """Runs of free pages in a range, as offsets into it."""
+        page_bytes = self.meta.page_bytes
+        pages = RANGE_BYTES // page_bytes
+        free = self._free_between(index * pages, (index + 1) * pages)
+        first = free.find(1)
+        while first >= 0:
+            last = free.find(0, first)
+            last = len(free) if last < 0 else last
+            yield first * page_bytes, last * page_bytes
+            first = free.find(1, last)
+
+    def close(self) -> None:
+        """Closes the file."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                os.close(self.fd)
+
+
+@contextlib.contextmanager
+def open_newest(path: Path) -> Iterator[FileRanges]:
+    """The newest snapshot of a file that nobody writes to."""
+    with storage_errors("open", path):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        meta, page = max(read_metas(fd, path), key=lambda found: found[0].txn_id)
+        yield FileRanges(fd, path, meta, page)
+    finally:
+        os.close(fd)

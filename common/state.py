@@ -1,0 +1,303 @@
+"""The state after some LSN: layers of memtables over a store snapshot, and what each kind of entry does to it.
+
+Used from one thread. Entries are applied in LSN order, each whole before anyone can look: a reader between two
+calls sees all of a transaction or nothing of it (G2).
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from hashlib import sha256
+
+from understudy.common.entries import parse_change, parse_entry
+from understudy.common.errors import CorruptionError, UnknownRealm
+from understudy.common.memtable import (
+    CHANGE_OVERHEAD_BYTES,
+    MISSING,
+    Memtable,
+    Missing,
+    RealmDelta,
+    Receipt,
+)
+from understudy.common.records import Record
+from understudy.common.scan import Scan
+from understudy.common.store import Store
+from understudy.common.types import Digest, Lsn, Position
+from understudy.v1 import log_pb2, replication_pb2, store_pb2
+
+_LSN = struct.Struct("<Q")
+# How far back a retried transaction's receipt is looked for among a realm's changes.
+RECEIPT_SEARCH_VERSIONS = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class RealmHead:
+    """Where a realm stands."""
+
+    id: int
+    version: int
+    head: bytes  # SHA-256 of its latest serialized Change
+
+
+class State:
+    """The applied state: active memtable, frozen memtables (newest first), store snapshot."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.active = Memtable()
+        self.frozen: list[Memtable] = []
+        checkpoint = store.current.checkpoint
+        self.applied = Position(Lsn(checkpoint.lsn), Digest(checkpoint.digest))
+        self.offset: int = checkpoint.log_offset
+        self.time_us: int = checkpoint.time_us
+        self.epochs: list[store_pb2.EpochRow] = store.current.epochs()
+        self.realm_count: int = checkpoint.realms
+
+    # -- applying ------------------------------------------------------------------------------------------
+
+    def apply(self, record: Record, entry: log_pb2.Entry | None = None) -> log_pb2.Entry:
+        """Applies the next entry and returns it parsed; a freeze mark closes the active memtable.
+
+        Raises:
+            CorruptionError: the entry can't be decoded or does not follow from the state.
+        """
+        entry = entry or parse_entry(record.payload, record.lsn)
+        kind = entry.WhichOneof("body")
+        self.offset += record.encoded_bytes
+        self.time_us = entry.time_us
+        if kind == "change":
+            self._apply_change(record, entry)
+        elif kind == "freeze":
+            self._freeze(record)
+        elif kind == "epoch_start":
+            self._start_epoch(record, entry)
+        elif kind == "realm_dropped":
+            self._drop(entry.realm_dropped.realm)
+        self.applied = record.position
+        return entry
+
+    def _apply_change(self, record: Record, entry: log_pb2.Entry) -> None:
+        raw, lsn = entry.change, record.lsn
+        change = parse_change(raw, lsn)
+        delta = self.active.realms.get(change.realm) or self._open_delta(change.realm, lsn)
+        if change.version != delta.version + 1 or change.previous != delta.head:
+            raise CorruptionError(
+                f"entry {lsn} does not follow: it makes version {change.version} of realm {change.realm}, "
+                f"which is at {delta.version}"
+            )
+        for operation in change.operations:
+            delta.apply(operation, self._older_value)
+        delta.version = version = change.version
+        delta.head = sha256(raw).digest()
+        delta.history.append(_LSN.pack(lsn) + record.digest + entry.hmac + raw)
+        self._note_client(delta, change, Receipt(change.realm, version, lsn, record.digest), entry.time_us)
+        active = self.active
+        active.first_change_lsn = active.first_change_lsn or lsn
+        active.bytes += 2 * len(raw) + CHANGE_OVERHEAD_BYTES
+        active.operations += len(change.operations)
+
+    @staticmethod
+    def _note_client(delta: RealmDelta, change: log_pb2.Change, receipt: Receipt, time_us: int) -> None:
+        client = change.client
+        receipts = delta.receipts.get(client)
+        if receipts is None:
+            receipts = delta.receipts[client] = {}
+        receipts[change.number] = receipt
+        delta.client_rows[client] = (change.number, change.version, time_us)
+
+    def _open_delta(self, path: str, lsn: Lsn) -> RealmDelta:
+        head = self.realm(path)
+        delta = (
+            RealmDelta(path, lsn, 0, b"", created=True)
+            if head is None
+            else RealmDelta(path, head.id, head.version, head.head, created=False)
+        )
+        if head is None:
+            self.realm_count += 1
+        self.active.realms[path] = delta
+        return delta
+
+    def _freeze(self, record: Record) -> None:
+        self.active.freeze(record.position, self.offset, self.time_us)
+        self.frozen.insert(0, self.active)
+        self.active = Memtable()
+
+    def _start_epoch(self, record: Record, entry: log_pb2.Entry) -> None:
+        start = log_pb2.EpochStart.FromString(entry.epoch_start)
+        row = store_pb2.EpochRow(
+            info=replication_pb2.EpochInfo(
+                epoch=start.epoch, first_lsn=record.lsn, previous=self.applied.digest
+            ),
+            proof=replication_pb2.EpochProof(entry=record.payload),
+        )
+        self.epochs.append(row)
+        self.active.epochs.append(row)
+
+    def _drop(self, path: str) -> None:
+        head = self.realm(path)
+        if head is None:
+            return
+        self.realm_count -= 1
+        delta = self.active.realms.get(path)
+        if delta is None or not delta.created:
+            self.active.dropped_ids.append(head.id)
+        self.active.realms[path] = None
+
+    def checkpointed(self) -> Memtable:
+        """Called when the oldest frozen memtable is in the store: reads go there from now on.
+
+        Returns:
+            The memtable that is no longer needed.
+        """
+        self.store.refresh()
+        return self.frozen.pop()
+
+    # -- reading -------------------------------------------------------------------------------------------
+
+    def _layers(self) -> list[Memtable]:
+        return [self.active, *self.frozen]
+
+    def realm(self, path: str) -> RealmHead | None:
+        """Where a realm stands, or None where there is none."""
+        for table in self._layers():
+            if path in table.realms:
+                delta = table.realms[path]
+                return None if delta is None else RealmHead(delta.id, delta.version, delta.head)
+        row = self.store.current.realm(path)
+        return None if row is None else RealmHead(row.id, row.version, row.head)
+
+    def _deltas(self, path: str) -> tuple[list[RealmDelta], int]:
+        """The realm's deltas, newest first, and its id in the store (0 where the store must not be asked)."""
+        deltas: list[RealmDelta] = []
+        for table in self._layers():
+            if path not in table.realms:
+                continue
+            delta = table.realms[path]
+            if delta is None:
+                break
+            deltas.append(delta)
+            if delta.created:
+                return deltas, 0
+        else:
+            row = self.store.current.realm(path)
+            if row is not None:
+                return deltas, row.id
+        if not deltas:
+            raise UnknownRealm(
+                f"no realm {path}", remedy="a realm comes into being with its first transaction"
+            )
+        return deltas, 0
+
+    def get(self, path: str, key: bytes) -> bytes | None:
+        """The value at ``key``, or None.
+
+        Raises:
+            UnknownRealm: no such realm.
+        """
+        deltas, store_id = self._deltas(path)
+        for delta in deltas:
+            found = delta.get(key)
+            if not isinstance(found, Missing):
+                return found
+        return self.store.current.get(store_id, key) if store_id else None
+
+    def _older_value(self, delta: RealmDelta, key: bytes) -> bytes | None:
+        # `delta` is the active one and does not hold the key: ask the layers below it.
+        for table in self.frozen:
+            below = table.realms.get(delta.path)
+            if below is not None:
+                found = below.get(key)
+                if not isinstance(found, Missing):
+                    return found
+        return self.store.current.get(delta.id, key)
+
+    def scan(self, path: str, start: bytes = b"", end: bytes = b"", *, reverse: bool = False) -> Scan:
+        """All pairs from ``start`` (included) to ``end`` (excluded) at the present LSN.
+
+        Raises:
+            UnknownRealm: no such realm.
+        """
+        deltas, store_id = self._deltas(path)
+        return Scan(self.store, deltas, store_id, start, end, reverse=reverse)
+
+    def count(self, path: str, start: bytes = b"", end: bytes = b"") -> int:
+        """How many keys there are from ``start`` to before ``end``.
+
+        The whole realm is answered from the store's own count, corrected by what is in memory; a part of it is
+        counted by walking it.
+
+        Raises:
+            UnknownRealm: no such realm.
+        """
+        deltas, store_id = self._deltas(path)
+        if start or end or any(delta.deleted for delta in deltas):
+            with self.scan(path, start, end) as scan:
+                return scan.count()
+        newest: dict[bytes, bytes | None] = {}
+        for delta in reversed(deltas):
+            newest.update(delta.values)
+        added = sum(value is not None for value in newest.values())
+        row = self.store.current.realm(path) if store_id else None
+        if row is None:
+            return added
+        stored = self.store.current.get_many(row.id, list(newest))
+        return row.entries + added - sum(value is not None for value in stored)
+
+    def realms(self) -> dict[str, RealmHead]:
+        """Every realm, by path."""
+        found = {path: RealmHead(row.id, row.version, row.head) for path, row in self.store.current.realms()}
+        for table in reversed(self._layers()):
+            for path, delta in table.realms.items():
+                if delta is None:
+                    found.pop(path, None)
+                else:
+                    found[path] = RealmHead(delta.id, delta.version, delta.head)
+        return dict(sorted(found.items()))
+
+    def last_number(self, path: str, client: bytes) -> int:
+        """The highest number of this client applied to the realm; 0 if there is none."""
+        for table in self._layers():
+            if path not in table.realms:
+                continue
+            delta = table.realms[path]
+            if delta is None:
+                return 0
+            if client in delta.client_rows:
+                return delta.client_rows[client][0]
+            if delta.created:
+                return 0
+        row = self.store.current.realm(path)
+        client_row = row and self.store.current.client(row.id, client)
+        return client_row.number if client_row else 0
+
+    def receipt(self, path: str, client: bytes, number: int) -> Receipt | Missing | None:
+        """The receipt of an earlier transaction, ``number`` not above :meth:`last_number`.
+
+        None means that it was never applied, MISSING that this is no longer known.
+        """
+        for table in self._layers():
+            delta = table.realms.get(path)
+            if delta is not None and number in delta.receipts.get(client, ()):
+                return delta.receipts[client][number]
+            if path in table.realms and (delta is None or delta.created):
+                return None
+        row = self.store.current.realm(path)
+        client_row = row and self.store.current.client(row.id, client)
+        if row is None or client_row is None or number > client_row.number:
+            return None
+        return self._search_history(path, row, client_row, client, number)
+
+    def _search_history(
+        self, path: str, row: store_pb2.RealmRow, last: store_pb2.ClientRow, client: bytes, number: int
+    ) -> Receipt | Missing | None:
+        oldest = max(row.history_first, last.version - RECEIPT_SEARCH_VERSIONS)
+        for past in self.store.current.history(row.id, last.version, reverse=True):
+            if past.version < oldest:
+                break
+            change = log_pb2.Change.FromString(past.change)
+            if change.client == client and change.number <= number:
+                # A lower number: this one was refused, and later ones were not.
+                found = change.number == number
+                return Receipt(path, past.version, past.lsn, past.digest) if found else None
+        return None if oldest <= 1 else MISSING

@@ -1,0 +1,250 @@
+"""Recomputes what the store says about itself, by reading all of it.
+
+The state digests are computed anew from every pair; each realm's history is followed link by link. What no
+digest covers are the rows of ``clients``, the epochs and marks in ``meta``, and in ``history`` what stands
+before the change; of those only the form is checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from hashlib import sha256
+from itertools import groupby
+
+import lmdb
+from google.protobuf.message import DecodeError
+
+from understudy.common.errors import CorruptionError
+from understudy.common.state_digest import (
+    EMPTY_STATE,
+    REALM_PREFIX_BYTES,
+    encode,
+    realm_hash,
+    sum_stored_pairs,
+)
+from understudy.common.store import Store
+from understudy.common.store_layout import (
+    CHECKPOINT_KEY,
+    DROPPING_PREFIX,
+    Environment,
+    decode_history_row,
+    history_key,
+)
+from understudy.common.types import ID_BYTES, Digest, Lsn
+from understudy.v1.log_pb2 import Change
+from understudy.v1.store_pb2 import CheckpointRow, ClientRow, RealmRow
+
+PROBLEMS_MAX = 100  # of one store; where there are so many, more say nothing new
+_PROGRESS_ROWS = 10_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RealmState:
+    """What one realm's pairs came to."""
+
+    version: int
+    state_digest: bytes
+    entries: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateCheck:
+    """What a check found."""
+
+    lsn: Lsn
+    digest: Digest  # the log's digest at `lsn`
+    state_digest: bytes  # recomputed, over all realms
+    entries_checked: int
+    realms: dict[str, RealmState]
+    problems: list[str] = field(default_factory=list)  # empty: all is as it was written
+
+    @property
+    def realms_checked(self) -> int:
+        """How many realms there are."""
+        return len(self.realms)
+
+
+def check_state(store: Store, *, progress: Callable[[int], None] | None = None) -> StateCheck:
+    """Reads the whole store, as it is now, and compares it with its own counts and digests.
+
+    The server may go on meanwhile; the pages of this state stay in use as long. On a store that may be damaged,
+    :func:`understudy.common.store_layout.structure_problems` comes first: LMDB may crash on a bad page.
+
+    Args:
+        progress: called with the number of pairs read so far, every 10,000.
+    """
+    with store.env.begin() as txn:
+        return _Check(store.environment, txn, progress or (lambda _: None)).run()
+
+
+class _Check:
+    def __init__(
+        self,
+        store: Environment,
+        txn: lmdb.Transaction[bytes],
+        progress: Callable[[int], None],
+    ) -> None:
+        self._store = store
+        self._txn = txn
+        self._progress = progress
+        self._problems: list[str] = []
+        self._rows: dict[bytes, tuple[str, RealmRow]] = {}  # by realm prefix
+        self._states: dict[str, RealmState] = {}
+        self._dropping: set[bytes] = set()
+        self._entries = 0
+        self._checkpoint = CheckpointRow.FromString(txn.get(CHECKPOINT_KEY, b"", store.meta))
+
+    def run(self) -> StateCheck:
+        for part in (self._read_realms, self._check_data, self._check_history, self._check_clients):
+            try:
+                part()
+            except lmdb.Error as error:
+                self._report(f"the store {self._store.path} can't be read to its end: {error}")
+        state_digest = encode(
+            sum(
+                realm_hash(path, state.version, state.entries, state.state_digest)
+                for path, state in self._states.items()
+            )
+        )
+        said = self._checkpoint
+        if (state_digest, len(self._states)) != (said.state_digest, said.realms):
+            self._report(
+                f"the checkpoint at LSN {said.lsn} names {said.realms} realms with state digest "
+                f"{said.state_digest.hex()}, there are {len(self._states)} with {state_digest.hex()}"
+            )
+        return StateCheck(
+            lsn=Lsn(said.lsn),
+            digest=Digest(said.digest),
+            state_digest=state_digest,
+            entries_checked=self._entries,
+            realms=self._states,
+            problems=self._problems,
+        )
+
+    def _report(self, problem: str) -> None:
+        if len(self._problems) < PROBLEMS_MAX:
+            self._problems.append(problem)
+
+    # -- realms --------------------------------------------------------------------------------------------
+
+    def _read_realms(self) -> None:
+        for key, raw in self._txn.cursor(self._store.realms):
+            try:
+                path, row = key.decode(), RealmRow.FromString(raw)
+            except (DecodeError, UnicodeDecodeError) as error:
+                self._report(f"the row of realm {key!r} can't be read: {error}")
+                continue
+            prefix = row.id.to_bytes(REALM_PREFIX_BYTES, "big")
+            if prefix in self._rows:
+                self._report(f"realms {path} and {self._rows[prefix][0]} have the same id {row.id}")
+            self._rows[prefix] = (path, row)
+            self._states[path] = RealmState(version=row.version, state_digest=EMPTY_STATE, entries=0)
+        for key, _ in self._txn.cursor(self._store.meta):
+            if key.startswith(DROPPING_PREFIX):
+                self._dropping.add(key.removeprefix(DROPPING_PREFIX))
+
+    # -- pairs ---------------------------------------------------------------------------------------------
+
+    def _check_data(self) -> None:
+        for prefix, rows in self._by_realm(self._store.data):
+            known = self._known("data", prefix)
+            if known is not None:
+                self._sum_realm(*known, rows)
+        for path, row in self._rows.values():
+            if not self._states[path].entries:
+                self._compare_realm(path, row, 0)
+
+    def _sum_realm(self, path: str, row: RealmRow, rows: Iterator[tuple[bytes, bytes]]) -> None:
+        digest = entries = size = 0
+        for pair in rows:
+            digest += sum_stored_pairs((pair,))
+            size += len(pair[0]) + len(pair[1]) - REALM_PREFIX_BYTES
+            entries += 1
+            if not (self._entries + entries) % _PROGRESS_ROWS:
+                self._progress(self._entries + entries)
+        self._entries += entries
+        self._states[path] = RealmState(version=row.version, state_digest=encode(digest), entries=entries)
+        self._compare_realm(path, row, size)
+
+    def _compare_realm(self, path: str, row: RealmRow, size: int) -> None:
+        found = self._states[path]
+        if (found.entries, size) != (row.entries, row.bytes):
+            self._report(
+                f"realm {path} holds {found.entries} entries of {size} bytes, its row says {row.entries} of "
+                f"{row.bytes}"
+            )
+        elif found.state_digest != row.state_digest:
+            self._report(
+                f"realm {path} has state digest {found.state_digest.hex()}, its row says "
+                f"{row.state_digest.hex()}: a key or a value is not what was written"
+            )
+
+    # -- history -------------------------------------------------------------------------------------------
+
+    def _check_history(self) -> None:
+        without = dict(self._rows)
+        for prefix, rows in self._by_realm(self._store.history):
+            without.pop(prefix, None)
+            known = self._known("history", prefix)
+            if known is not None:
+                problem = self._history_problem(*known, rows)
+                if problem:
+                    self._report(f"the history of realm {known[0]} {problem}")
+        for path, _ in without.values():
+            self._report(f"the history of realm {path} is gone")
+
+    def _history_problem(self, path: str, row: RealmRow, rows: Iterator[tuple[bytes, bytes]]) -> str:
+        """The first thing that is wrong, empty if nothing is."""
+        version, size, head, lsn = row.history_first, 0, b"", 0
+        for key, raw in rows:
+            if key != history_key(row.id, version):
+                return f"has no version {version}"
+            try:
+                past = decode_history_row(version, raw)
+                change = Change.FromString(past.change)
+            except (CorruptionError, DecodeError) as error:
+                return f"can't be read at version {version}: {error}"
+            if (change.realm, change.version) != (path, version):
+                return (
+                    f"has version {change.version} of realm {change.realm} in the place of version {version}"
+                )
+            if (version == 1 or head) and change.previous != head:
+                return f"is no chain: version {version} does not follow from the one before"
+            if not lsn < past.lsn <= self._checkpoint.lsn:
+                return f"has version {version} at LSN {past.lsn}, after one at {lsn}"
+            version, size, head, lsn = version + 1, size + len(raw), sha256(past.change).digest(), past.lsn
+        if version != row.version + 1 or head != row.head:
+            return (
+                f"ends at version {version - 1}, head {head.hex()[:12]}; the realm's row says {row.version}, "
+                f"{row.head.hex()[:12]}"
+            )
+        if size != row.history_bytes:
+            return f"has {size} bytes, the realm's row says {row.history_bytes}"
+        return ""
+
+    # -- the rest ------------------------------------------------------------------------------------------
+
+    def _check_clients(self) -> None:
+        for prefix, rows in self._by_realm(self._store.clients):
+            known = self._known("clients", prefix)
+            realm = known[0] if known else "a dropped realm"
+            for key, raw in rows:
+                if len(key) != REALM_PREFIX_BYTES + ID_BYTES:
+                    self._report(f"a client's row of {realm} has a key of {len(key)} bytes")
+                try:
+                    ClientRow.FromString(raw)
+                except DecodeError as error:
+                    self._report(f"a client's row of {realm} can't be read: {error}")
+
+    def _by_realm(self, database: lmdb._Database) -> Iterator[tuple[bytes, Iterator[tuple[bytes, bytes]]]]:
+        return groupby(self._txn.cursor(database), key=lambda row: row[0][:REALM_PREFIX_BYTES])
+
+    def _known(self, database: str, prefix: bytes) -> tuple[str, RealmRow] | None:
+        known = self._rows.get(prefix)
+        if known is None and prefix not in self._dropping:
+            self._report(
+                f"there are rows in {database} of a realm with id {int.from_bytes(prefix, 'big')}, "
+                "and no such realm"
+            )
+        return known

@@ -1,0 +1,37 @@
+"""Background tasks that can't die unnoticed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import structlog
+
+from understudy.common.errors import UnderstudyError
+
+log = structlog.get_logger()
+
+
+def spawn(
+    work: Coroutine[Any, Any, None], on_crash: Callable[[UnderstudyError], None]
+) -> asyncio.Task[None]:
+    """Starts a task; an error that it does not handle itself is logged and handed to ``on_crash``.
+
+    One of our own errors is handed over as it is, anything else (a mistake in this program) as the base class.
+    """
+
+    def done(task: asyncio.Task[None]) -> None:
+        if task.cancelled():
+            return
+        error = task.exception()
+        if error is None:
+            return
+        log.error("task_crashed", task=task.get_name(), exc_info=error)
+        on_crash(
+            error if isinstance(error, UnderstudyError) else UnderstudyError(f"internal error: {error!r}")
+        )
+
+    task = asyncio.create_task(work, name=getattr(work, "__qualname__", None))
+    task.add_done_callback(done)
+    return task

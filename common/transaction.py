@@ -1,0 +1,53 @@
+"""A transaction being put together, for the direct client and the embedded primary alike."""
+
+from __future__ import annotations
+
+from understudy.common.errors import BadOperation
+from understudy.common.memtable import Receipt
+from understudy.common.operations import Add, Delete, DeleteRange, Operation, Put, Update
+
+
+class TransactionBuilder:
+    """Collects operations; whoever made it sends them when the ``with`` block ends.
+
+    ``receipt`` is there afterwards. A block that raises sends nothing.
+    """
+
+    def __init__(self) -> None:
+        self.operations: list[Operation] = []
+        self._receipt: Receipt | None = None
+
+    def put(self, key: bytes, value: bytes) -> None:
+        """Sets ``key`` to ``value``."""
+        self.operations.append(Put(key, value))
+
+    def update(self, key: bytes, value: bytes) -> None:
+        """Sets ``key`` to ``value`` where the key exists."""
+        self.operations.append(Update(key, value))
+
+    def delete(self, key: bytes) -> None:
+        """Removes ``key``."""
+        self.operations.append(Delete(key))
+
+    def delete_range(self, start: bytes = b"", end: bytes = b"") -> None:
+        """Removes every key from ``start`` to before ``end``; empty means without bound."""
+        self.operations.append(DeleteRange(start, end))
+
+    def add(self, key: bytes, amount: int) -> None:
+        """Adds to the counter at ``key``."""
+        self.operations.append(Add(key, amount))
+
+    @property
+    def receipt(self) -> Receipt:
+        """Realm, version, LSN and digest of the committed transaction.
+
+        Raises:
+            BadOperation: it was not committed (yet).
+        """
+        if self._receipt is None:
+            raise BadOperation("no receipt: the transaction was not committed")
+        return self._receipt
+
+    def committed(self, receipt: Receipt) -> None:
+        """Notes the receipt."""
+        self._receipt = receipt

@@ -1,0 +1,187 @@
+"""Transactions over gRPC: one stream a client, many transactions a message, results as they are reached."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from functools import partial
+
+import grpc.aio
+
+from understudy.common import entries
+from understudy.common.errors import (
+    Fenced,
+    ForeignCluster,
+    NotPermitted,
+    ProtocolError,
+    UnderstudyError,
+)
+from understudy.common.follow_table import PROTOCOL_VERSION
+from understudy.common.memtable import Receipt
+from understudy.common.read_service import Context, ReadService
+from understudy.common.rpc import answering_errors
+from understudy.common.types import ID_BYTES, Epoch, check_realm_path, is_system_realm
+from understudy.primary.node import PrimaryNode
+from understudy.v1 import data_pb2
+
+# Results not yet taken by a client that does not read: its transactions are not read either then.
+UNREAD_RESULTS_MAX = 20_000
+
+
+class PrimaryDataService(ReadService):
+    """``Commit`` and ``DropRealm``, and the reads."""
+
+    def __init__(self, node: PrimaryNode) -> None:
+        super().__init__(lambda: node.engine.state)
+        self._node = node
+
+    async def Commit(self, _: object, context: Context) -> None:  # type: ignore[override]
+        """One client's transactions, until it goes away."""
+        async with answering_errors(context):
+            await self._commit(context)
+
+    async def _commit(self, context: Context) -> None:
+        first = await context.read()
+        if first is grpc.aio.EOF:
+            return
+        bind = _bound(first)
+        self._admit(bind)
+        node = self._node
+        await context.write(
+            data_pb2.CommitResponse(
+                bound=data_pb2.Bound(
+                    cluster=node.engine.directory.cluster,
+                    epoch=node.engine.epoch,
+                    proof=node.epoch_proof,
+                    node=node.engine.directory.node,
+                )
+            )
+        )
+        answers = _Answers(node)
+        sender = asyncio.create_task(answers.send_forever(context))
+        try:
+            await self._take_in(bind.client, context, answers)
+            await answers.drained()
+        finally:
+            sender.cancel()
+            await asyncio.gather(sender, return_exceptions=True)
+
+    def _admit(self, bind: data_pb2.Bind) -> None:
+        engine = self._node.engine
+        if bind.protocol_version != PROTOCOL_VERSION:
+            raise ProtocolError(
+                f"the client speaks protocol version {bind.protocol_version}, this server {PROTOCOL_VERSION}",
+                remedy="use the same version of Understudy on both sides",
+            )
+        if len(bind.client) != ID_BYTES:
+            raise ProtocolError(f"a client id has {ID_BYTES} bytes, not {len(bind.client)}")
+        if bind.cluster and bind.cluster != engine.directory.cluster:
+            raise ForeignCluster(
+                "this server belongs to another cluster than the one this client has met before"
+            )
+        if bind.epoch > engine.epoch and entries.proves_epoch(
+            bind.proof.entry,
+            epoch=Epoch(bind.epoch),
+            cluster=engine.directory.cluster,
+            keys=[engine.history_key],
+        ):
+            self._node.fence(Epoch(bind.epoch))
+        if isinstance(self._node.committer.refusal, Fenced):
+            raise self._node.committer.refusal
+
+    async def _take_in(self, client: bytes, context: Context, answers: _Answers) -> None:
+        node = self._node
+        while True:
+            await node.wait_for_room()
+            await answers.wait_for_reader()
+            message = await context.read()
+            if message is grpc.aio.EOF:
+                return
+            if message.WhichOneof("message") != "transactions":
+                raise ProtocolError("transactions come after the first message, nothing else")
+            if isinstance(node.committer.refusal, Fenced):
+                raise node.committer.refusal
+            arrived_s = time.monotonic()
+            for transaction in message.transactions.transactions:
+                answers.owed += 1
+                try:
+                    node.submit(client, transaction, partial(answers.add, transaction.number, arrived_s))
+                except UnderstudyError as error:
+                    answers.refuse(transaction.number, error)
+
+    async def DropRealm(
+        self, request: data_pb2.DropRealmRequest, context: Context
+    ) -> data_pb2.DropRealmResponse:
+        """Drops a realm."""
+        async with answering_errors(context):
+            check_realm_path(request.realm)
+            if is_system_realm(request.realm):
+                raise NotPermitted(f"realm {request.realm} is the system's own")
+            receipt = await self._node.drop_realm(request.realm)
+            return data_pb2.DropRealmResponse(lsn=receipt.lsn)
+        raise AssertionError("aborted")
+
+
+def _bound(message: data_pb2.CommitRequest) -> data_pb2.Bind:
+    if message.WhichOneof("message") != "bind":
+        raise ProtocolError("the first message of a stream binds the client")
+    return message.bind
+
+
+class _Answers:
+    """Results on their way to one client: what is ready goes out together."""
+
+    def __init__(self, node: PrimaryNode) -> None:
+        self.owed = 0
+        self._metrics = node.engine.metrics
+        self._results = data_pb2.Results()
+        self._digests: list[bytes] = []
+        self._ready = asyncio.Event()
+        self._sent = asyncio.Event()
+
+    def add(self, number: int, arrived_s: float, receipt: Receipt) -> None:
+        """A transaction has reached its durability."""
+        results = self._results
+        results.numbers.append(number)
+        results.lsns.append(receipt.lsn)
+        results.versions.append(receipt.version)
+        self._digests.append(receipt.digest)
+        if len(self._digests) == 1:  # one sample a message, of the one that waited longest
+            self._metrics.commit_seconds.observe(time.monotonic() - arrived_s)
+        self._ready.set()
+
+    def refuse(self, number: int, error: UnderstudyError) -> None:
+        """A transaction was not taken in."""
+        self._metrics.refusals.labels(error.code).inc()
+        self._results.refusals.add(number=number, code=error.code, message=str(error))
+        self._ready.set()
+
+    @property
+    def _waiting(self) -> int:
+        return len(self._digests) + len(self._results.refusals)
+
+    async def send_forever(self, context: Context) -> None:
+        """Sends results as they come."""
+        while True:
+            await self._ready.wait()
+            self._ready.clear()
+            results, digests = self._results, self._digests
+            count = self._waiting
+            self._results, self._digests = data_pb2.Results(), []
+            results.digests = b"".join(digests)
+            await context.write(data_pb2.CommitResponse(results=results))
+            self._metrics.commits.inc(len(digests))
+            self.owed -= count
+            self._sent.set()
+
+    async def wait_for_reader(self) -> None:
+        """Returns once the client has taken enough of its results."""
+        while self._waiting >= UNREAD_RESULTS_MAX:
+            self._sent.clear()
+            await self._sent.wait()
+
+    async def drained(self) -> None:
+        """Returns once everything taken in was answered."""
+        while self.owed:
+            self._sent.clear()
+            await self._sent.wait()

@@ -1,0 +1,318 @@
+"""Replicas over gRPC: ``Follow``, and the snapshot that a new one starts from."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+
+import grpc.aio
+import structlog
+
+from understudy.common import entries
+from understudy.common.errors import ProtocolError
+from understudy.common.follow_table import (
+    PROTOCOL_VERSION,
+    Claim,
+    Cluster,
+    Decision,
+    FollowFacts,
+    Protocol,
+    Reign,
+    Relation,
+    Slot,
+    decide,
+)
+from understudy.common.locator import LOCATOR_POSITIONS_MAX, EpochSpan, History, last_common, relate
+from understudy.common.read_service import Context
+from understudy.common.rpc import answering_errors
+from understudy.common.snapshot import PinnedSnapshot
+from understudy.common.types import Digest, Epoch, Lsn, Position
+from understudy.primary import slots
+from understudy.primary.follower_session import FollowerSession, GiveUp, Progress, SendRecords
+from understudy.primary.node import PrimaryNode, now_us
+from understudy.primary.snapshots import PinBoard
+from understudy.v1 import replication_pb2, replication_pb2_grpc
+
+_DIGESTS_PER_MESSAGE = 4_096
+
+log = structlog.get_logger()
+
+
+class ReplicationService(replication_pb2_grpc.ReplicationServicer):
+    """What replicas ask of a primary."""
+
+    def __init__(self, node: PrimaryNode, pins: PinBoard) -> None:
+        self._node = node
+        self._pins = pins
+        self._following: dict[str, tuple[bytes, asyncio.Task[None]]] = {}
+
+    # -- following -----------------------------------------------------------------------------------------
+
+    async def Follow(self, _: object, context: Context) -> None:  # type: ignore[override]
+        """One replica, until either side goes away."""
+        async with answering_errors(context):
+            first = await context.read()
+            if first is grpc.aio.EOF:
+                return
+            if first.WhichOneof("message") != "hello":
+                raise ProtocolError("the first message of a Follow is a hello")
+            hello = _checked(first.hello)
+            await self._replace_own(hello)
+            decision, common = await self._decide(hello)
+            bound = log.bind(replica=hello.replica_id, peer=context.peer())
+            bound.info("follow_asked", decision=Decision.Name(decision), lsn=_head(hello).lsn)
+            if decision == Decision.FENCED and not self._node.is_fenced:
+                self._node.fence(Epoch(hello.epoch))
+            offset = self._start_offset(hello) if decision == Decision.STREAM else 0
+            await context.write(self._answer(decision, common, offset))
+            if decision == Decision.STREAM:
+                await self._stream(hello, offset, context)
+
+    async def _replace_own(self, hello: replication_pb2.Hello) -> None:
+        """Ends an older connection of the same copy: it is half-open, or the replica would not ask again."""
+        known = self._following.get(hello.replica_id)
+        if known is not None and known[0] == hello.node:
+            known[1].cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await known[1]
+
+    async def _decide(self, hello: replication_pb2.Hello) -> tuple[Decision.ValueType, Position | None]:
+        engine = self._node.engine
+        history = self._history()
+        locator = [Position(Lsn(one.lsn), Digest(one.digest)) for one in hello.locator]
+        relation, common = Relation.PRUNED, None
+        if hello.cluster == engine.directory.cluster:
+            # Looking up digests reads the log: not on the loop.
+            relation = await asyncio.to_thread(relate, locator, Epoch(hello.epoch), history)
+            common = await asyncio.to_thread(last_common, locator, history.lookup)
+        known = self._following.get(hello.replica_id)
+        decision = decide(
+            FollowFacts(
+                protocol=Protocol.SAME if hello.protocol_version == PROTOCOL_VERSION else Protocol.OTHER,
+                reign=Reign.FENCED if self._node.is_fenced else Reign.PRIMARY,
+                cluster=self._cluster(hello),
+                claim=self._claim(hello),
+                slot=Slot.FREE if known is None or known[0] == hello.node else Slot.TAKEN,
+                relation=relation,
+            )
+        )
+        return decision, common
+
+    def _cluster(self, hello: replication_pb2.Hello) -> Cluster:
+        if not hello.cluster:
+            return Cluster.NONE
+        return Cluster.SAME if hello.cluster == self._node.engine.directory.cluster else Cluster.FOREIGN
+
+    def _claim(self, hello: replication_pb2.Hello) -> Claim:
+        engine = self._node.engine
+        if hello.epoch <= engine.epoch:
+            return Claim.NOT_HIGHER
+        proven = entries.proves_epoch(
+            hello.proof.entry,
+            epoch=Epoch(hello.epoch),
+            cluster=engine.directory.cluster,
+            keys=[engine.history_key],
+        )
+        return Claim.HIGHER_PROVEN if proven else Claim.HIGHER_UNPROVEN
+
+    def _history(self) -> History:
+        engine = self._node.engine
+        epochs = [
+            EpochSpan(
+                epoch=Epoch(row.info.epoch),
+                first_lsn=Lsn(row.info.first_lsn),
+                previous=Digest(row.info.previous),
+            )
+            for row in engine.state.epochs
+        ]
+        marks = {mark.lsn: mark.digest for mark in engine.state.store.current.marks()}
+        marks |= {span.fork.lsn: span.fork.digest for span in epochs}
+
+        def lookup(lsn: Lsn) -> Digest | None:
+            position = engine.log.position_at(lsn)
+            return position.digest if position else marks.get(lsn)
+
+        return History(head=engine.durable, epochs=epochs, first_held=engine.log.first_lsn, lookup=lookup)
+
+    def _start_offset(self, hello: replication_pb2.Hello) -> int:
+        offset = self._node.engine.log.offset_behind(_head(hello).lsn)
+        assert offset is not None, "STREAM is answered only where the log goes on"
+        return offset
+
+    def _answer(
+        self, decision: Decision.ValueType, common: Position | None, start_offset: int
+    ) -> replication_pb2.FollowResponse:
+        engine = self._node.engine
+        head = engine.durable
+        return replication_pb2.FollowResponse(
+            answer=replication_pb2.Answer(
+                decision=decision,
+                cluster=engine.directory.cluster,
+                epoch=engine.epoch,
+                proof=self._node.epoch_proof,
+                common=replication_pb2.Position(lsn=common.lsn, digest=common.digest) if common else None,
+                epochs=[row.info for row in engine.state.epochs],
+                head=replication_pb2.Position(lsn=head.lsn, digest=head.digest),
+                start_offset=start_offset,
+            )
+        )
+
+    async def _stream(self, hello: replication_pb2.Hello, offset: int, context: Context) -> None:
+        node, replica_id = self._node, hello.replica_id
+        lsn = _head(hello).lsn
+        slot = node.slots.claim(replica_id, hello.node, lsn=lsn, offset=offset, now_us=now_us())
+        slot.address = hello.address
+        task = asyncio.current_task()
+        assert task is not None
+        self._following[replica_id] = (hello.node, task)
+        node.forget_progress(replica_id)
+        node.slots.connect(replica_id)
+        session = FollowerSession(lsn=lsn, offset=offset, now_s=time.monotonic())
+        wake = asyncio.Event()
+        node.listeners.add(wake)
+        reader = asyncio.create_task(self._read_progress(slot, session, context, wake))
+        try:
+            await self._send(session, context, wake, reader)
+        finally:
+            reader.cancel()
+            await asyncio.gather(reader, return_exceptions=True)
+            node.listeners.discard(wake)
+            if self._following.get(replica_id, (b"", None))[1] is task:
+                del self._following[replica_id]
+                node.slots.disconnect(replica_id)
+            log.info("follow_ended", replica=replica_id, durable_lsn=slot.durable_lsn)
+
+    async def _send(
+        self, session: FollowerSession, context: Context, wake: asyncio.Event, reader: asyncio.Task[None]
+    ) -> None:
+        engine = self._node.engine
+        while not reader.done():
+            wake.clear()
+            head_lsn, head_offset = engine.durable.lsn, engine.log.end_offset
+            action = session.next_action(durable_offset=head_offset, now_s=time.monotonic())
+            if action is None:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(max(session.next_deadline_s() - time.monotonic(), 0.001)):
+                        await wake.wait()
+                continue
+            if isinstance(action, GiveUp):
+                raise ProtocolError(action.reason)
+            data = b""
+            if isinstance(action, SendRecords):
+                data = engine.log.read(action.offset, action.bytes_max)
+            chunk = replication_pb2.Chunk(
+                records=data, head_lsn=head_lsn, head_offset=head_offset, clock_us=now_us()
+            )
+            await context.write(replication_pb2.FollowResponse(chunk=chunk))
+            session.on_sent(len(data), now_s=time.monotonic())
+        reader.result()  # raises what ended it
+
+    async def _read_progress(
+        self, slot: slots.Slot, session: FollowerSession, context: Context, wake: asyncio.Event
+    ) -> None:
+        try:
+            while (message := await context.read()) is not grpc.aio.EOF:
+                if message.WhichOneof("message") != "progress":
+                    raise ProtocolError("progress comes after hello, nothing else")
+                told = message.progress
+                progress = Progress(
+                    durable_lsn=Lsn(told.durable_lsn),
+                    durable_offset=told.durable_offset,
+                    applied_lsn=Lsn(told.applied_lsn),
+                )
+                session.on_progress(
+                    progress,
+                    received_offset=told.received_offset,
+                    durable_lsn_here=self._node.engine.durable.lsn,
+                    now_s=time.monotonic(),
+                )
+                self._node.on_replica_progress(
+                    slot, progress.durable_lsn, progress.durable_offset, progress.applied_lsn
+                )
+                wake.set()
+        finally:
+            wake.set()
+
+    # -- snapshots -----------------------------------------------------------------------------------------
+
+    async def PinSnapshot(
+        self, request: replication_pb2.PinSnapshotRequest, context: Context
+    ) -> replication_pb2.SnapshotInfo:
+        """Pins the present checkpoint, and the log from there on under the replica's slot."""
+        async with answering_errors(context):
+            if self._node.committer.refusal is not None and self._node.is_fenced:
+                raise self._node.committer.refusal
+            replica_id = _checked_id(request.replica_id)
+            self._check_slots(replica_id)
+            pin = self._pins.pin(replica_id, request.resume)
+            row = pin.checkpoint
+            self._node.forget_progress(replica_id)
+            self._node.slots.claim(
+                replica_id, request.node, lsn=Lsn(row.lsn), offset=row.log_offset, now_us=now_us()
+            )
+            return self._pins.info(pin, epoch=self._node.engine.epoch)
+        raise AssertionError("aborted")
+
+    async def DigestSnapshot(
+        self, request: replication_pb2.DigestSnapshotRequest, context: Context
+    ) -> AsyncIterator[replication_pb2.RangeDigests]:
+        """The digests of all ranges."""
+        async with answering_errors(context):
+            snapshot = self._pins.get(request.snapshot).snapshot
+            for first in range(0, snapshot.ranges, _DIGESTS_PER_MESSAGE):
+                indexes = range(first, min(first + _DIGESTS_PER_MESSAGE, snapshot.ranges))
+                digests = [await asyncio.to_thread(_digest, snapshot, index) for index in indexes]
+                self._pins.get(request.snapshot)
+                yield replication_pb2.RangeDigests(first_range=first, digests=digests)
+
+    async def ReadSnapshot(
+        self, request: replication_pb2.ReadSnapshotRequest, context: Context
+    ) -> AsyncIterator[replication_pb2.RangeData]:
+        """The ranges asked for."""
+        async with answering_errors(context):
+            for index in request.ranges:
+                snapshot = self._pins.get(request.snapshot).snapshot
+                if index >= snapshot.ranges:
+                    raise ProtocolError(f"range {index} of a snapshot that has {snapshot.ranges}")
+                data = await asyncio.to_thread(snapshot.read, index)
+                yield replication_pb2.RangeData(range=index, data=data, digest=snapshot.digest(data))
+
+    async def ReleaseSnapshot(
+        self, request: replication_pb2.ReleaseSnapshotRequest, context: Context
+    ) -> replication_pb2.ReleaseSnapshotResponse:
+        """Lets a snapshot go."""
+        async with answering_errors(context):
+            self._pins.release(request.snapshot)
+            return replication_pb2.ReleaseSnapshotResponse()
+        raise AssertionError("aborted")
+
+    def _check_slots(self, replica_id: str) -> None:
+        if self._node.slots.get(replica_id) is None and len(self._node.slots) >= slots.SLOTS_MAX:
+            raise ProtocolError(
+                f"{slots.SLOTS_MAX} replicas are known already", remedy="remove slots that are no longer used"
+            )
+
+
+def _digest(snapshot: PinnedSnapshot, index: int) -> bytes:
+    return snapshot.digest(snapshot.read(index))
+
+
+def _head(hello: replication_pb2.Hello) -> Position:
+    if not hello.locator:
+        return Position(Lsn(0), Digest(b""))
+    return Position(Lsn(hello.locator[0].lsn), Digest(hello.locator[0].digest))
+
+
+def _checked(hello: replication_pb2.Hello) -> replication_pb2.Hello:
+    _checked_id(hello.replica_id)
+    if len(hello.locator) > LOCATOR_POSITIONS_MAX or (hello.cluster and not hello.locator):
+        raise ProtocolError(f"a locator has 1 to {LOCATOR_POSITIONS_MAX} positions, not {len(hello.locator)}")
+    return hello
+
+
+def _checked_id(replica_id: str) -> str:
+    if not replica_id.isprintable() or not 1 <= len(replica_id) <= 100:
+        raise ProtocolError(f"bad replica id {replica_id!r:.120}")
+    return replica_id

@@ -1,0 +1,79 @@
+"""A primary that serves: its node behind gRPC, metrics over HTTP, opened and closed in order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+import structlog
+
+from understudy.common.directory import DataDirectory
+from understudy.common.metrics import EngineMetrics, StatusCollector
+from understudy.common.metrics_server import serve_metrics
+from understudy.common.rpc import Listener
+from understudy.common.settings import PrimarySettings
+from understudy.primary.admin_service import PrimaryAdminService
+from understudy.primary.data_service import PrimaryDataService
+from understudy.primary.node import PrimaryNode
+from understudy.primary.replication_service import ReplicationService
+from understudy.primary.snapshots import PinBoard
+from understudy.v1 import admin_pb2_grpc, data_pb2_grpc, replication_pb2_grpc
+
+# How long calls under way may take to finish when a primary is stopped.
+STOP_GRACE_S = 2.0
+_SERVICES = ("understudy.v1.Data", "understudy.v1.Replication", "understudy.v1.Admin")
+
+log = structlog.get_logger()
+
+
+class PrimaryServer:
+    """A serving primary."""
+
+    def __init__(self, node: PrimaryNode, listener: Listener) -> None:
+        self.node = node
+        self._listener = listener
+
+    @property
+    def address(self) -> str:
+        """Where it listens, with the real port."""
+        return self._listener.address
+
+
+@contextlib.asynccontextmanager
+async def serving_primary(settings: PrimarySettings) -> AsyncIterator[PrimaryServer]:
+    """Opens the directory, serves until the block ends, then finishes what was taken in.
+
+    Raises:
+        UnderstudyError: of the directory, the log, the store, or the address.
+    """
+    metrics = EngineMetrics()
+    async with contextlib.AsyncExitStack() as stack:
+        directory = stack.enter_context(DataDirectory.open(settings.data_dir))
+        node = PrimaryNode.open(directory, settings, metrics)
+        stack.push_async_callback(node.close)
+        await node.start()
+        pins = PinBoard(node.engine)
+        stack.callback(pins.close)
+        listener = Listener(_SERVICES)
+        data_pb2_grpc.add_DataServicer_to_server(PrimaryDataService(node), listener.server)
+        replication_pb2_grpc.add_ReplicationServicer_to_server(
+            ReplicationService(node, pins), listener.server
+        )
+        admin_pb2_grpc.add_AdminServicer_to_server(PrimaryAdminService(node), listener.server)
+        await listener.start(settings.listen, directory.control)
+        stack.push_async_callback(lambda: listener.stop(grace_s=STOP_GRACE_S))
+        if settings.metrics is not None:
+            metrics.registry.register(StatusCollector(node.status))
+            stack.enter_context(serve_metrics(settings.metrics, metrics.registry))
+        expiry = asyncio.create_task(_expire_forever(pins))
+        stack.callback(expiry.cancel)
+        log.info("serving", role="primary", address=listener.address, lsn=node.engine.durable.lsn)
+        yield PrimaryServer(node, listener)
+        log.info("stopping")
+
+
+async def _expire_forever(pins: PinBoard) -> None:
+    while True:
+        await asyncio.sleep(5.0)
+        pins.expire()

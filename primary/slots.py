@@ -1,0 +1,132 @@
+"""Slots: what the primary remembers of each replica, connected or not, so that what it needs is kept.
+
+Persisted in ``slots.json``: a restart must not let the log go that a replica has yet to fetch. A position there
+may be older than the truth, never newer; the cost of that is a little more log.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import structlog
+
+from understudy.common.errors import CorruptionError
+from understudy.common.files import publish
+from understudy.common.types import Lsn
+
+SLOTS_FILE = "slots.json"
+SLOTS_MAX = 64  # far more replicas than a primary can feed; a bound against a client that invents ids
+SAVE_INTERVAL_S = 5.0
+
+log = structlog.get_logger()
+
+
+@dataclass(slots=True, kw_only=True)
+class Slot:
+    """One replica."""
+
+    id: str
+    node: str  # hex of the node id
+    durable_lsn: int = 0
+    durable_offset: int = 0
+    applied_lsn: int = 0
+    seen_us: int = 0  # when it was last heard, our clock
+    lost: bool = False  # its log is gone: it will bootstrap again
+    address: str = ""
+
+    @property
+    def needs_from(self) -> Lsn:
+        """The first LSN that it has yet to make durable."""
+        return Lsn(self.durable_lsn + 1)
+
+
+class SlotTable:
+    """All slots, and which of them are connected."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._slots: dict[str, Slot] = {}
+        self._connected: set[str] = set()
+        self._changed = False
+        self._saved_s = 0.0
+        if path.exists():
+            self._load()
+
+    def _load(self) -> None:
+        try:
+            rows = json.loads(self._path.read_bytes())["slots"]
+            known = {field.name for field in fields(Slot)}
+            self._slots = {row["id"]: Slot(**{k: v for k, v in row.items() if k in known}) for row in rows}
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptionError(
+                f"{self._path} can't be read: {error}",
+                remedy="remove it; replicas that are far behind will bootstrap again",
+            ) from error
+
+    def __iter__(self) -> Iterator[Slot]:
+        return iter(list(self._slots.values()))
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def get(self, replica_id: str) -> Slot | None:
+        """The slot of that name."""
+        return self._slots.get(replica_id)
+
+    def is_connected(self, replica_id: str) -> bool:
+        """Whether that replica follows right now."""
+        return replica_id in self._connected
+
+    @property
+    def connected_count(self) -> int:
+        """How many follow right now."""
+        return len(self._connected)
+
+    def claim(self, replica_id: str, node: bytes, *, lsn: Lsn, offset: int, now_us: int) -> Slot:
+        """The slot of that name from here on for this node, at this position; saved at once."""
+        slot = Slot(
+            id=replica_id,
+            node=node.hex(),
+            durable_lsn=lsn,
+            durable_offset=offset,
+            applied_lsn=0,
+            seen_us=now_us,
+        )
+        self._slots[replica_id] = slot
+        self.save()
+        return slot
+
+    def connect(self, replica_id: str) -> None:
+        """Notes that it follows."""
+        self._connected.add(replica_id)
+
+    def disconnect(self, replica_id: str) -> None:
+        """Notes that it does not follow any more; saved at once."""
+        self._connected.discard(replica_id)
+        self.save()
+
+    def touch(self, now_s: float) -> None:
+        """Something moved; saved now and then."""
+        self._changed = True
+        if now_s - self._saved_s >= SAVE_INTERVAL_S:
+            self._saved_s = now_s
+            self.save()
+
+    def retain_from(self, head: Lsn) -> Lsn:
+        """The first LSN that some slot still needs."""
+        return min((slot.needs_from for slot in self._slots.values() if not slot.lost), default=Lsn(head + 1))
+
+    def lose(self, slot: Slot) -> None:
+        """Gives up keeping the log for a slot."""
+        slot.lost = True
+        log.warning("slot_lost", replica=slot.id, needs_from=slot.needs_from)
+        self.save()
+
+    def save(self) -> None:
+        """Publishes the table."""
+        body = {"format": 1, "slots": [asdict(slot) for slot in self._slots.values()]}
+        publish(self._path, json.dumps(body, indent=1).encode() + b"\n")
+        self._changed = False

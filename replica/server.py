@@ -1,0 +1,138 @@
+"""A replica that serves: its node behind gRPC (status, promotion, reads), opened and closed in order."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+
+import structlog
+
+from understudy.common.admin_service import AdminService
+from understudy.common.directory import DataDirectory
+from understudy.common.errors import NotPrimary
+from understudy.common.follow_table import Decision
+from understudy.common.metrics import EngineMetrics, StatusCollector
+from understudy.common.metrics_server import serve_metrics
+from understudy.common.read_service import Context, ReadService
+from understudy.common.rpc import Listener, answering_errors
+from understudy.common.settings import ReplicaSettings
+from understudy.replica.node import ReplicaNode
+from understudy.v1 import admin_pb2, admin_pb2_grpc, data_pb2_grpc, replication_pb2, replication_pb2_grpc
+
+STOP_GRACE_S = 2.0
+_SERVICES = ("understudy.v1.Data", "understudy.v1.Replication", "understudy.v1.Admin")
+
+log = structlog.get_logger()
+
+
+class ReplicaServer:
+    """A serving replica."""
+
+    def __init__(self, node: ReplicaNode, listener: Listener) -> None:
+        self.node = node
+        self._listener = listener
+
+    @property
+    def address(self) -> str:
+        """Where it listens, with the real port."""
+        return self._listener.address
+
+
+@contextlib.asynccontextmanager
+async def serving_replica(settings: ReplicaSettings) -> AsyncIterator[ReplicaServer]:
+    """Opens the directory, follows and serves until the block ends.
+
+    Raises:
+        UnderstudyError: of the directory, the log, the store, or the address.
+    """
+    metrics = EngineMetrics()
+    async with contextlib.AsyncExitStack() as stack:
+        directory = stack.enter_context(DataDirectory.open(settings.data_dir))
+        node = ReplicaNode(directory, settings, metrics)
+        stack.push_async_callback(node.close)
+        node.prepare()
+        listener = Listener(_SERVICES)
+        data_pb2_grpc.add_DataServicer_to_server(ReadService(lambda: node.engine.state), listener.server)
+        replication_pb2_grpc.add_ReplicationServicer_to_server(_NotPrimaryService(), listener.server)
+        admin_pb2_grpc.add_AdminServicer_to_server(_ReplicaAdminService(node), listener.server)
+        node.listening_on = await listener.start(settings.listen, directory.control)
+        stack.push_async_callback(lambda: listener.stop(grace_s=STOP_GRACE_S))
+        if settings.metrics is not None:
+            metrics.registry.register(StatusCollector(node.status))
+            stack.enter_context(serve_metrics(settings.metrics, metrics.registry))
+        await node.start()
+        log.info("serving", role="replica", address=listener.address, primary=settings.primary)
+        yield ReplicaServer(node, listener)
+        log.info("stopping")
+
+
+class _ReplicaAdminService(AdminService):
+    """Adds ``Promote``."""
+
+    def __init__(self, node: ReplicaNode) -> None:
+        super().__init__(node.status, lambda: node.engine)
+        self._node = node
+
+    async def Promote(self, request: admin_pb2.PromoteRequest, context: Context) -> admin_pb2.PromoteResponse:
+        """Makes this copy a primary's; the process ends once this is answered."""
+        async with answering_errors(context):
+            promotion = await self._node.promote()
+            context.add_done_callback(self._leave)  # type: ignore[arg-type]  # the stubs name its parameters
+            return admin_pb2.PromoteResponse(
+                epoch=promotion.epoch,
+                lsn=promotion.lsn,
+                digest=promotion.digest,
+                seconds=promotion.seconds,
+                warnings=promotion.warnings,
+            )
+        raise AssertionError("aborted")
+
+    def _leave(self, *_: object) -> None:
+        self._node.leave()
+
+
+class _NotPrimaryService(replication_pb2_grpc.ReplicationServicer):
+    """Answers who wants to follow a replica, or fetch from it, that it is no primary."""
+
+    async def Follow(self, _: object, context: Context) -> None:  # type: ignore[override]
+        """Refused in the protocol's own words."""
+        await context.read()
+        await context.write(
+            replication_pb2.FollowResponse(answer=replication_pb2.Answer(decision=Decision.NOT_PRIMARY))
+        )
+
+    async def PinSnapshot(
+        self, request: replication_pb2.PinSnapshotRequest, context: Context
+    ) -> replication_pb2.SnapshotInfo:
+        """Refused."""
+        async with answering_errors(context):
+            raise _not_primary()
+        raise AssertionError("aborted")
+
+    async def DigestSnapshot(
+        self, request: replication_pb2.DigestSnapshotRequest, context: Context
+    ) -> AsyncIterator[replication_pb2.RangeDigests]:
+        """Refused."""
+        async with answering_errors(context):
+            raise _not_primary()
+        yield replication_pb2.RangeDigests()
+
+    async def ReadSnapshot(
+        self, request: replication_pb2.ReadSnapshotRequest, context: Context
+    ) -> AsyncIterator[replication_pb2.RangeData]:
+        """Refused."""
+        async with answering_errors(context):
+            raise _not_primary()
+        yield replication_pb2.RangeData()
+
+    async def ReleaseSnapshot(
+        self, request: replication_pb2.ReleaseSnapshotRequest, context: Context
+    ) -> replication_pb2.ReleaseSnapshotResponse:
+        """Refused."""
+        async with answering_errors(context):
+            raise _not_primary()
+        raise AssertionError("aborted")
+
+
+def _not_primary() -> NotPrimary:
+    return NotPrimary("this server is a replica", remedy="ask the primary")

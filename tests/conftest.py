@@ -1,0 +1,35 @@
+"""Settings of the whole test run; what starts and joins nodes is in ``harness.py``."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import Processes
+from hypothesis import HealthCheck, settings
+
+# How long one example takes depends on what else the machine does, and so can't be what a test fails by. The
+# blob printed with a failure repeats it exactly.
+settings.register_profile(
+    "understudy", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("understudy")
+
+
+@pytest.fixture
+def seed() -> int:
+    """For a test's own randomness. A failure shows it, and ``TEST_SEED=… make test`` runs the same again."""
+    value = int(os.environ.get("TEST_SEED") or secrets.randbits(32))
+    print(f"TEST_SEED={value}")
+    return value
+
+
+@pytest.fixture
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    """Starts real processes; all that are left end with the test, and their logs show where it failed."""
+    started = Processes(Path(tmp_path_factory.mktemp("processes")))
+    yield started
+    started.close()

@@ -1,0 +1,185 @@
+"""Real processes for tests: the command line as people run it, ended by its pid whatever happens.
+
+A test takes the fixture ``processes`` (in ``conftest.py``)::
+
+    primary = processes.primary(tmp_path / "a")
+    replica = processes.replica(tmp_path / "b", primary.address)
+    primary.kill()
+    processes.run("promote", tmp_path / "b")
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+# Long, because a loaded machine is no reason for a test to fail, and reached only by tests that fail anyway.
+DEADLINE_S = 60.0
+_POLL_S = 0.01
+_SHOWN_BYTES = 8_000  # of a process's standard error, where a test fails
+ANY_PORT = "127.0.0.1:0"
+
+_T = TypeVar("_T")
+
+
+def wait_until(
+    condition: Callable[[], _T], *, deadline_s: float = DEADLINE_S, what: Callable[[], str] = str
+) -> _T:
+    """The first true value that ``condition`` returns.
+
+    Fails the test after ``deadline_s``, with the last value and with what ``what`` has to say then.
+    """
+    deadline = time.monotonic() + deadline_s
+    while not (value := condition()):
+        if time.monotonic() > deadline:
+            pytest.fail(f"not within {deadline_s:g} s (last value: {value!r}) {what()}")
+        time.sleep(_POLL_S)
+    return value
+
+
+class Process:
+    """A command that runs. Its output goes to files, so that it never has to wait for a reader."""
+
+    def __init__(self, arguments: list[str], folder: Path, environment: dict[str, str]) -> None:
+        folder.mkdir()
+        self.arguments = arguments
+        self._stdout = folder / "stdout"
+        self._stderr = folder / "stderr"
+        with open(self._stdout, "wb") as out, open(self._stderr, "wb") as err:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "understudy.cli", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                env=environment,
+            )
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    @property
+    def stdout(self) -> str:
+        """What it has printed so far."""
+        return self._stdout.read_text()
+
+    @property
+    def stderr(self) -> str:
+        """What it has logged so far."""
+        return self._stderr.read_text()
+
+    @property
+    def address(self) -> str:
+        """Where it serves, once it says so."""
+        return wait_until(self._ready_address, what=self.describe)
+
+    def _ready_address(self) -> str:
+        line = self.stdout
+        if not line.endswith("\n") and self._process.poll() is not None:
+            pytest.fail(f"it ended before it was ready\n{self.describe()}")
+        return line.partition(" ready on ")[2].strip() if line.endswith("\n") else ""
+
+    def kill(self) -> None:
+        """SIGKILL, and waits until it is gone."""
+        self.send(signal.SIGKILL)
+        self.wait()
+
+    def terminate(self) -> int:
+        """SIGTERM; returns the exit code."""
+        self.send(signal.SIGTERM)
+        return self.wait()
+
+    def send(self, number: signal.Signals) -> None:
+        """Sends a signal to it, and to nothing else."""
+        self._process.send_signal(number)
+
+    def wait(self, *, deadline_s: float = DEADLINE_S) -> int:
+        """Its exit code, once it has ended; negative where a signal ended it."""
+        try:
+            return self._process.wait(deadline_s)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"it did not end within {deadline_s:g} s\n{self.describe()}")
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it has not ended yet."""
+        return self._process.poll() is None
+
+    def describe(self) -> str:
+        """What it was, how it ended, and the end of what it logged."""
+        return (
+            f"understudy {' '.join(self.arguments)}: exit code {self._process.poll()}, stderr:\n"
+            f"{self.stderr[-_SHOWN_BYTES:]}"
+        )
+
+
+class Processes:
+    """Starts processes, and ends all that are left when the test is over."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._numbers = itertools.count(1)
+        self._started: list[Process] = []
+        self.environment = {
+            name: value for name, value in os.environ.items() if not name.startswith("UNDERSTUDY_")
+        }
+
+    def start(self, *arguments: str | Path) -> Process:
+        """Starts ``understudy ARGUMENTS`` and does not wait for anything."""
+        words = [str(argument) for argument in arguments]
+        process = Process(words, self._folder / f"{next(self._numbers)}-{words[0]}", self.environment)
+        self._started.append(process)
+        return process
+
+    def primary(self, data_dir: Path, *flags: str | Path) -> Process:
+        """A primary on a free port, serving."""
+        return self._serving("primary", "--data-dir", data_dir, *_on_any_port(flags))
+
+    def replica(self, data_dir: Path, primary: str, *flags: str | Path) -> Process:
+        """A replica of the primary at that address, on a free port, serving."""
+        return self._serving("replica", "--data-dir", data_dir, "--primary", primary, *_on_any_port(flags))
+
+    def _serving(self, *arguments: str | Path) -> Process:
+        process = self.start(*arguments)
+        assert process.address
+        return process
+
+    def run(
+        self, *arguments: str | Path, code: int = 0, stdin: bytes = b"", deadline_s: float = DEADLINE_S
+    ) -> subprocess.CompletedProcess[bytes]:
+        """Runs ``understudy ARGUMENTS`` to its end, which must come with exit code ``code``."""
+        words = [str(argument) for argument in arguments]
+        done = subprocess.run(
+            [sys.executable, "-m", "understudy.cli", *words],
+            input=stdin,
+            capture_output=True,
+            timeout=deadline_s,
+            env=self.environment,
+        )
+        if done.returncode != code:
+            pytest.fail(
+                f"understudy {' '.join(words)}: exit code {done.returncode}, not {code}\n"
+                f"stdout: {done.stdout.decode(errors='replace')}\nstderr: {done.stderr.decode(errors='replace')}"
+            )
+        return done
+
+    def close(self) -> None:
+        """Kills what still runs, and prints what all have logged: pytest shows that where the test failed."""
+        for process in self._started:
+            if process.is_running:
+                process.kill()
+            print(process.describe())
+
+
+def _on_any_port(flags: tuple[str | Path, ...]) -> tuple[str | Path, ...]:
+    return flags if "--listen" in flags else ("--listen", ANY_PORT, *flags)
