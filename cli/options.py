@@ -69,7 +69,10 @@ def data_dir_argument(function: _F) -> _F:
 def server_option(function: _F) -> _F:
     """``--server HOST:PORT``, required."""
     return click.option(
-        "--server", required=True, metavar="HOST:PORT", help="The server; several with commas: the primary is found."
+        "--server",
+        required=True,
+        metavar="HOST:PORT",
+        help="The server; several with commas: the primary is found.",
     )(function)
 
 
@@ -94,7 +97,10 @@ def json_option(function: _F) -> _F:
 def base64_option(function: _F) -> _F:
     """``--base64``, as ``is_base64``."""
     return click.option(
-        "--base64", "is_base64", is_flag=True, help="Keys and values on the command line are base64, not text."
+        "--base64",
+        "is_base64",
+        is_flag=True,
+        help="Keys and values on the command line are base64, not text.",
     )(function)
 
 
@@ -111,7 +117,12 @@ def process_options(section: str) -> Option[_F]:
     def decorate(function: _F) -> _F:
         for option in reversed(
             (
-                setting("--metrics", "metrics", "Serve Prometheus metrics here. Off if not set.", metavar="HOST:PORT"),
+                setting(
+                    "--metrics",
+                    "metrics",
+                    "Serve Prometheus metrics here. Off if not set.",
+                    metavar="HOST:PORT",
+                ),
                 setting(
                     "--insecure",
                     "insecure",
@@ -149,7 +160,9 @@ def key_bytes(text: str, *, is_base64: bool) -> bytes:
     try:
         return _decoded(text, is_base64=is_base64)
     except ValueError as error:
-        raise BadKey(f"bad key {text!r}: {error}", remedy="give UTF-8 text, or --base64 and base64") from error
+        raise BadKey(
+            f"bad key {text!r}: {error}", remedy="give UTF-8 text, or --base64 and base64"
+        ) from error
 
 
 def value_bytes(text: str, *, is_base64: bool) -> bytes:
@@ -162,7 +175,8 @@ def value_bytes(text: str, *, is_base64: bool) -> bytes:
         return _decoded(text, is_base64=is_base64)
     except ValueError as error:
         raise BadOperation(
-            f"bad value {text[:40]!r}: {error}", remedy="give UTF-8 text, --base64 and base64, or - for standard input"
+            f"bad value {text[:40]!r}: {error}",
+            remedy="give UTF-8 text, --base64 and base64, or - for standard input",
         ) from error
 
 

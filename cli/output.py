@@ -5,7 +5,6 @@ Everything but :func:`print_json` loads rich when it is first called, not before
 
 from __future__ import annotations
 
-import base64
 import json
 import sys
 import time
@@ -26,14 +25,6 @@ _LINE_EVERY_S = 10.0
 def print_json(facts: Any) -> None:
     """Prints facts as one line of JSON."""
     click.echo(json.dumps(facts, ensure_ascii=False))
-
-
-def text_or_base64(name: str, data: bytes) -> dict[str, str]:
-    """``{name: text}`` where ``data`` is UTF-8, else ``{name_base64: base64}``."""
-    try:
-        return {name: data.decode()}
-    except UnicodeDecodeError:
-        return {f"{name}_base64": base64.b64encode(data).decode()}
 
 
 def printable(data: bytes, *, length_max: int = 60) -> str:
@@ -150,7 +141,13 @@ class Progress:
         from rich.progress import Progress as RichProgress
 
         count = DownloadColumn() if self._unit == "bytes" else MofNCompleteColumn()
-        columns = (TextColumn("{task.description}"), BarColumn(), count, TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            count,
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         bar = RichProgress(*columns, console=Console(stderr=True), transient=True)
         bar.add_task(self._what, total=total)
         bar.start()

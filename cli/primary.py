@@ -12,14 +12,21 @@ from understudy.cli.options import BYTE_SIZE, EPILOG, process_options, setting
 
 @click.command(epilog=EPILOG)
 @setting("--data-dir", "data_dir", "Where the data lives; made if absent.", type=Path, metavar="DIR")
-@setting("--listen", "listen", "Where to serve; port 0 takes a free one. 127.0.0.1:7850 if not set.", metavar="HOST:PORT")
+@setting(
+    "--listen",
+    "listen",
+    "Where to serve; port 0 takes a free one. 127.0.0.1:7850 if not set.",
+    metavar="HOST:PORT",
+)
 @setting(
     "--durability",
     "durability",
     "When a transaction is acknowledged. local if not set.",
     type=click.Choice(["local", "replica", "applied"]),
 )
-@setting("--sync-replicas", "sync_replicas", "How many replicas that takes. 1 if not set.", type=int, metavar="N")
+@setting(
+    "--sync-replicas", "sync_replicas", "How many replicas that takes. 1 if not set.", type=int, metavar="N"
+)
 @setting(
     "--degrade-after",
     "degrade_after_s",

@@ -12,11 +12,29 @@ from understudy.cli.options import BYTE_SIZE, EPILOG, process_options, setting
 
 @click.command(epilog=EPILOG)
 @setting("--data-dir", "data_dir", "Where the copy lives; made if absent.", type=Path, metavar="DIR")
-@setting("--primary", "primary", "Whom to follow; several with commas: the one that is primary.", metavar="HOST:PORT")
-@setting("--listen", "listen", "Where to serve; port 0 takes a free one. 127.0.0.1:7851 if not set.", metavar="HOST:PORT")
-@setting("--id", "id", "Its name at the primary, its own among all replicas. The host's if not set.", metavar="NAME")
 @setting(
-    "--bootstrap-rate", "bootstrap_rate", "Bytes a second that a first copy may take. All if not set.", type=BYTE_SIZE
+    "--primary",
+    "primary",
+    "Whom to follow; several with commas: the one that is primary.",
+    metavar="HOST:PORT",
+)
+@setting(
+    "--listen",
+    "listen",
+    "Where to serve; port 0 takes a free one. 127.0.0.1:7851 if not set.",
+    metavar="HOST:PORT",
+)
+@setting(
+    "--id",
+    "id",
+    "Its name at the primary, its own among all replicas. The host's if not set.",
+    metavar="NAME",
+)
+@setting(
+    "--bootstrap-rate",
+    "bootstrap_rate",
+    "Bytes a second that a first copy may take. All if not set.",
+    type=BYTE_SIZE,
 )
 @setting("--log-floor", "log_floor_bytes", "How much log is always kept. 256MiB if not set.", type=BYTE_SIZE)
 @process_options("replica")

@@ -44,7 +44,10 @@ def rewind(directory: Path, to: str, replica_id: str | None, as_json: bool) -> N
     from understudy.replica.rewind import rewind as rewind_directory
 
     configure_logs(level=QUIET)
-    with Progress("fetching", unit="bytes") as progress, asyncio.Runner(loop_factory=new_event_loop) as runner:
+    with (
+        Progress("fetching", unit="bytes") as progress,
+        asyncio.Runner(loop_factory=new_event_loop) as runner,
+    ):
         outcome = runner.run(
             rewind_directory(
                 directory, to=to, replica_id=replica_id or socket.gethostname(), progress=progress.update

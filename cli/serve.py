@@ -93,7 +93,9 @@ async def _serve(
     return not stop.is_set()
 
 
-async def _first(stop: asyncio.Event, ended: asyncio.Future[UnderstudyError | None]) -> UnderstudyError | None:
+async def _first(
+    stop: asyncio.Event, ended: asyncio.Future[UnderstudyError | None]
+) -> UnderstudyError | None:
     """Waits for either; the error, if there is one."""
     stopped = asyncio.create_task(stop.wait())
     await asyncio.wait((stopped, ended), return_when=asyncio.FIRST_COMPLETED)

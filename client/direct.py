@@ -41,12 +41,13 @@ from understudy.common.types import DIGEST_BYTES, Digest, Durability, Lsn, check
 from understudy.v1 import admin_pb2, admin_pb2_grpc, data_pb2, data_pb2_grpc, replication_pb2
 
 TIMEOUT_S = 30.0
-MESSAGE_TRANSACTIONS_MAX = 1_000
+MESSAGE_TRANSACTIONS_MAX = 256
 MESSAGE_BYTES_TARGET = 1 << 20
 # Sent and not answered: what must be kept for sending again, and what a server may be asked to hold for us.
 IN_FLIGHT_MAX = 10_000
 IN_FLIGHT_BYTES_MAX = 64 << 20
 _BACKOFF_S = (0.02, 1.0)
+_DEADLINE_CHECK_S = 0.02
 _BIND_S_MAX = 5.0
 
 # Trying the same address again will not help.
@@ -60,7 +61,8 @@ _Stream = grpc.aio.StreamStreamCall[data_pb2.CommitRequest, data_pb2.CommitRespo
 class _Commit:
     message: data_pb2.Transaction
     size: int
-    answer: asyncio.Future[Receipt]
+    answer: asyncio.Future[Receipt]  # made anew when a deadline passes: the old one then says so
+    deadline_s: float | None
     sent: bool = False  # ever: then a server may have it
 
 
@@ -94,6 +96,7 @@ class AsyncServer:
         self._bound = asyncio.Event()
         self._last_error: UnderstudyError | None = None
         self._runner: asyncio.Task[None] | None = None
+        self._watcher: asyncio.Task[None] | None = None
         self._closed = False
 
     # -- life ----------------------------------------------------------------------------------------------
@@ -126,9 +129,10 @@ class AsyncServer:
     async def close(self) -> None:
         """Closes the connection. What was not answered fails with :class:`OutcomeUnknown`."""
         self._closed = True
-        if self._runner is not None:
-            self._runner.cancel()
-            await asyncio.gather(self._runner, return_exceptions=True)
+        for task in (self._runner, self._watcher):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
         self._give_up()
         for channel in self._channels.values():
             await channel.close()
@@ -163,15 +167,17 @@ class AsyncServer:
             durability=_durability(durability),
             operations=to_protos(operations),
         )
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        await self._wait_for_room(deadline)
-        commit = _Commit(message, message.ByteSize(), asyncio.get_running_loop().create_future())
+        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        if not self._has_room:
+            await self._wait_for_room(deadline_s)
+        answer: asyncio.Future[Receipt] = asyncio.get_running_loop().create_future()
+        commit = _Commit(message, message.ByteSize(), answer, deadline_s)
         self._unanswered[message.number] = commit
         self._unanswered_bytes += commit.size
         self._unsent.append(commit)
         self._work.set()
         self._run()
-        return await self._answered(commit, deadline)
+        return await answer
 
     async def wait(self, number: int, *, timeout_s: float | None = TIMEOUT_S) -> Receipt:
         """The receipt of a transaction that :class:`OutcomeUnknown` was raised for.
@@ -183,24 +189,36 @@ class AsyncServer:
         commit = self._unanswered.get(number)
         if commit is None:
             raise UsageError(f"transaction {number} of this client is not unanswered")
-        return await self._answered(commit, None if timeout_s is None else time.monotonic() + timeout_s)
+        if commit.answer.cancelled():  # whoever waited before was cancelled
+            commit.answer = asyncio.get_running_loop().create_future()
+        commit.deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        return await commit.answer
 
-    async def _answered(self, commit: _Commit, deadline: float | None) -> Receipt:
-        try:
-            if deadline is None:
-                return await asyncio.shield(commit.answer)
-            async with asyncio.timeout(deadline - time.monotonic()):
-                return await asyncio.shield(commit.answer)
-        except TimeoutError:
-            why = f": {self._last_error}" if self._last_error else ""
-            raise OutcomeUnknown(
-                f"transaction {commit.message.number} on {commit.message.realm} was not answered in time{why}",
-                remedy="it may or may not have been applied; wait() for it, or let this client go on trying",
-                number=commit.message.number,
-            ) from None
+    async def _watch_deadlines(self) -> None:
+        """One task for all transactions: a timer for each would cost more than the rest of a commit."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(_DEADLINE_CHECK_S)
+            now_s = time.monotonic()
+            for commit in self._unanswered.values():
+                if commit.deadline_s is not None and commit.deadline_s <= now_s:
+                    late, commit.answer, commit.deadline_s = commit.answer, loop.create_future(), None
+                    _fail(late, self._outcome_unknown(commit.message))
+
+    def _outcome_unknown(self, message: data_pb2.Transaction) -> OutcomeUnknown:
+        why = f": {self._last_error}" if self._last_error else ""
+        return OutcomeUnknown(
+            f"transaction {message.number} on {message.realm} was not answered in time{why}",
+            remedy="it may or may not have been applied; wait() for it, or let this client go on trying",
+            number=message.number,
+        )
+
+    @property
+    def _has_room(self) -> bool:
+        return len(self._unanswered) < IN_FLIGHT_MAX and self._unanswered_bytes < IN_FLIGHT_BYTES_MAX
 
     async def _wait_for_room(self, deadline: float | None) -> None:
-        while len(self._unanswered) >= IN_FLIGHT_MAX or self._unanswered_bytes >= IN_FLIGHT_BYTES_MAX:
+        while not self._has_room:
             self._room.clear()
             try:
                 async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()):
@@ -341,6 +359,7 @@ class AsyncServer:
     def _run(self) -> None:
         if self._runner is None or self._runner.done():
             self._runner = asyncio.create_task(self._run_forever())
+            self._watcher = asyncio.create_task(self._watch_deadlines())
 
     async def _run_forever(self) -> None:
         backoff_s = _BACKOFF_S[0]
@@ -438,7 +457,7 @@ class AsyncServer:
         for refusal in results.refusals:
             commit = self._answer(refusal.number)
             if commit is not None:
-                _fail(commit, from_code(refusal.code, refusal.message))
+                _fail(commit.answer, from_code(refusal.code, refusal.message))
         self._room.set()
 
     def _answer(self, number: int) -> _Commit | None:
@@ -452,13 +471,13 @@ class AsyncServer:
         for number in [number for number, commit in self._unanswered.items() if not commit.sent]:
             commit = self._answer(number)
             if commit is not None:
-                _fail(commit, error)
+                _fail(commit.answer, error)
         self._room.set()
 
     def _give_up(self) -> None:
         for number, commit in self._unanswered.items():
             what = f"the client was closed before transaction {number} was answered"
-            _fail(commit, OutcomeUnknown(what, number=number))
+            _fail(commit.answer, OutcomeUnknown(what, number=number))
         self._unanswered.clear()
 
 
@@ -475,10 +494,10 @@ async def _ended(call: _Stream) -> UnderstudyError | grpc.aio.AioRpcError:
     )
 
 
-def _fail(commit: _Commit, error: UnderstudyError) -> None:
-    if not commit.answer.done():
-        commit.answer.set_exception(error)
-        commit.answer.exception()  # whoever gave up waiting does not want to hear of it
+def _fail(answer: asyncio.Future[Receipt], error: UnderstudyError) -> None:
+    if not answer.done():
+        answer.set_exception(error)
+        answer.exception()  # whoever gave up waiting does not want to hear of it
 
 
 def _durability(name: str | None) -> data_pb2.Durability.ValueType:

@@ -7,8 +7,8 @@ and the tree's counter and all later transactions go by that.
 
 No checkpoint writes a key of a named database twice, and what is deleted and then put gets a chain of its own. But
 LMDB itself writes records of its list of free pages twice when it commits (``mdb_freelist_save``): first with room
-for what is free by then, again for the pages that this very record took. Where that crosses the border of a page,
-once in a few hundred commits to a file with thousands of free pages, the chain is one page longer than needed.
+for what is free by then, again without the pages that this very record took. Where that crosses the border of a
+page, as it rarely does where thousands of pages are free, the chain is one page longer than needed.
 
 So a chain that is longer than its value counts with all its pages, and is sound if nothing else has any of them and
 the counter agrees. A chain that is shorter than its value stays an error.

@@ -17,16 +17,17 @@ from typing import TypeVar
 
 from xxhash import xxh3_128_intdigest
 
+from understudy.common.types import KEY_BYTES_MAX
+
 _Buffer = TypeVar("_Buffer", bytes, memoryview)
 
 STATE_DIGEST_BYTES = 16
 EMPTY_STATE = bytes(STATE_DIGEST_BYTES)  # of a realm without pairs, of a server without realms
 REALM_PREFIX_BYTES = 8  # the store has the realm's id in front of every key
 
-_STORED_KEY_BYTES_MAX = 511  # LMDB's own limit, which a damaged file can't exceed either
 _MODULUS = 1 << (8 * STATE_DIGEST_BYTES)
 # Looked up, since packing each key's length anew would take as long as the hash itself.
-_KEY_LENGTH = tuple(struct.pack("<I", length) for length in range(_STORED_KEY_BYTES_MAX + 1))
+_KEY_LENGTH = tuple(struct.pack("<I", length) for length in range(KEY_BYTES_MAX + 1))
 _STORED_KEY_LENGTH = (b"",) * REALM_PREFIX_BYTES + _KEY_LENGTH
 _NUMBERS = struct.Struct("<QQ")
 
@@ -42,7 +43,7 @@ def decode(digest: bytes) -> int:
 
 
 def sum_pairs(keys: Iterable[bytes], values: Iterable[bytes]) -> int:
-    """The sum over pairs, given as columns of equal length."""
+    """The sum over pairs, given as columns of equal length; keys have at most ``KEY_BYTES_MAX`` bytes."""
     digest, length = xxh3_128_intdigest, _KEY_LENGTH
     return sum([digest(length[len(key)] + key + value) for key, value in zip(keys, values, strict=True)])
 

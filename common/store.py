@@ -74,6 +74,7 @@ class StoreSnapshot:
             if self._users:
                 return
         self._txn.abort()
+        del self._txn  # the slot among LMDB's readers goes with it
 
     # -- reading -------------------------------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ from understudy.common.store_layout import (
     decode_history_row,
     history_key,
 )
-from understudy.common.types import ID_BYTES, Digest, Lsn
+from understudy.common.types import ID_BYTES, KEY_BYTES_MAX, Digest, Lsn
 from understudy.v1.log_pb2 import Change
 from understudy.v1.store_pb2 import CheckpointRow, ClientRow, RealmRow
 
@@ -158,6 +158,9 @@ class _Check:
     def _sum_realm(self, path: str, row: RealmRow, rows: Iterator[tuple[bytes, bytes]]) -> None:
         digest = entries = size = 0
         for pair in rows:
+            if len(pair[0]) > REALM_PREFIX_BYTES + KEY_BYTES_MAX:
+                self._report(f"realm {path} holds a key of {len(pair[0]) - REALM_PREFIX_BYTES} bytes")
+                continue
             digest += sum_stored_pairs((pair,))
             size += len(pair[0]) + len(pair[1]) - REALM_PREFIX_BYTES
             entries += 1

@@ -179,6 +179,7 @@ def lmdb_errors(action: str, path: Path) -> Iterator[None]:
 def translated(error: lmdb.Error, action: str, path: Path) -> UnderstudyError:
     """Our error for one of LMDB's; for hot paths, where a context manager would cost more than the read."""
     what = f"can't {action} the store {path}: {error}"
+    code = getattr(error, "code", 0)  # py-lmdb's own refusals have none
     if isinstance(error, _DAMAGED):
         return CorruptionError(f"{what}: the file is damaged", remedy=RESTORE)
     if isinstance(error, lmdb.VersionMismatchError):
@@ -189,16 +190,16 @@ def translated(error: lmdb.Error, action: str, path: Path) -> UnderstudyError:
         return Overloaded(f"{what}: {READERS_MAX} snapshots of it are open", remedy="end some of the readers")
     if isinstance(error, lmdb.MemoryError):
         return StorageFailed(f"{what}: no address space", remedy="raise the limit: ulimit -v unlimited")
-    if error.code in _NOT_OURS:
+    if code in _NOT_OURS:
         return DirectoryError(what, remedy=f"chown -R $USER {path} gives it to the user that runs this")
-    if _is_full(error, path):
+    if _is_full(code, path):
         return DiskFull(what, remedy="free some space; writes go on by themselves then")
     return StorageFailed(what)
 
 
-def _is_full(error: lmdb.Error, path: Path) -> bool:
+def _is_full(code: int, path: Path) -> bool:
     # LMDB reports a write that was cut short as EIO, and on a regular file only a full disk cuts one short.
-    return error.code in _NO_SPACE or (error.code == errno.EIO and not _can_grow(path))
+    return code in _NO_SPACE or (code == errno.EIO and not _can_grow(path))
 
 
 def _can_grow(path: Path) -> bool:
@@ -325,7 +326,8 @@ def _reserve_lock_file(path: Path) -> None:
     with storage_errors("create", lock):
         try:
             status = lock.stat() if lock.exists() else None
-            if status is not None and status.st_blocks * 512 >= status.st_size >= _LOCK_FILE_BYTES:
+            size = max(status.st_size if status else 0, _LOCK_FILE_BYTES)
+            if status is not None and status.st_blocks * 512 >= size == status.st_size:
                 return  # Not opened without need: closing it would drop the locks that this process has on it.
             fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
@@ -333,6 +335,6 @@ def _reserve_lock_file(path: Path) -> None:
                 return  # LMDB says what is wrong, or does without the file on a read-only file system
             raise
         try:
-            os.posix_fallocate(fd, 0, _LOCK_FILE_BYTES)
+            os.posix_fallocate(fd, 0, size)
         finally:
             os.close(fd)

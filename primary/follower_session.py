@@ -74,8 +74,8 @@ class FollowerSession:
             return SendHeartbeat()
         return None
 
-    def on_sent(self, record_bytes: int, *, now_s: float) -> None:
-        """A chunk with so many bytes of records, or none, has gone out."""
+    def on_sending(self, record_bytes: int, *, now_s: float) -> None:
+        """A chunk with so many bytes of records, or none, is going out."""
         self.sent_offset += record_bytes
         self._sent_s = now_s
 

@@ -205,8 +205,9 @@ class ReplicationService(replication_pb2_grpc.ReplicationServicer):
             chunk = replication_pb2.Chunk(
                 records=data, head_lsn=head_lsn, head_offset=head_offset, clock_us=now_us()
             )
+            # Before the write: the replica's progress may come in before the write returns.
+            session.on_sending(len(data), now_s=time.monotonic())
             await context.write(replication_pb2.FollowResponse(chunk=chunk))
-            session.on_sent(len(data), now_s=time.monotonic())
         reader.result()  # raises what ended it
 
     async def _read_progress(

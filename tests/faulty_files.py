@@ -7,7 +7,7 @@ What is modelled, and is what disks and kernels do:
 * A name made or removed may be found either way until its directory is synced.
 * A sync that fails leaves the content readable and takes it for clean: some of it is on disk, and the
   next sync succeeds without bringing the rest there.
-* A write that fails may have written a part.
+* A write that fails may have written a part, in whole sectors.
 * A write that makes a file longer fails when there is no space.
 """
 
@@ -120,9 +120,11 @@ class FaultyFile:
             try:
                 self._files.act("write")
             except _Injected as fault:
-                self._node.write(data[: fault.written_bytes], offset)
+                self._node.write(data[: _whole_sectors(offset, fault.written_bytes)], offset)
                 raise
             room = self._files.room(self._node, offset, len(data))
+            if room < len(data):
+                room = _whole_sectors(offset, room)
             self._node.write(data[:room], offset)
             if room < len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -157,6 +159,11 @@ class FaultyFile:
     def close(self) -> None:
         """Counts the file as closed."""
         self._files.open_count -= 1
+
+
+def _whole_sectors(offset: int, length: int) -> int:
+    """Of a write that fails, whole pages are written or not; taken to be as small as sectors here."""
+    return max((offset + length) // SECTOR_BYTES * SECTOR_BYTES - offset, 0)
 
 
 class _Injected(OSError):
@@ -225,8 +232,13 @@ class FaultyFiles:
         return self._fault is not None
 
     def cut_power(self, actions: int) -> None:
-        """After so many more actions, every action raises :class:`PowerCut` until :meth:`lose_power`."""
+        """After so many more actions, every action raises :class:`PowerCut` until power is back."""
         self._actions_left = actions
+
+    def restore_power(self) -> None:
+        """Nothing fails any more and nothing is lost: for a process that was killed while the machine ran on."""
+        self._fault = self._actions_left = None
+        self.open_count = 0
 
     def lose_power(self, rng: Random) -> None:
         """Keeps what was synced and any part of the rest, of contents as of names; power is back then."""
@@ -239,8 +251,7 @@ class FaultyFiles:
         for _, node in sorted(self._durable_names.items()):
             node.lose_power(rng)
         self._names = dict(self._durable_names)
-        self._fault = self._actions_left = None
-        self.open_count = 0
+        self.restore_power()
 
     def content(self, path: Path) -> bytes:
         """A file's content as it is read."""

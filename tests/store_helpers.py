@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
+
+import pytest
 
 from understudy.common import checkpoint as checkpoint_module
 from understudy.common.state_digest import encode, realm_hash, sum_pairs
@@ -41,6 +45,29 @@ def open_both(path: Path) -> tuple[Environment, Store]:
 def digest_at(lsn: int) -> Digest:
     """Stands for the log's digest at an LSN."""
     return Digest(sha256(b"log %d" % lsn).digest())
+
+
+@contextlib.contextmanager
+def small_disk(path: Path, *, size: str) -> Iterator[Path]:
+    """A file system of its own that is soon full; skips the test where none can be mounted."""
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"a small disk takes root and a kernel that lets it mount: {done.stderr.strip()}")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", path], check=True)
+
+
+def fill_disk(folder: Path) -> Path:
+    """Takes all space that is left; removing the returned file gives it back."""
+    fill = folder / "fill"
+    with open(fill, "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    return fill
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +170,9 @@ def _change(realm: RealmModel, edit: Edit, lsn: int, time_us: int) -> tuple[Real
             operations=[Operation(kind=Operation.PUT, key=b"k", value=bytes(edit.change_bytes))],
         ).SerializeToString()
         head = sha256(change).digest()
-        history.append(HistoryRow(version, Lsn(lsn), digest_at(lsn), sha256(b"hmac %d" % lsn).digest(), change))
+        history.append(
+            HistoryRow(version, Lsn(lsn), digest_at(lsn), sha256(b"hmac %d" % lsn).digest(), change)
+        )
     clients = {**realm.clients, edit.client: (version, version, time_us)}
     return RealmModel(realm.id, version, head, pairs, tuple(history), clients), lsn
 

@@ -159,7 +159,7 @@ def test_index_spares_reading_from_the_start() -> None:
 
 def test_g3_damaged_digest_is_never_taken_for_another_history() -> None:
     """G3: a bit flipped in an entry or in the header before it is reported as damage with file, byte and LSN."""
-    made = chain(BEFORE, PAYLOADS[:2] + [b"x" * 40])
+    made = chain(BEFORE, [*PAYLOADS[:2], b"x" * 40])
     data = b"".join(data for data, _ in made)
     starts = list(itertools.accumulate((len(data) for data, _ in made), initial=0))
     for at in (*range(starts[1], starts[1] + 44), *range(starts[2], starts[3])):
@@ -194,11 +194,11 @@ def test_g9_room_is_made_before_a_record_is_written() -> None:
     files = FaultyFiles()
     writer = SegmentWriter.create(LOG, HEADER, files)
     before = files.content(PATH)
-    files.space = len(before) + 10
+    files.space = len(before) + 600
     data = b"r" * (len(before) + 1000)
     with pytest.raises(DiskFull):
         writer.append(data, batch(900, data, 8))
-    assert files.content(PATH) == before + bytes(10)
+    assert files.content(PATH) == before + bytes(512)
     files.space = None
     writer.append(data, batch(900, data, 8))
     assert files.content(PATH)[RECORDS_START:].startswith(data)
@@ -209,7 +209,7 @@ def test_g9_full_disk_while_overwriting_leaves_no_part_of_the_batch(nth: int) ->
     """G9: on a file system that copies on write a full disk shows late; then what was written is taken back."""
     files = FaultyFiles()
     writer = SegmentWriter.create(LOG, HEADER, files)
-    files.fail("write", nth, errno.ENOSPC, written_bytes=100)
+    files.fail("write", nth, errno.ENOSPC, written_bytes=600)
     with pytest.raises(DiskFull):
         writer.append(b"r" * 700, batch(900, b"r" * 700, 8))
     assert not any(files.content(PATH)[RECORDS_START:])

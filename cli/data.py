@@ -1,0 +1,183 @@
+"""``understudy get``, ``put``, ``delete`` and ``scan``: single keys and ranges."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from understudy.cli.options import (
+    EPILOG,
+    base64_option,
+    json_option,
+    key_bytes,
+    server_option,
+    timeout_option,
+    value_bytes,
+)
+
+if TYPE_CHECKING:
+    from understudy.client import Operation
+
+
+@click.command(epilog=EPILOG)
+@server_option
+@click.argument("realm")
+@click.argument("key")
+@base64_option
+@timeout_option
+@json_option
+def get(server: str, realm: str, key: str, is_base64: bool, timeout_s: float, as_json: bool) -> None:
+    """Print the value at KEY, byte for byte. Exit code 1 if there is none.
+
+    \b
+    Example:
+      understudy get --server 127.0.0.1:7850 /inventory apple
+    """
+    from understudy.client import connect
+
+    raw = key_bytes(key, is_base64=is_base64)
+    with connect(server, timeout_s=timeout_s) as connection:
+        value = connection.get(realm, raw, timeout_s=timeout_s)
+    if value is None:
+        raise click.ClickException(f"no key {key} in {realm}")
+    if as_json:
+        from understudy.cli.json_lines import encode_pair
+
+        click.echo(encode_pair(raw, value))
+        return
+    output = click.get_binary_stream("stdout")
+    output.write(value)
+    if sys.stdout.isatty() and not value.endswith(b"\n"):
+        output.write(b"\n")
+    output.flush()
+
+
+@click.command(epilog=EPILOG)
+@server_option
+@click.argument("realm")
+@click.argument("key")
+@click.argument("value")
+@base64_option
+@timeout_option
+@json_option
+def put(
+    server: str, realm: str, key: str, value: str, is_base64: bool, timeout_s: float, as_json: bool
+) -> None:
+    """Set KEY to VALUE; - reads the value from standard input, byte for byte.
+
+    \b
+    Example:
+      understudy put --server 127.0.0.1:7850 /inventory apple 3
+      understudy put --server 127.0.0.1:7850 /inventory picture - < apple.png
+    """
+    from understudy.client import Put
+
+    raw = _standard_input() if value == "-" else value_bytes(value, is_base64=is_base64)
+    operation = Put(key_bytes(key, is_base64=is_base64), raw)
+    _commit(server, realm, [operation], timeout_s=timeout_s, as_json=as_json)
+
+
+@click.command(epilog=EPILOG)
+@server_option
+@click.argument("realm")
+@click.argument("keys", nargs=-1, metavar="[KEY]...")
+@click.option(
+    "--range",
+    "bounds",
+    nargs=2,
+    metavar="START END",
+    help='All keys from START to before END; "" is without bound.',
+)
+@base64_option
+@timeout_option
+@json_option
+def delete(
+    server: str,
+    realm: str,
+    keys: tuple[str, ...],
+    bounds: tuple[str, str] | None,
+    is_base64: bool,
+    timeout_s: float,
+    as_json: bool,
+) -> None:
+    """Remove keys, or a range of them, in one transaction. What does not exist is no error.
+
+    \b
+    Example:
+      understudy delete --server 127.0.0.1:7850 /inventory apple pear
+      understudy delete --server 127.0.0.1:7850 /inventory --range a b
+    """
+    from understudy.client import Delete, DeleteRange
+
+    if not keys and bounds is None:
+        raise click.UsageError("Give keys, or --range.")
+    operations: list[Operation] = [Delete(key_bytes(key, is_base64=is_base64)) for key in keys]
+    if bounds is not None:
+        start, end = (key_bytes(bound, is_base64=is_base64) for bound in bounds)
+        operations.append(DeleteRange(start, end))
+    _commit(server, realm, operations, timeout_s=timeout_s, as_json=as_json)
+
+
+@click.command(epilog=EPILOG)
+@server_option
+@click.argument("realm")
+@click.option("--start", default="", metavar="KEY", help="The first key.")
+@click.option("--end", default="", metavar="KEY", help="The first key that is left out.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="At most so many.")
+@click.option("--reverse", is_flag=True, help="The last key first.")
+@base64_option
+@json_option
+def scan(
+    server: str,
+    realm: str,
+    start: str,
+    end: str,
+    limit: int | None,
+    reverse: bool,
+    is_base64: bool,
+    as_json: bool,
+) -> None:
+    """Print keys and values in order, all as of one moment. JSON lines are what `import` reads.
+
+    \b
+    Example:
+      understudy scan --server 127.0.0.1:7850 /inventory --start a --end b --json
+    """
+    from understudy.cli.json_lines import encode_pair
+    from understudy.cli.output import printable
+    from understudy.client import connect
+
+    first, behind = key_bytes(start, is_base64=is_base64), key_bytes(end, is_base64=is_base64)
+    with connect(server) as connection:
+        for key, value in connection.scan(realm, start=first, end=behind, limit=limit, reverse=reverse):
+            click.echo(encode_pair(key, value) if as_json else f"{printable(key)}\t{printable(value)}")
+
+
+def _commit(
+    server: str, realm: str, operations: list[Operation], *, timeout_s: float, as_json: bool
+) -> None:
+    from understudy.cli.output import print_json
+    from understudy.client import connect
+
+    with connect(server, timeout_s=timeout_s) as connection:
+        receipt = connection.commit(realm, operations, timeout_s=timeout_s)
+    if as_json:
+        print_json(
+            {
+                "realm": receipt.realm,
+                "version": receipt.version,
+                "lsn": receipt.lsn,
+                "digest": receipt.digest.hex(),
+            }
+        )
+    else:
+        click.echo(f"{receipt.realm} is at version {receipt.version}, LSN {receipt.lsn}")
+
+
+def _standard_input() -> bytes:
+    """All of it, up to just beyond what a transaction may hold: the check for that says the rest."""
+    from understudy.common.types import TRANSACTION_BYTES_MAX
+
+    return click.get_binary_stream("stdin").read(TRANSACTION_BYTES_MAX + 1)

@@ -1,0 +1,63 @@
+"""``understudy realms``."""
+
+from __future__ import annotations
+
+import click
+
+from understudy.cli.options import EPILOG, json_option, server_option, timeout_option
+
+
+@click.command(epilog=EPILOG)
+@server_option
+@click.option("--drop", metavar="PATH", help="Drop this realm and everything in it, on all nodes.")
+@click.option("--yes", is_flag=True, help="Drop without asking.")
+@timeout_option
+@json_option
+def realms(server: str, drop: str | None, yes: bool, timeout_s: float, as_json: bool) -> None:
+    """List the realms of a server, or drop one. Entries and bytes are as of its last checkpoint.
+
+    \b
+    Example:
+      understudy realms --server 127.0.0.1:7850
+      understudy realms --server 127.0.0.1:7850 --drop /inventory
+    """
+    if drop is not None:
+        _drop(server, drop, ask=not yes, timeout_s=timeout_s, as_json=as_json)
+    else:
+        _list(server, timeout_s=timeout_s, as_json=as_json)
+
+
+def _list(server: str, *, timeout_s: float, as_json: bool) -> None:
+    from understudy.cli.output import print_json, print_table, size_text
+    from understudy.client import connect
+
+    with connect(server, timeout_s=timeout_s) as connection:
+        found = connection.realms(timeout_s=timeout_s)
+    if as_json:
+        print_json(
+            [
+                {"path": realm.path, "version": realm.version, "entries": realm.entries, "bytes": realm.bytes}
+                for realm in found
+            ]
+        )
+        return
+    print_table(
+        ("realm", "version", "entries", "bytes"),
+        [(realm.path, f"{realm.version:,}", f"{realm.entries:,}", size_text(realm.bytes)) for realm in found],
+        right=("version", "entries", "bytes"),
+    )
+
+
+def _drop(server: str, path: str, *, ask: bool, timeout_s: float, as_json: bool) -> None:
+    from understudy.cli.output import print_json
+    from understudy.client import connect
+
+    with connect(server, timeout_s=timeout_s) as connection:
+        count = connection.count(path, timeout_s=timeout_s)  # also says if there is no such realm
+        if ask:
+            click.confirm(f"Drop {path} with {count:,} keys, on all nodes?", abort=True, err=True)
+        lsn = connection.drop_realm(path, timeout_s=timeout_s)
+    if as_json:
+        print_json({"realm": path, "keys": count, "lsn": lsn})
+    else:
+        click.echo(f"dropped {path} with {count:,} keys, LSN {lsn}")

@@ -1,0 +1,147 @@
+"""``understudy status``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from understudy.cli.options import EPILOG, json_option, timeout_option
+
+if TYPE_CHECKING:
+    from understudy.v1 import admin_pb2
+
+
+@click.command(epilog=EPILOG)
+@click.argument("directory", metavar="[DIR]", required=False, type=click.Path(path_type=Path))
+@click.option("--server", metavar="HOST:PORT", help="A running node, instead of DIR.")
+@timeout_option
+@json_option
+def status(directory: Path | None, server: str | None, timeout_s: float, as_json: bool) -> None:
+    """Show role, position, realms, replicas and their lag, and warnings.
+
+    Of the node that has DIR open, if one has; otherwise what DIR holds.
+
+    \b
+    Example:
+      understudy status --server 127.0.0.1:7850
+      understudy status /var/lib/understudy/data --json
+    """
+    import asyncio
+
+    from understudy.cli.logs import QUIET, configure_logs
+    from understudy.cli.node_status import directory_status, server_status
+    from understudy.cli.output import print_json
+    from understudy.common.portal import new_event_loop
+
+    if (directory is None) == (server is None):
+        raise click.UsageError("Give either a directory or --server.")
+    configure_logs(level=QUIET)
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        if server is not None:
+            found, is_running = runner.run(server_status(server, timeout_s=timeout_s)), True
+        else:
+            assert directory is not None
+            found, is_running = runner.run(directory_status(directory, timeout_s=timeout_s))
+    if as_json:
+        print_json(_facts(found, is_running=is_running))
+    else:
+        _tell(found, is_running=is_running)
+
+
+def _facts(found: admin_pb2.StatusResponse, *, is_running: bool) -> dict[str, object]:
+    """The keys, in this order, are contract; new ones go to the end."""
+    from understudy.common.types import format_id
+
+    return {
+        "role": found.role,
+        "cluster": format_id(found.cluster),
+        "node": format_id(found.node),
+        "epoch": found.epoch,
+        "lsn": found.lsn,
+        "durable_lsn": found.durable_lsn,
+        "committed_lsn": found.committed_lsn,
+        "checkpoint_lsn": found.checkpoint_lsn,
+        "digest": found.digest.hex(),
+        "realms": found.realms,
+        "durability": found.durability or None,
+        "replicas": [_replica_facts(replica) for replica in found.replicas],
+        "upstream": _upstream_facts(found.upstream) if found.HasField("upstream") else None,
+        "warnings": list(found.warnings),
+        "version": found.version,
+        "running": is_running,
+    }
+
+
+def _replica_facts(replica: admin_pb2.ReplicaStatus) -> dict[str, object]:
+    return {
+        "id": replica.id,
+        "connected": replica.connected,
+        "state": replica.state,
+        "durable_lsn": replica.durable_lsn,
+        "applied_lsn": replica.applied_lsn,
+        "lag_entries": replica.lag_entries,
+        "lag_bytes": replica.lag_bytes,
+        "lag_seconds": round(replica.lag_seconds, 6),
+    }
+
+
+def _upstream_facts(upstream: admin_pb2.UpstreamStatus) -> dict[str, object]:
+    return {
+        "address": upstream.address,
+        "connected": upstream.connected,
+        "lag_entries": upstream.lag_entries,
+        "lag_bytes": upstream.lag_bytes,
+        "lag_seconds": round(upstream.lag_seconds, 6),
+    }
+
+
+def _tell(found: admin_pb2.StatusResponse, *, is_running: bool) -> None:
+    from understudy.cli.output import print_facts, print_table, seconds_text, size_text
+    from understudy.common.types import format_id
+
+    facts = [
+        ("role", found.role + ("" if is_running else ", not running")),
+        ("cluster", format_id(found.cluster)),
+        ("node", format_id(found.node)),
+        ("epoch", str(found.epoch)),
+        (
+            "LSN",
+            f"{found.lsn:,} (durable {found.durable_lsn:,}, committed {found.committed_lsn:,}, "
+            f"checkpoint {found.checkpoint_lsn:,})",
+        ),
+        ("digest", found.digest.hex()),
+        ("realms", f"{found.realms:,}"),
+    ]
+    if found.durability:
+        facts.append(("durability", found.durability))
+    if found.HasField("upstream"):
+        up = found.upstream
+        facts.append(
+            (
+                "primary",
+                f"{up.address or 'unknown'}, {'connected' if up.connected else 'not connected'}, behind by "
+                f"{up.lag_entries:,} entries, {size_text(up.lag_bytes)}, {seconds_text(up.lag_seconds)}",
+            )
+        )
+    print_facts(facts)
+    if found.replicas:
+        print_table(
+            ("replica", "state", "durable", "applied", "entries behind", "bytes behind", "time behind"),
+            [
+                (
+                    replica.id,
+                    replica.state,
+                    f"{replica.durable_lsn:,}",
+                    f"{replica.applied_lsn:,}",
+                    f"{replica.lag_entries:,}",
+                    size_text(replica.lag_bytes),
+                    seconds_text(replica.lag_seconds),
+                )
+                for replica in found.replicas
+            ],
+            right=("durable", "applied", "entries behind", "bytes behind", "time behind"),
+        )
+    for warning in found.warnings:
+        click.echo(f"warning: {warning}")

@@ -1,0 +1,119 @@
+"""``understudy verify``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from understudy.cli.options import EPILOG, json_option
+from understudy.common.errors import ExitCode
+
+if TYPE_CHECKING:
+    from understudy.cli.compare import Comparison
+    from understudy.common.verify import VerifyReport
+
+
+@click.command(epilog=EPILOG)
+@click.argument("directory", metavar="[DIR]", required=False, type=click.Path(path_type=Path))
+@click.option("--server", metavar="HOST:PORT", help="A running node, instead of DIR.")
+@click.option("--against", metavar="HOST:PORT", help="The running node to compare it with.")
+@json_option
+@click.pass_context
+def verify(
+    context: click.Context, directory: Path | None, server: str | None, against: str | None, as_json: bool
+) -> None:
+    """Recompute what a copy says about itself.
+
+    Of a data directory that no process has open: the chain of the whole log, every change's signature, the
+    structure of the store, and its state digests. Or compare two running nodes, by digests that both recompute.
+
+    \b
+    Example:
+      understudy verify /var/lib/understudy/data
+      understudy verify --server 127.0.0.1:7850 --against 127.0.0.1:7851
+    """
+    if directory is not None and server is None and against is None:
+        is_ok = _verify_directory(directory, as_json=as_json)
+    elif directory is None and server is not None and against is not None:
+        is_ok = _compare(server, against, as_json=as_json)
+    else:
+        raise click.UsageError("Give a directory, or both --server and --against.")
+    context.exit(ExitCode.DONE if is_ok else ExitCode.CORRUPT)
+
+
+def _verify_directory(directory: Path, *, as_json: bool) -> bool:
+    from understudy.cli.logs import QUIET, configure_logs
+    from understudy.cli.output import Progress, print_json
+    from understudy.common.verify import verify_directory
+
+    configure_logs(level=QUIET)
+    with Progress("verifying", unit="entries") as progress:
+        report = verify_directory(directory, progress.update)
+    if as_json:
+        print_json(
+            {
+                "ok": report.ok,
+                "lsn": report.lsn,
+                "digest": report.digest.hex(),
+                "entries_checked": report.entries_checked,
+                "realms_checked": report.realms_checked,
+                "problems": report.problems,
+            }
+        )
+    else:
+        _tell_report(report, directory)
+    return report.ok
+
+
+def _tell_report(report: VerifyReport, directory: Path) -> None:
+    for problem in report.problems:
+        click.echo(f"problem: {problem}")
+    click.echo(
+        f"{directory}: {_verdict(report.problems)}; LSN {report.lsn}, digest {report.digest.hex()}, "
+        f"{report.entries_checked:,} log entries and {report.realms_checked:,} realms checked"
+    )
+
+
+def _verdict(problems: list[str]) -> str:
+    if not problems:
+        return "sound"
+    return "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+
+
+def _compare(server: str, against: str, *, as_json: bool) -> bool:
+    import asyncio
+
+    from understudy.cli.compare import compare_servers
+    from understudy.cli.logs import QUIET, configure_logs
+    from understudy.cli.output import print_json
+    from understudy.common.portal import new_event_loop
+
+    configure_logs(level=QUIET)
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        comparison = runner.run(compare_servers(server, against))
+    if as_json:
+        print_json(
+            {
+                "ok": not comparison.problems,
+                "lsn": comparison.lsn,
+                "digest": comparison.digest.hex(),
+                "entries_checked": comparison.entries,
+                "realms_checked": comparison.realms,
+                "problems": comparison.problems,
+            }
+        )
+    else:
+        _tell_comparison(comparison, server, against)
+    return not comparison.problems
+
+
+def _tell_comparison(comparison: Comparison, server: str, against: str) -> None:
+    for problem in comparison.problems:
+        click.echo(f"problem: {problem}")
+    verdict = "equal" if not comparison.problems else _verdict(comparison.problems)
+    click.echo(
+        f"{server} and {against}: {verdict}; at LSN {comparison.lsn}, {comparison.realms:,} realms with "
+        f"{comparison.entries:,} entries compared"
+    )

@@ -1,0 +1,292 @@
+"""The check of a whole store: finds what is not as it was written, and nothing else (G11)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from store_helpers import Edit, Model, assert_equal, make_store, open_both
+
+from understudy.common.checkpoint import apply_checkpoint
+from understudy.common.errors import CorruptionError, NewerFormat
+from understudy.common.store import Store
+from understudy.common.store_check import PROBLEMS_MAX, check_state
+from understudy.common.store_layout import (
+    CHECKPOINT_KEY,
+    Environment,
+    dropping_key,
+    history_key,
+    realm_prefix,
+    structure_problems,
+)
+from understudy.v1.log_pb2 import Change
+from understudy.v1.store_pb2 import CheckpointRow, RealmRow
+
+PUTS = {b"key %03d" % number: b"value %03d" % number * 5 for number in range(200)}
+
+
+def two_realms(path: Path) -> Model:
+    """A store with realms /a (id 1) and /b, some of their rows overwritten and deleted."""
+    environment, store = open_both(make_store(path))
+    with store:
+        model, job = Model().step([Edit(path="/a", puts=PUTS, changes=20), Edit(path="/b", puts=PUTS)])
+        apply_checkpoint(environment, job)
+        edit = Edit(path="/a", ranges=((b"key 1", b"key 15"),), puts={b"key 003": b"new"}, changes=5)
+        model, job = model.step([edit])
+        apply_checkpoint(environment, job)
+    return model
+
+
+def test_a_sound_store_has_no_problems(tmp_path: Path) -> None:
+    """A check of a store as checkpoints left it counts everything and finds nothing."""
+    model = two_realms(tmp_path)
+    with Store.open(tmp_path / "store") as store:
+        read: list[int] = []
+        found = check_state(store, progress=read.append)
+        assert found.problems == []
+        assert (found.lsn, found.state_digest) == (model.lsn, model.state_digest)
+        assert (found.realms_checked, found.entries_checked) == (2, 350)
+        for path, realm in model.realms.items():
+            state = found.realms[path]
+            assert (state.version, state.entries) == (realm.version, len(realm.pairs))
+            assert state.state_digest == realm.state_digest
+        assert read == []
+    assert structure_problems(tmp_path / "store") == []
+
+
+def test_progress_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of pairs read so far is reported at regular steps."""
+    monkeypatch.setattr("understudy.common.store_check._PROGRESS_ROWS", 100)
+    two_realms(tmp_path)
+    with Store.open(tmp_path / "store") as store:
+        read: list[int] = []
+        check_state(store, progress=read.append)
+        assert read == [100, 200, 300]
+
+
+def test_no_flipped_byte_goes_unnoticed(tmp_path: Path, seed: int) -> None:
+    """Wherever a byte of the file is flipped, structure or content is reported, or nothing had depended on it."""
+    model = two_realms(tmp_path)
+    path, data = tmp_path / "store", tmp_path / "store" / "data.mdb"
+    whole = data.read_bytes()
+    chance = random.Random(seed)
+    noticed = 0
+    for _ in range(400):
+        offset, flip = chance.randrange(len(whole)), 1 << chance.randrange(8)
+        data.write_bytes(whole[:offset] + bytes([whole[offset] ^ flip]) + whole[offset + 1 :])
+        if problems_of(path):
+            noticed += 1
+            continue
+        with Store.open(path) as store:
+            for name, realm in model.realms.items():
+                row = store.current.realm(name)
+                assert row is not None, offset
+                assert row.head == realm.head, offset
+                assert list(store.current.scan(realm.id)) == sorted(realm.pairs.items()), offset
+                changes = [past.change for past in store.current.history(realm.id, 0)]
+                assert changes == [past.change for past in realm.history], offset
+    assert noticed > 50
+
+
+def problems_of(path: Path) -> list[str]:
+    """What is found wrong with a store, as an operator would look for it: structure first."""
+    problems = structure_problems(path)
+    if not problems:
+        try:
+            with Store.open(path) as store:
+                problems = check_state(store).problems
+        except (CorruptionError, NewerFormat) as error:
+            problems = [str(error)]
+    return problems
+
+
+def _value(environment: Environment) -> None:
+    _put(environment, environment.data, realm_prefix(1) + b"key 003", b"neW")
+
+
+def _missing_pair(environment: Environment) -> None:
+    with environment.env.begin(environment.data, write=True) as txn:
+        txn.delete(realm_prefix(1) + b"key 003")
+
+
+def _moved_byte(environment: Environment) -> None:
+    _missing_pair(environment)
+    _put(environment, environment.data, realm_prefix(1) + b"key 003n", b"ew")
+
+
+def _foreign_pair(environment: Environment) -> None:
+    _put(environment, environment.data, realm_prefix(77) + b"key", b"value")
+
+
+def _foreign_client(environment: Environment) -> None:
+    _put(environment, environment.clients, realm_prefix(77) + bytes(16), b"")
+
+
+def _short_client(environment: Environment) -> None:
+    _put(environment, environment.clients, realm_prefix(1) + bytes(3), b"")
+
+
+def _bad_client(environment: Environment) -> None:
+    _put(environment, environment.clients, realm_prefix(1) + bytes(16), b"\xff")
+
+
+def _realm_row(environment: Environment) -> None:
+    _change_row(environment, lambda row: setattr(row, "entries", row.entries + 1))
+
+
+def _realm_version(environment: Environment) -> None:
+    _change_row(environment, lambda row: setattr(row, "version", row.version + 1))
+
+
+def _history_bytes(environment: Environment) -> None:
+    _change_row(environment, lambda row: setattr(row, "history_bytes", 1))
+
+
+def _unreadable_realm_row(environment: Environment) -> None:
+    _put(environment, environment.realms, b"/a", b"\xff\xff")
+
+
+def _realm_gone(environment: Environment) -> None:
+    with environment.env.begin(environment.realms, write=True) as txn:
+        txn.delete(b"/a")
+
+
+def _same_id(environment: Environment) -> None:
+    with environment.env.begin(environment.realms, write=True) as txn:
+        txn.put(b"/c", txn.get(b"/a", b""))
+
+
+def _history_gap(environment: Environment) -> None:
+    with environment.env.begin(environment.history, write=True) as txn:
+        txn.delete(history_key(1, 7))
+
+
+def _history_end(environment: Environment) -> None:
+    with environment.env.begin(environment.history, write=True) as txn:
+        txn.delete(history_key(1, 25))
+
+
+def _no_history(environment: Environment) -> None:
+    with environment.env.begin(environment.history, write=True) as txn:
+        for version in range(1, 26):
+            txn.delete(history_key(1, version))
+
+
+def _history_change(environment: Environment) -> None:
+    with environment.env.begin(environment.history, write=True) as txn:
+        row = txn.get(history_key(1, 7), b"")
+        change = Change.FromString(row[72:])
+        change.number += 1
+        txn.put(history_key(1, 7), row[:72] + change.SerializeToString())
+
+
+def _history_of_another_realm(environment: Environment) -> None:
+    with environment.env.begin(environment.history, write=True) as txn:
+        row = txn.get(history_key(1, 7), b"")
+        change = Change.FromString(row[72:])
+        change.realm = "/z"
+        txn.put(history_key(1, 7), row[:72] + change.SerializeToString())
+
+
+def _history_order(environment: Environment) -> None:
+    with environment.env.begin(environment.history, write=True) as txn:
+        row = txn.get(history_key(1, 7), b"")
+        txn.put(history_key(1, 7), bytes(8) + row[8:])
+
+
+def _short_history_row(environment: Environment) -> None:
+    _put(environment, environment.history, history_key(1, 7), b"short")
+
+
+def _combined_digest(environment: Environment) -> None:
+    with environment.env.begin(environment.meta, write=True) as txn:
+        row = CheckpointRow.FromString(txn.get(CHECKPOINT_KEY, b""))
+        row.state_digest = bytes(16)
+        txn.put(CHECKPOINT_KEY, row.SerializeToString())
+
+
+def _put(environment: Environment, database: object, key: bytes, row: bytes) -> None:
+    with environment.env.begin(write=True) as txn:
+        txn.put(key, row, db=database)  # type: ignore[arg-type]
+
+
+def _change_row(environment: Environment, change: Callable[[RealmRow], None]) -> None:
+    with environment.env.begin(environment.realms, write=True) as txn:
+        row = RealmRow.FromString(txn.get(b"/a", b""))
+        change(row)
+        txn.put(b"/a", row.SerializeToString())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (_value, "realm /a has state digest"),
+        (_missing_pair, "realm /a holds 149 entries"),
+        (_moved_byte, "realm /a has state digest"),
+        (_foreign_pair, "rows in data of a realm with id 77"),
+        (_foreign_client, "rows in clients of a realm with id 77"),
+        (_short_client, "a client's row of /a has a key of 11 bytes"),
+        (_bad_client, "a client's row of /a can't be read"),
+        (_realm_row, "realm /a holds 150 entries"),
+        (_realm_version, "the history of realm /a ends at version 25"),
+        (_history_bytes, "bytes, the realm's row says 1"),
+        (_unreadable_realm_row, "the row of realm b'/a' can't be read"),
+        (_realm_gone, "rows in data of a realm with id 1, and no such realm"),
+        (_same_id, "realms /c and /a have the same id 1"),
+        (_history_gap, "the history of realm /a has no version 7"),
+        (_history_end, "the history of realm /a ends at version 24"),
+        (_no_history, "the history of realm /a is gone"),
+        (_history_change, "is no chain: version 8 does not follow"),
+        (_history_of_another_realm, "has version 7 of realm /z in the place of version 7"),
+        (_history_order, "has version 7 at LSN 0, after one at 6"),
+        (_short_history_row, "can't be read at version 7"),
+        (_combined_digest, "names 2 realms with state digest 00000000"),
+    ],
+)
+def test_each_kind_of_damage_is_reported_with_its_place(
+    tmp_path: Path, spoil: Callable[[Environment], None], says: str
+) -> None:
+    """Rows that were changed behind the store's back are found, and the report says where."""
+    two_realms(tmp_path)
+    environment, store = open_both(tmp_path / "store")
+    with store:
+        assert check_state(store).problems == []
+        spoil(environment)
+        problems = check_state(store).problems
+        assert any(says in problem for problem in problems), problems
+
+
+def test_rows_of_a_dropped_realm_are_expected(tmp_path: Path) -> None:
+    """What is left of a realm that is being deleted bit by bit is no damage."""
+    two_realms(tmp_path)
+    environment, store = open_both(tmp_path / "store")
+    with store:
+        for database in (environment.data, environment.history):
+            _put(environment, database, realm_prefix(77) + bytes(16), b"v")
+        _put(environment, environment.meta, dropping_key(77), b"")
+        assert check_state(store).problems == []
+
+
+def test_the_list_of_problems_is_bounded(tmp_path: Path) -> None:
+    """A store that is wrong everywhere is described by no more than so many sentences (G9)."""
+    two_realms(tmp_path)
+    environment, store = open_both(tmp_path / "store")
+    with store:
+        for number in range(PROBLEMS_MAX + 10):
+            _put(environment, environment.data, realm_prefix(1000 + number) + b"k", b"v")
+        assert len(check_state(store).problems) == PROBLEMS_MAX
+
+
+def test_a_check_sees_one_state_while_checkpoints_go_on(tmp_path: Path) -> None:
+    """A checkpoint written in the middle of a check changes nothing for it."""
+    environment, store = open_both(make_store(tmp_path))
+    with store:
+        model, job = Model().step([Edit(path="/a", puts={b"%05d" % n: b"v" for n in range(10_000)})])
+        apply_checkpoint(environment, job)
+        later, job = model.step([Edit(path="/a", ranges=((b"", b""),)), Edit(path="/b")])
+        found = check_state(store, progress=lambda _: apply_checkpoint(environment, job) and None)
+        assert found.problems == []
+        assert (found.lsn, found.entries_checked) == (model.lsn, 10_000)
+        assert_equal(store.refresh(), later)
