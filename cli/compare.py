@@ -115,7 +115,11 @@ def _differing_realms(
         one, other = ours.get(path), theirs.get(path)
         if one is None or other is None:
             found.append((path, "only one of them has it"))
-        elif (one.version, one.entries, one.state_digest) != (other.version, other.entries, other.state_digest):
+        elif (one.version, one.entries, one.state_digest) != (
+            other.version,
+            other.entries,
+            other.state_digest,
+        ):
             found.append(
                 (
                     path,

@@ -16,6 +16,7 @@ from understudy.cli.options import (
     timeout_option,
     value_bytes,
 )
+from understudy.common.errors import UnderstudyError
 
 if TYPE_CHECKING:
     from understudy.client import Operation
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
 @timeout_option
 @json_option
 def get(server: str, realm: str, key: str, is_base64: bool, timeout_s: float, as_json: bool) -> None:
-    """Print the value at KEY, byte for byte. Exit code 1 if there is none.
+    """Print the value of a key.
+
+    Byte for byte; on a terminal, with a line end. Exit code 1 if there is no such key.
 
     \b
     Example:
@@ -41,17 +44,16 @@ def get(server: str, realm: str, key: str, is_base64: bool, timeout_s: float, as
     with connect(server, timeout_s=timeout_s) as connection:
         value = connection.get(realm, raw, timeout_s=timeout_s)
     if value is None:
-        raise click.ClickException(f"no key {key} in {realm}")
+        raise UnderstudyError(f"no key {key} in {realm}")
     if as_json:
         from understudy.cli.json_lines import encode_pair
 
         click.echo(encode_pair(raw, value))
         return
-    output = click.get_binary_stream("stdout")
-    output.write(value)
+    sys.stdout.buffer.write(value)
     if sys.stdout.isatty() and not value.endswith(b"\n"):
-        output.write(b"\n")
-    output.flush()
+        sys.stdout.buffer.write(b"\n")
+    sys.stdout.buffer.flush()
 
 
 @click.command(epilog=EPILOG)
@@ -65,7 +67,9 @@ def get(server: str, realm: str, key: str, is_base64: bool, timeout_s: float, as
 def put(
     server: str, realm: str, key: str, value: str, is_base64: bool, timeout_s: float, as_json: bool
 ) -> None:
-    """Set KEY to VALUE; - reads the value from standard input, byte for byte.
+    """Set a key's value.
+
+    The value - stands for standard input, byte for byte. The realm comes into being with its first key.
 
     \b
     Example:
@@ -102,7 +106,9 @@ def delete(
     timeout_s: float,
     as_json: bool,
 ) -> None:
-    """Remove keys, or a range of them, in one transaction. What does not exist is no error.
+    """Remove keys, or a range of them.
+
+    All in one transaction. What does not exist is no error.
 
     \b
     Example:
@@ -139,7 +145,9 @@ def scan(
     is_base64: bool,
     as_json: bool,
 ) -> None:
-    """Print keys and values in order, all as of one moment. JSON lines are what `import` reads.
+    """Print keys and values in order.
+
+    All as of one moment, a pair to a line. What --json prints, `import` reads.
 
     \b
     Example:
@@ -155,13 +163,13 @@ def scan(
             click.echo(encode_pair(key, value) if as_json else f"{printable(key)}\t{printable(value)}")
 
 
-def _commit(
-    server: str, realm: str, operations: list[Operation], *, timeout_s: float, as_json: bool
-) -> None:
+def _commit(server: str, realm: str, operations: list[Operation], *, timeout_s: float, as_json: bool) -> None:
     from understudy.cli.output import print_json
+    from understudy.cli.writing import check_primary
     from understudy.client import connect
 
     with connect(server, timeout_s=timeout_s) as connection:
+        check_primary(connection.status(timeout_s=timeout_s), server)
         receipt = connection.commit(realm, operations, timeout_s=timeout_s)
     if as_json:
         print_json(
@@ -180,4 +188,4 @@ def _standard_input() -> bytes:
     """All of it, up to just beyond what a transaction may hold: the check for that says the rest."""
     from understudy.common.types import TRANSACTION_BYTES_MAX
 
-    return click.get_binary_stream("stdin").read(TRANSACTION_BYTES_MAX + 1)
+    return sys.stdin.buffer.read(TRANSACTION_BYTES_MAX + 1)

@@ -11,14 +11,10 @@ from understudy.common.entry_json import text_or_base64
 _NAMES = ("key", "key_base64", "value", "value_base64")
 
 
-def encode_pair(key: bytes, value: bytes) -> str:
-    """One line, without its end."""
-    return json.dumps(pair_facts(key, value), ensure_ascii=False)
-
-
-def pair_facts(key: bytes, value: bytes) -> dict[str, str]:
-    """The JSON object of a pair."""
-    return text_or_base64("key", key) | text_or_base64("value", value)
+def encode_pair(key: bytes, value: bytes) -> bytes:
+    """One line in UTF-8, without its end."""
+    row = text_or_base64("key", key) | text_or_base64("value", value)
+    return json.dumps(row, ensure_ascii=False).encode()
 
 
 def decode_pair(line: bytes) -> tuple[bytes, bytes]:

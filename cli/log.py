@@ -28,7 +28,9 @@ def log(
     limit: int | None,
     as_json: bool,
 ) -> None:
-    """Print entries of the change-log, also while a process writes to it. JSON: one object a line.
+    """Print entries of the change-log.
+
+    Also while a process writes to it. JSON: one object a line.
 
     \b
     Example:

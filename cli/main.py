@@ -6,6 +6,7 @@ code. A new command gets a file of its own and a line in ``_COMMANDS``.
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import NoReturn
 
@@ -70,6 +71,10 @@ for _command in _COMMANDS:
 
 def main() -> NoReturn:
     """Runs the command in ``sys.argv`` and ends the process."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # a key must not fail on a terminal that can't show it
     sys.exit(run(sys.argv[1:]))
 
 

@@ -52,7 +52,9 @@ async def directory_status(path: Path, *, timeout_s: float) -> tuple[admin_pb2.S
 async def _ask(target: str, name: str, timeout_s: float) -> admin_pb2.StatusResponse:
     async with open_channel(target) as channel:
         with peer_errors(name):
-            return await admin_pb2_grpc.AdminStub(channel).Status(admin_pb2.StatusRequest(), timeout=timeout_s)
+            return await admin_pb2_grpc.AdminStub(channel).Status(
+                admin_pb2.StatusRequest(), timeout=timeout_s
+            )
 
 
 def _offline_status(directory: DataDirectory) -> admin_pb2.StatusResponse:

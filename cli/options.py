@@ -33,32 +33,22 @@ INTERRUPTED = 130  # what shells give a command that Ctrl-C ended
 EPILOG = "\b\nExit codes:\n" + "\n".join(f"  {code.value}  {meaning}" for code, meaning in _MEANINGS.items())
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-Option = Callable[[_F], _F]
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 _UNITS = {
     "": 1,
     **{name: 1000**power for power, name in enumerate(("KB", "MB", "GB", "TB"), 1)},
     **{name: 1024**power for power, name in enumerate(("KIB", "MIB", "GIB", "TIB"), 1)},
 }
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]I?B|)\Z")
+_SIZE = re.compile(r"(\d+|\d+\.\d+(?=\s*[A-Z]))\s*([KMGT]I?B|)\Z")
 
 
-class ByteSize(click.ParamType):
-    """A number of bytes: ``65536``, ``256MB``, ``1.5GiB``."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The number; click's usage error where it is none."""
-        if isinstance(value, int):
-            return value
-        found = _SIZE.match(str(value).upper())
-        if found is None:
-            self.fail(f"{value!r} is not a size: give bytes, or for example 256MB or 1GiB.", param, ctx)
-        return int(float(found[1]) * _UNITS[found[2]]) if found[2] else int(found[1].partition(".")[0])
-
-
-BYTE_SIZE = ByteSize()
+def byte_size(text: str) -> int:
+    """A number of bytes: ``65536``, ``256MB``, ``1.5GiB``; click's usage error where it is none."""
+    found = _SIZE.match(text.upper())
+    if found is None:
+        raise click.BadParameter(f"{text!r} is not a size: give bytes, or for example 256MB or 1GiB.")
+    return int(float(found[1]) * _UNITS[found[2]])
 
 
 def data_dir_argument(function: _F) -> _F:
@@ -104,17 +94,17 @@ def base64_option(function: _F) -> _F:
     )(function)
 
 
-def setting(flag: str, field: str, help_text: str, **attributes: Any) -> Option[_F]:
+def setting(flag: str, field: str, help_text: str, **attributes: Any) -> Decorator:
     """A flag for one field of the settings, whose help also names its environment variable."""
     return click.option(
         flag, field, help=f"{help_text} [UNDERSTUDY_{field.upper()}]", default=None, **attributes
     )
 
 
-def process_options(section: str) -> Option[_F]:
+def process_options(section: str) -> Decorator:
     """What both processes take: ``--metrics``, ``--insecure``, ``--config``, ``--log-format``."""
 
-    def decorate(function: _F) -> _F:
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         for option in reversed(
             (
                 setting(

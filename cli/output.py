@@ -23,8 +23,9 @@ _LINE_EVERY_S = 10.0
 
 
 def print_json(facts: Any) -> None:
-    """Prints facts as one line of JSON."""
-    click.echo(json.dumps(facts, ensure_ascii=False))
+    """Prints facts as one line of JSON, in UTF-8 whatever the terminal's encoding."""
+    # Half a surrogate pair comes from a file name that is not UTF-8; its escape is JSON's own.
+    click.echo(json.dumps(facts, ensure_ascii=False).encode(errors="backslashreplace"))
 
 
 def printable(data: bytes, *, length_max: int = 60) -> str:
@@ -60,10 +61,9 @@ def seconds_text(seconds: float) -> str:
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable[str] = ()) -> None:
     """A table on standard output; the columns named in ``right`` are numbers."""
-    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:

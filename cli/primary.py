@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from understudy.cli.options import BYTE_SIZE, EPILOG, process_options, setting
+from understudy.cli.options import EPILOG, byte_size, process_options, setting
 
 
 @click.command(epilog=EPILOG)
@@ -34,18 +34,25 @@ from understudy.cli.options import BYTE_SIZE, EPILOG, process_options, setting
     type=float,
     metavar="SECONDS",
 )
-@setting("--log-floor", "log_floor_bytes", "How much log is always kept. 256MiB if not set.", type=BYTE_SIZE)
+@setting(
+    "--log-floor",
+    "log_floor_bytes",
+    "How much log is always kept. 256MiB if not set.",
+    type=byte_size,
+    metavar="SIZE",
+)
 @setting(
     "--log-ceiling",
     "log_ceiling_bytes",
     "How much log is kept at most for replicas that are away. 8GiB if not set.",
-    type=BYTE_SIZE,
+    type=byte_size,
+    metavar="SIZE",
 )
 @process_options("primary")
 def primary(config: Path | None, log_format: str, **flags: Any) -> None:
-    """Run a primary, which takes transactions and ships them to its replicas.
+    """Run a primary.
 
-    Prints one line with its address when it serves. SIGTERM and Ctrl-C end it cleanly, a second one at once.
+    It takes transactions and ships them to its replicas. Prints one line with its address when it serves. SIGTERM and Ctrl-C end it cleanly, a second one at once.
 
     \b
     Example:

@@ -13,9 +13,9 @@ from understudy.cli.options import EPILOG, data_dir_argument, json_option
 @data_dir_argument
 @json_option
 def promote(directory: Path, as_json: bool) -> None:
-    """Make the replica in DIR a primary, in about a second, whatever its size.
+    """Make a replica's directory a primary's.
 
-    A replica that runs is asked to stop following, and ends. Then start the primary. Run again after it was cut
+    Takes about a second, whatever its size. A replica that runs is asked to stop following, and ends. Then start the primary. Run again after it was cut
     off, promote goes on where it was.
 
     \b

@@ -14,7 +14,9 @@ from understudy.cli.options import EPILOG, json_option, server_option, timeout_o
 @timeout_option
 @json_option
 def realms(server: str, drop: str | None, yes: bool, timeout_s: float, as_json: bool) -> None:
-    """List the realms of a server, or drop one. Entries and bytes are as of its last checkpoint.
+    """List the realms of a server, or drop one.
+
+    Entries and bytes are as of its last checkpoint.
 
     \b
     Example:

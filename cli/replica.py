@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from understudy.cli.options import BYTE_SIZE, EPILOG, process_options, setting
+from understudy.cli.options import EPILOG, byte_size, process_options, setting
 
 
 @click.command(epilog=EPILOG)
@@ -34,14 +34,21 @@ from understudy.cli.options import BYTE_SIZE, EPILOG, process_options, setting
     "--bootstrap-rate",
     "bootstrap_rate",
     "Bytes a second that a first copy may take. All if not set.",
-    type=BYTE_SIZE,
+    type=byte_size,
+    metavar="SIZE",
 )
-@setting("--log-floor", "log_floor_bytes", "How much log is always kept. 256MiB if not set.", type=BYTE_SIZE)
+@setting(
+    "--log-floor",
+    "log_floor_bytes",
+    "How much log is always kept. 256MiB if not set.",
+    type=byte_size,
+    metavar="SIZE",
+)
 @process_options("replica")
 def replica(config: Path | None, log_format: str, **flags: Any) -> None:
-    """Run a replica, which follows a primary and can take its place.
+    """Run a replica.
 
-    Prints one line with its address when it serves; `understudy status` says how far its copy is. Ends by itself,
+    It follows a primary and can take its place. Prints one line with its address when it serves; `understudy status` says how far its copy is. Ends by itself,
     with exit code 0, once `understudy promote` has made its directory a primary's.
 
     \b

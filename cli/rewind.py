@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 )
 @json_option
 def rewind(directory: Path, to: str, replica_id: str | None, as_json: bool) -> None:
-    """Make the old primary in DIR, or a replica that diverged, a replica of the primary at --to.
+    """Make an old primary a replica of the new one.
 
-    What only this copy has is exported to DIR/set-aside first, then only what differs is fetched. Nothing of the
+    Or a replica that diverged. What only this copy has is exported to DIR/set-aside first, then only what differs is fetched. Nothing of the
     old copy is touched until the new one is complete; cut off anywhere, run it again.
 
     \b

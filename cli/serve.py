@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from types import FrameType
 from typing import Protocol, TypeVar
@@ -36,7 +36,7 @@ _S = TypeVar("_S", bound=Serving)
 def serve(
     role: str,
     serving: Callable[[], AbstractAsyncContextManager[_S]],
-    ended: Callable[[_S], asyncio.Future[UnderstudyError | None]],
+    ended: Callable[[_S], Awaitable[UnderstudyError | None]],
     *,
     log_format: str,
 ) -> bool:
@@ -46,7 +46,7 @@ def serve(
 
     Args:
         role: what it says it is, once it serves, in its one line on standard output.
-        ended: gives the future that is done when the server has to end: with an error, or None if all is well.
+        ended: gives what is done when the server has to end: with an error, or None if all is well.
         log_format: ``console`` or ``json``.
 
     Returns:
@@ -64,7 +64,7 @@ def serve(
 async def _serve(
     role: str,
     serving: Callable[[], AbstractAsyncContextManager[_S]],
-    ended: Callable[[_S], asyncio.Future[UnderstudyError | None]],
+    ended: Callable[[_S], Awaitable[UnderstudyError | None]],
 ) -> bool:
     task = asyncio.current_task()
     assert task is not None
@@ -93,14 +93,12 @@ async def _serve(
     return not stop.is_set()
 
 
-async def _first(
-    stop: asyncio.Event, ended: asyncio.Future[UnderstudyError | None]
-) -> UnderstudyError | None:
+async def _first(stop: asyncio.Event, ended: Awaitable[UnderstudyError | None]) -> UnderstudyError | None:
     """Waits for either; the error, if there is one."""
-    stopped = asyncio.create_task(stop.wait())
-    await asyncio.wait((stopped, ended), return_when=asyncio.FIRST_COMPLETED)
+    stopped, failed = asyncio.create_task(stop.wait()), asyncio.ensure_future(ended)
+    await asyncio.wait((stopped, failed), return_when=asyncio.FIRST_COMPLETED)
     stopped.cancel()
-    return ended.result() if ended.done() else None
+    return failed.result() if failed.done() else None
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @timeout_option
 @json_option
 def status(directory: Path | None, server: str | None, timeout_s: float, as_json: bool) -> None:
-    """Show role, position, realms, replicas and their lag, and warnings.
+    """Show position, replicas, lag and warnings.
 
     Of the node that has DIR open, if one has; otherwise what DIR holds.
 

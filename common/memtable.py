@@ -8,8 +8,7 @@ rest. A memtable is bounded by the freeze mark that the primary sets when it pas
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from sortedcontainers import SortedList
 
@@ -35,8 +34,7 @@ class Missing:
 MISSING: Final = Missing()  # "not here: ask the layer below", as opposed to None: "deleted"
 
 
-@dataclass(frozen=True, slots=True)
-class Receipt:
+class Receipt(NamedTuple):
     """What a committed transaction is answered with."""
 
     realm: str

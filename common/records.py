@@ -13,6 +13,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
+from typing import NamedTuple
 
 from understudy.common.errors import CorruptionError
 from understudy.common.types import Digest, Lsn, Position
@@ -24,8 +25,7 @@ PAYLOAD_BYTES_MAX = 18 << 20  # the largest transaction with its change and entr
 _LSN = struct.Struct("<Q")
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """One record whose digest was computed or checked."""
 
     lsn: Lsn

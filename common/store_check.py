@@ -129,7 +129,7 @@ class _Check:
     # -- realms --------------------------------------------------------------------------------------------
 
     def _read_realms(self) -> None:
-        for key, raw in self._txn.cursor(self._store.realms):
+        for key, raw in self._all(self._store.realms):
             try:
                 path, row = key.decode(), RealmRow.FromString(raw)
             except (DecodeError, UnicodeDecodeError) as error:
@@ -140,7 +140,7 @@ class _Check:
                 self._report(f"realms {path} and {self._rows[prefix][0]} have the same id {row.id}")
             self._rows[prefix] = (path, row)
             self._states[path] = RealmState(version=row.version, state_digest=EMPTY_STATE, entries=0)
-        for key, _ in self._txn.cursor(self._store.meta):
+        for key, _ in self._all(self._store.meta):
             if key.startswith(DROPPING_PREFIX):
                 self._dropping.add(key.removeprefix(DROPPING_PREFIX))
 
@@ -241,7 +241,15 @@ class _Check:
                     self._report(f"a client's row of {realm} can't be read: {error}")
 
     def _by_realm(self, database: lmdb._Database) -> Iterator[tuple[bytes, Iterator[tuple[bytes, bytes]]]]:
-        return groupby(self._txn.cursor(database), key=lambda row: row[0][:REALM_PREFIX_BYTES])
+        return groupby(self._all(database), key=lambda row: row[0][:REALM_PREFIX_BYTES])
+
+    def _all(self, database: lmdb._Database) -> Iterator[tuple[bytes, bytes]]:
+        """All rows in order, each looked up as well: a bad key in a branch page hides rows from searches alone."""
+        get = self._txn.get
+        for row in self._txn.cursor(database):
+            if get(row[0], None, database) is None:
+                self._report(f"the row {row[0]!r} is there, but a search does not find it")
+            yield row
 
     def _known(self, database: str, prefix: bytes) -> tuple[str, RealmRow] | None:
         known = self._rows.get(prefix)

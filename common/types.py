@@ -5,8 +5,7 @@ from __future__ import annotations
 import enum
 import re
 import uuid
-from dataclasses import dataclass
-from typing import NewType
+from typing import NamedTuple, NewType
 
 from understudy.common.errors import BadKey, BadRealmPath, UsageError
 
@@ -55,9 +54,11 @@ class Durability(enum.IntEnum):
             raise UsageError(f"no durability {name!r}", remedy="choose local, replica or applied") from None
 
 
-@dataclass(frozen=True, slots=True)
-class Position:
-    """An LSN with the log's digest at it; two nodes that agree on a position agree on all history up to it."""
+class Position(NamedTuple):
+    """An LSN with the log's digest at it; two nodes that agree on a position agree on all history up to it.
+
+    A tuple, as are records and receipts: made for every entry, and three times as fast as a frozen dataclass.
+    """
 
     lsn: Lsn
     digest: Digest

