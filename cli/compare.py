@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 import grpc.aio
 
-from understudy.common.errors import Unavailable, WrongRole
+from understudy.common.directory import Role
+from understudy.common.errors import ForeignCluster, ProtocolError, Unavailable
 from understudy.common.rpc import open_channel, peer_errors, split_address
-from understudy.common.types import Digest, Lsn
+from understudy.common.types import Digest, Lsn, format_id
 from understudy.v1 import admin_pb2, admin_pb2_grpc
 
 SCAN_S_MAX = 3600.0  # a full scan of everything that a node holds
+_STATUS_S_MAX = 30.0
 # Checkpoints go on meanwhile, and a node answers for its latest. Each round asks for the later of the two.
 ROUNDS_MAX = 5
 _NAMED_REALMS_MAX = 20
@@ -35,6 +37,7 @@ async def compare_servers(server: str, against: str) -> Comparison:
 
     Raises:
         UsageError: a bad address.
+        ForeignCluster: they have nothing to do with each other.
         PeerUnreachable, ProtocolError: of either.
         Unavailable: they did not come to answer for the same LSN.
     """
@@ -48,7 +51,7 @@ async def compare_servers(server: str, against: str) -> Comparison:
             right = await second.digests(left.lsn)
             if left.lsn == right.lsn:
                 return _compared(server, left, against, right)
-            lsn = max(left.lsn, right.lsn)
+            lsn = right.lsn
     raise Unavailable(
         f"{server} and {against} never stood at the same checkpoint, the last ones were {left.lsn} and {right.lsn}",
         remedy="try again when less is written",
@@ -60,20 +63,34 @@ class _Node:
         self.address = address
         self._stub = admin_pb2_grpc.AdminStub(channel)
 
+    async def status(self) -> admin_pb2.StatusResponse:
+        with peer_errors(self.address):
+            return await self._stub.Status(admin_pb2.StatusRequest(), timeout=_STATUS_S_MAX)
+
     async def digests(self, at_least_lsn: int, *, checkpoint: bool = False) -> admin_pb2.StateDigestsResponse:
         request = admin_pb2.StateDigestsRequest(at_least_lsn=at_least_lsn, checkpoint=checkpoint)
         with peer_errors(self.address):
-            return await self._stub.StateDigests(request, timeout=SCAN_S_MAX)
+            response = await self._stub.StateDigests(request, timeout=SCAN_S_MAX)
+        if response.lsn < at_least_lsn:
+            raise ProtocolError(
+                f"{self.address} was asked for LSN {at_least_lsn} and answered for {response.lsn}"
+            )
+        return response
 
 
-async def _checkpoint(*nodes: _Node) -> int:
-    """The LSN of a checkpoint that the primary among the nodes has just taken; 0 where there is none."""
-    for node in nodes:
-        try:
-            return (await node.digests(0, checkpoint=True)).lsn
-        except WrongRole:
-            continue
-    return 0
+async def _checkpoint(first: _Node, second: _Node) -> int:
+    """The LSN of a checkpoint that the primary among the nodes has just taken; of the later one if there is none."""
+    ours, theirs = await first.status(), await second.status()
+    if ours.cluster != theirs.cluster:
+        raise ForeignCluster(
+            f"{first.address} is of cluster {format_id(ours.cluster)}, {second.address} of {format_id(theirs.cluster)}",
+            remedy="give two nodes of one cluster",
+        )
+    lsn = max(ours.checkpoint_lsn, theirs.checkpoint_lsn)
+    for node, status in ((first, ours), (second, theirs)):
+        if status.role == Role.PRIMARY:
+            return (await node.digests(lsn, checkpoint=True)).lsn
+    return lsn
 
 
 def _compared(

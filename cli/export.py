@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 def export(server: str, realm: str, file: str | None, directory: Path | None) -> None:
     """Write out a realm's keys and values.
 
-    All as of one moment, as JSON lines or as a tree of files. Standard output if no file is given. A file or directory appears under its name only once it is complete.
+    All as of one moment, as JSON lines or as a tree of files. Standard output if no file is given. A file or
+    directory appears under its name only once it is complete.
 
     \b
     Example:
@@ -41,12 +42,13 @@ def export(server: str, realm: str, file: str | None, directory: Path | None) ->
     sink = _sink(file, directory)
     count = 0
     with connect(server) as connection, Progress("exporting", unit="keys") as progress:
-        total = connection.count(realm)  # a moment earlier than the scan, so it only guides the eye
+        # Counted a moment before the scan, so it only guides the eye.
+        total = connection.count(realm) if progress.is_watched else None
         with sink:
             for key, value in connection.scan(realm):
                 sink.write(key, value)
                 count += 1
-                progress.update(count, max(total, count))
+                progress.update(count, total)
     click.echo(f"exported {count:,} keys", err=True)
 
 

@@ -40,8 +40,9 @@ BATCH_PAIRS = 1_000  # in one transaction, unless they are large
 def import_(server: str, realm: str, source: str, batch_pairs: int, from_line: int, as_json: bool) -> None:
     """Put keys and values into a realm.
 
-    From a file of JSON lines, a directory tree, or JSON lines on standard input. A line is {"key": "…", "value": "…"}, with key_base64 or value_base64 for what is no text. Of a directory, each
-    file's path is a key, its bytes the value. May be repeated.
+    From a file of JSON lines, a directory tree, or JSON lines on standard input. A line is {"key": "…", "value":
+    "…"}, with key_base64 or value_base64 for what is no text. Of a directory, each file's path is a key, its bytes
+    the value. May be repeated.
 
     \b
     Example:

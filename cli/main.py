@@ -7,6 +7,7 @@ code. A new command gets a file of its own and a line in ``_COMMANDS``.
 from __future__ import annotations
 
 import io
+import os
 import sys
 from typing import NoReturn
 
@@ -25,6 +26,11 @@ from understudy.cli.rewind import rewind
 from understudy.cli.status import status
 from understudy.cli.verify import verify
 from understudy.common.errors import ExitCode, UnderstudyError
+
+# gRPC's C library reads these when it is first imported, by a command. It would write notes of its own into our
+# logs, such as one for each process that a server starts.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 # In the order of `understudy --help`.
 _COMMANDS = (

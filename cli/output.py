@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # Work that is over sooner needs no bar.
 _BAR_AFTER_S = 1.0
+_BAR_EVERY_S = 0.1
 _LINE_EVERY_S = 10.0
 
 
@@ -100,7 +101,7 @@ class Progress:
         self._what = what
         self._unit = unit
         self._started_s = self._shown_s = time.monotonic()
-        self._is_watched = sys.stderr.isatty()
+        self.is_watched = sys.stderr.isatty()
         self._bar: RichProgress | None = None
 
     def __enter__(self) -> Progress:
@@ -115,13 +116,17 @@ class Progress:
     def update(self, done: int, total: int | None = None) -> None:
         """``done`` of ``total``, which is None as long as nobody knows."""
         now_s = time.monotonic()
-        if self._is_watched:
-            if self._bar is None and now_s - self._started_s >= _BAR_AFTER_S:
-                self._bar = self._new_bar(total)
-            if self._bar is not None:
-                self._bar.update(self._bar.task_ids[0], completed=done, total=total)
-        elif now_s - self._shown_s >= _LINE_EVERY_S:
+        if now_s - self._started_s < _BAR_AFTER_S:
+            return
+        if now_s - self._shown_s >= (_BAR_EVERY_S if self.is_watched else _LINE_EVERY_S):
             self._shown_s = now_s
+            self._show(done, total)
+
+    def _show(self, done: int, total: int | None) -> None:
+        if self.is_watched:
+            self._bar = self._bar or self._new_bar(total)
+            self._bar.update(self._bar.task_ids[0], completed=done, total=total)
+        else:
             of = "" if total is None else f" of {self._count(total)}"
             click.echo(f"{self._what}: {self._count(done)}{of}", err=True)
 

@@ -52,7 +52,8 @@ from understudy.cli.options import EPILOG, byte_size, process_options, setting
 def primary(config: Path | None, log_format: str, **flags: Any) -> None:
     """Run a primary.
 
-    It takes transactions and ships them to its replicas. Prints one line with its address when it serves. SIGTERM and Ctrl-C end it cleanly, a second one at once.
+    It takes transactions and ships them to its replicas. Prints one line with its address when it serves.
+    SIGTERM and Ctrl-C end it cleanly, a second one at once.
 
     \b
     Example:

@@ -15,7 +15,8 @@ from understudy.cli.options import EPILOG, data_dir_argument, json_option
 def promote(directory: Path, as_json: bool) -> None:
     """Make a replica's directory a primary's.
 
-    Takes about a second, whatever its size. A replica that runs is asked to stop following, and ends. Then start the primary. Run again after it was cut
+    Takes about a second, whatever its size. A replica that runs is asked to stop following, and ends. Then
+    start the primary. Run again after it was cut
     off, promote goes on where it was.
 
     \b

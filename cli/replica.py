@@ -48,8 +48,9 @@ from understudy.cli.options import EPILOG, byte_size, process_options, setting
 def replica(config: Path | None, log_format: str, **flags: Any) -> None:
     """Run a replica.
 
-    It follows a primary and can take its place. Prints one line with its address when it serves; `understudy status` says how far its copy is. Ends by itself,
-    with exit code 0, once `understudy promote` has made its directory a primary's.
+    It follows a primary and can take its place. Prints one line with its address when it serves; `understudy
+    status` says how far its copy is. Ends by itself, with exit code 0, once `understudy promote` has made its
+    directory a primary's.
 
     \b
     Example:

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 def rewind(directory: Path, to: str, replica_id: str | None, as_json: bool) -> None:
     """Make an old primary a replica of the new one.
 
-    Or a replica that diverged. What only this copy has is exported to DIR/set-aside first, then only what differs is fetched. Nothing of the
+    Or a replica that diverged. What only this copy has is exported to DIR/set-aside first, then only what
+    differs is fetched. Nothing of the
     old copy is touched until the new one is complete; cut off anywhere, run it again.
 
     \b
@@ -82,5 +83,6 @@ def _tell(outcome: Rewind, directory: Path, to: str) -> None:
         click.echo(f"{outcome.entries_exported} entries that only this copy has: {outcome.exported}")
     if outcome.set_aside is not None:
         click.echo(f"the old copy: {outcome.set_aside}")
-    click.echo(f"fetched {size_text(outcome.bytes_fetched)} of {size_text(outcome.bytes_total)}")
+    if outcome.bytes_total:
+        click.echo(f"fetched {size_text(outcome.bytes_fetched)} of {size_text(outcome.bytes_total)}")
     click.echo(f"start it with: understudy replica --data-dir {directory} --primary {to}")

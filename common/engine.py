@@ -15,12 +15,11 @@ import contextlib
 from collections.abc import Callable
 from typing import ParamSpec, Protocol, TypeVar
 
-import structlog
-
 from understudy.common.changelog import ChangeLog
 from understudy.common.checkpoint_process import Checkpointer
 from understudy.common.directory import DataDirectory
 from understudy.common.errors import DiskFull, UnderstudyError
+from understudy.common.events import log
 from understudy.common.files import FileSystem, OsFileSystem
 from understudy.common.group_writer import GroupWriter
 from understudy.common.metrics import EngineMetrics
@@ -37,7 +36,6 @@ FROZEN_MAX = 2
 _CHECKPOINT_RETRY_S = 2.0  # after a full disk
 _DIGESTS_KEPT = 64  # results waiting for the other side's, and the other way round
 
-log = structlog.get_logger()
 
 _P = ParamSpec("_P")
 _V = TypeVar("_V")

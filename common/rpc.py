@@ -135,8 +135,7 @@ class Listener:
                 f"can't listen on {listen}: it is in use, or not an address of this machine",
                 remedy="choose another --listen address",
             ) from error
-        with contextlib.suppress(FileNotFoundError):
-            control.unlink()
+        _remove_stale(control)
         with short_socket_path(control) as path:
             self.server.add_insecure_port(f"unix:{path}")
             await self.server.start()
@@ -149,6 +148,11 @@ class Listener:
         """Stops accepting, lets what is under way finish for ``grace_s``, then closes."""
         await self._health.enter_graceful_shutdown()
         await self.server.stop(grace_s)
+
+
+def _remove_stale(socket: Path) -> None:
+    # Left by a process that was killed; whoever calls this owns the directory.
+    socket.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -6,16 +6,11 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-import structlog
-
 from understudy.common.errors import UnderstudyError
+from understudy.common.events import log
 
-log = structlog.get_logger()
 
-
-def spawn(
-    work: Coroutine[Any, Any, None], on_crash: Callable[[UnderstudyError], None]
-) -> asyncio.Task[None]:
+def spawn(work: Coroutine[Any, Any, None], on_crash: Callable[[UnderstudyError], None]) -> asyncio.Task[None]:
     """Starts a task; an error that it does not handle itself is logged and handed to ``on_crash``.
 
     One of our own errors is handed over as it is, anything else (a mistake in this program) as the base class.

@@ -134,7 +134,8 @@ class Primary:
             await self._node.wait_for_room()
             transaction.number = next(self._numbers)
             self._node.submit(self._client, transaction, done)
-            await asyncio.wait([answer, self._node.failed], return_when=asyncio.FIRST_COMPLETED)
+            either: list[asyncio.Future[Any]] = [answer, self._node.failed]
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not answer.done():
             raise self._node.failed.result()
         return answer.result()
@@ -209,7 +210,9 @@ class Primary:
             scan.close()
 
         async def page(pairs_max: int) -> tuple[list[bytes], list[bytes], bool]:
-            result: tuple[list[bytes], list[bytes], bool] = scan.page(bytes_max=PAGE_BYTES, pairs_max=pairs_max)
+            result: tuple[list[bytes], list[bytes], bool] = scan.page(
+                bytes_max=PAGE_BYTES, pairs_max=pairs_max
+            )
             return result
 
         left = limit

@@ -10,13 +10,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import structlog
-
 from understudy.common import entries
 from understudy.common.changelog import ChangeLog
 from understudy.common.directory import DataDirectory, Role
 from understudy.common.engine import HISTORY_KEY, Engine
 from understudy.common.errors import UnderstudyError, WrongRole
+from understudy.common.events import log
 from understudy.common.files import OsFileSystem
 from understudy.common.memtable import Receipt
 from understudy.common.metrics import EngineMetrics
@@ -41,8 +40,6 @@ from understudy.v1 import admin_pb2, data_pb2, log_pb2, replication_pb2, store_p
 
 TICK_S = 0.2
 _DIGESTS_IN_MARK_MAX = 1_000
-
-log = structlog.get_logger()
 
 
 def now_us() -> int:

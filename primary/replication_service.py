@@ -8,10 +8,10 @@ import time
 from collections.abc import AsyncIterator
 
 import grpc.aio
-import structlog
 
 from understudy.common import entries
 from understudy.common.errors import ProtocolError
+from understudy.common.events import log
 from understudy.common.follow_table import (
     PROTOCOL_VERSION,
     Claim,
@@ -36,8 +36,6 @@ from understudy.primary.snapshots import PinBoard
 from understudy.v1 import replication_pb2, replication_pb2_grpc
 
 _DIGESTS_PER_MESSAGE = 4_096
-
-log = structlog.get_logger()
 
 
 class ReplicationService(replication_pb2_grpc.ReplicationServicer):

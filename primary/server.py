@@ -6,9 +6,8 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
-import structlog
-
 from understudy.common.directory import DataDirectory
+from understudy.common.events import log
 from understudy.common.metrics import EngineMetrics, StatusCollector
 from understudy.common.metrics_server import serve_metrics
 from understudy.common.rpc import Listener
@@ -23,8 +22,6 @@ from understudy.v1 import admin_pb2_grpc, data_pb2_grpc, replication_pb2_grpc
 # How long calls under way may take to finish when a primary is stopped.
 STOP_GRACE_S = 2.0
 _SERVICES = ("understudy.v1.Data", "understudy.v1.Replication", "understudy.v1.Admin")
-
-log = structlog.get_logger()
 
 
 class PrimaryServer:

@@ -11,17 +11,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import structlog
-
 from understudy.common.errors import CorruptionError
+from understudy.common.events import log
 from understudy.common.files import publish
 from understudy.common.types import Lsn
 
 SLOTS_FILE = "slots.json"
 SLOTS_MAX = 64  # far more replicas than a primary can feed; a bound against a client that invents ids
 SAVE_INTERVAL_S = 5.0
-
-log = structlog.get_logger()
 
 
 @dataclass(slots=True, kw_only=True)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-import structlog
-
 from understudy.common.engine import Engine
 from understudy.common.errors import Overloaded, PeerError
+from understudy.common.events import log
 from understudy.common.snapshot import PinnedSnapshot
 from understudy.common.store import Store
 from understudy.common.store_layout import CHECKPOINT_KEY
@@ -18,8 +17,6 @@ from understudy.v1 import replication_pb2, store_pb2
 # What is pinned can't be reused, so the store grows with every write meanwhile: few at a time, none for ever.
 PINS_MAX = 8
 IDLE_S_MAX = 120.0
-
-log = structlog.get_logger()
 
 
 def _checkpoint(store: Store, snapshot: PinnedSnapshot) -> store_pb2.CheckpointRow:

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc.aio
-import structlog
 
 from understudy.common.changelog import ChangeLog
 from understudy.common.directory import DataDirectory
 from understudy.common.errors import CorruptionError
+from understudy.common.events import log
 from understudy.common.files import OsFileSystem, publish, sync_tree
 from understudy.common.snapshot import SnapshotCopy
 from understudy.common.types import ClusterId, Digest, Epoch, Lsn, Position
@@ -28,7 +28,6 @@ SNAPSHOT_FILE = "snapshot"
 RANGES_PER_CALL = 64
 DAMAGED_TRIES_MAX = 3  # a range that comes damaged so often is damaged at its source
 
-log = structlog.get_logger()
 
 OnProgress = Callable[[int, int], None]
 

@@ -9,11 +9,11 @@ import time
 from collections import deque
 
 import grpc.aio
-import structlog
 
 from understudy.common.directory import DataDirectory, Role
 from understudy.common.engine import Engine
 from understudy.common.errors import PeerUnreachable, Unavailable, UnderstudyError, WrongRole
+from understudy.common.events import log
 from understudy.common.follow_table import PROTOCOL_VERSION, Decision
 from understudy.common.locator import make_locator
 from understudy.common.metrics import EngineMetrics
@@ -42,7 +42,6 @@ _TICK_S = 0.25
 _ANSWER_S_MAX = 30.0  # the primary may have to read its log to answer
 _APPLY_SLICE = 500  # records applied before others get a turn
 
-log = structlog.get_logger()
 
 _Call = grpc.aio.StreamStreamCall[replication_pb2.FollowRequest, replication_pb2.FollowResponse]
 

@@ -14,12 +14,11 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import structlog
-
 from understudy.common import entries
 from understudy.common.directory import NODE_FILE, DataDirectory, NodeFile, Role
 from understudy.common.engine import Engine
 from understudy.common.errors import DirectoryInUse, NotADataDirectory, PeerUnreachable, WrongRole
+from understudy.common.events import log
 from understudy.common.records import Record, encode_record
 from understudy.common.rpc import open_channel, peer_errors, short_socket_path
 from understudy.common.types import Digest, Epoch, Lsn, Position
@@ -29,8 +28,6 @@ PROMOTE_S_MAX = 120.0
 RELEASE_S_MAX = 30.0
 _SLOTS_FILE = "slots.json"
 _POLL_S = 0.02
-
-log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc.aio
-import structlog
 
 from understudy.common import entries
 from understudy.common.changelog import ChangeLog
@@ -31,6 +30,7 @@ from understudy.common.errors import (
     UnderstudyError,
     WrongRole,
 )
+from understudy.common.events import log
 from understudy.common.files import OsFileSystem, publish
 from understudy.common.follow_table import PROTOCOL_VERSION, Decision
 from understudy.common.locator import EpochSpan, History, fork_position, make_locator
@@ -43,8 +43,6 @@ from understudy.v1 import replication_pb2, replication_pb2_grpc
 ANSWER_S_MAX = 60.0
 # Decisions after which this node can become a replica, whatever it gives up for that.
 _REWINDABLE = (Decision.STREAM, Decision.BOOTSTRAP, Decision.DIVERGED, Decision.AHEAD_OF_PRIMARY)
-
-log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator
 
-import structlog
-
 from understudy.common.admin_service import AdminService
 from understudy.common.directory import DataDirectory
 from understudy.common.errors import NotPrimary
+from understudy.common.events import log
 from understudy.common.follow_table import Decision
 from understudy.common.metrics import EngineMetrics, StatusCollector
 from understudy.common.metrics_server import serve_metrics
@@ -21,8 +20,6 @@ from understudy.v1 import admin_pb2, admin_pb2_grpc, data_pb2_grpc, replication_
 
 STOP_GRACE_S = 2.0
 _SERVICES = ("understudy.v1.Data", "understudy.v1.Replication", "understudy.v1.Admin")
-
-log = structlog.get_logger()
 
 
 class ReplicaServer:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -71,26 +72,62 @@ def test_no_flipped_byte_goes_unnoticed(tmp_path: Path, seed: int) -> None:
 
     That can be the state before the last checkpoint, where the flipped byte was in LMDB's newest meta page.
     """
-    models = {model.lsn: model for model in two_realms(tmp_path)}
-    path, data = tmp_path / "store", tmp_path / "store" / "data.mdb"
-    whole = data.read_bytes()
+    models = two_realms(tmp_path)
+    length = (tmp_path / "store" / "data.mdb").stat().st_size
     chance = random.Random(seed)
-    noticed = 0
-    for _ in range(400):
-        offset, flip = chance.randrange(len(whole)), 1 << chance.randrange(8)
-        data.write_bytes(whole[:offset] + bytes([whole[offset] ^ flip]) + whole[offset + 1 :])
-        if problems_of(path):
-            noticed += 1
+    flips = [(chance.randrange(length), 1 << chance.randrange(8)) for _ in range(400)]
+    assert sum(1 for _ in noticed(tmp_path / "store", flips, models)) > 50
+
+
+def test_no_flipped_byte_in_a_branch_page_goes_unnoticed(tmp_path: Path) -> None:
+    """A key that only leads the way to the rows, and is no row itself, is found damaged by searching the rows."""
+    models = two_realms(tmp_path)
+    whole = (tmp_path / "store" / "data.mdb").read_bytes()
+    offsets = list(branch_keys(whole))
+    assert len(offsets) > 50
+    found = list(noticed(tmp_path / "store", [(offset, 0x10) for offset in offsets], models))
+    assert any("a search does not find it" in problem for problem in found)
+
+
+def noticed(path: Path, flips: list[tuple[int, int]], models: list[Model]) -> Iterator[str]:
+    """Flips each byte, one after another, and gives the first problem found with each that is found.
+
+    Fails the test where none is, and yet the store does not read as one of the models.
+    """
+    expected = {model.lsn: model for model in models}
+    data = path / "data.mdb"
+    whole = data.read_bytes()
+    for offset, bits in flips:
+        data.write_bytes(whole[:offset] + bytes([whole[offset] ^ bits]) + whole[offset + 1 :])
+        problems = problems_of(path)
+        if problems:
+            yield problems[0]
             continue
         with Store.open(path) as store:
-            for name, realm in models[store.current.checkpoint.lsn].realms.items():
-                row = store.current.realm(name)
-                assert row is not None, offset
-                assert row.head == realm.head, offset
-                assert list(store.current.scan(realm.id)) == sorted(realm.pairs.items()), offset
-                changes = [past.change for past in store.current.history(realm.id, 0)]
-                assert changes == [past.change for past in realm.history], offset
-    assert noticed > 50
+            assert_reads_as(store, expected[store.current.checkpoint.lsn], offset)
+    data.write_bytes(whole)
+
+
+def assert_reads_as(store: Store, model: Model, offset: int) -> None:
+    """Everything that a digest covers is the model's, for scans as for searches."""
+    for name, realm in model.realms.items():
+        row = store.current.realm(name)
+        assert row is not None, offset
+        assert row.head == realm.head, offset
+        assert list(store.current.scan(realm.id)) == sorted(realm.pairs.items()), offset
+        assert store.current.get_many(realm.id, realm.pairs) == list(realm.pairs.values()), offset
+        changes = [past.change for past in store.current.history(realm.id, 0)]
+        assert changes == [past.change for past in realm.history], offset
+
+
+def branch_keys(whole: bytes) -> Iterator[int]:
+    """Offsets of the bytes of all keys in branch pages; the first node of each has none."""
+    for page in range(0, len(whole), 4096):
+        flags, lower = struct.unpack_from("<HH", whole, page + 10)
+        if flags == 1:
+            for (node,) in struct.iter_unpack("<H", whole[page + 16 : page + lower]):
+                (key_bytes,) = struct.unpack_from("<H", whole, page + node + 6)
+                yield from range(page + node + 8, page + node + 8 + key_bytes)
 
 
 def problems_of(path: Path) -> list[str]:

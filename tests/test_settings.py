@@ -1,0 +1,157 @@
+"""Settings: where they come from, in which order, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from understudy.common.errors import ExitCode, NotPermitted, UsageError
+from understudy.common.settings import LOG_CEILING_BYTES, PrimarySettings, ReplicaSettings, load_settings
+from understudy.common.types import Durability
+
+
+def primary(
+    flags: dict[str, Any] | None = None,
+    *,
+    file: Path | None = None,
+    environment: dict[str, str] | None = None,
+) -> PrimarySettings:
+    """A primary's settings from these sources alone, with a data directory."""
+    given = {"data_dir": Path("data"), **(flags or {})}
+    return load_settings(PrimarySettings, given, file=file, environment=environment or {})
+
+
+def toml(folder: Path, text: str) -> Path:
+    """A TOML file."""
+    path = folder / "understudy.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_flag_wins_over_a_variable_and_that_over_the_file(tmp_path: Path) -> None:
+    """Each setting comes from the first of flag, variable, file and default that has it."""
+    settings = primary(
+        {"listen": "127.0.0.1:1"},
+        environment={"UNDERSTUDY_LISTEN": "127.0.0.1:2", "UNDERSTUDY_SYNC_REPLICAS": "2"},
+        file=toml(
+            tmp_path,
+            '[primary]\nlisten = "127.0.0.1:3"\nsync_replicas = 3\ndurability = "replica"\ndegrade_after_s = 4',
+        ),
+    )
+    assert settings.listen == "127.0.0.1:1"
+    assert settings.sync_replicas == 2
+    assert settings.durability is Durability.REPLICA
+    assert settings.degrade_after_s == 4.0
+    assert settings.log_ceiling_bytes == LOG_CEILING_BYTES
+
+
+def test_a_flag_not_given_is_no_setting() -> None:
+    """A flag of None leaves the word to the variable, also where that says false."""
+    settings = primary({"insecure": None}, environment={"UNDERSTUDY_INSECURE": "true"})
+    assert settings.insecure is True
+    assert primary({"insecure": None}, environment={"UNDERSTUDY_INSECURE": "no"}).insecure is False
+
+
+def test_one_file_serves_both_processes(tmp_path: Path) -> None:
+    """Each process reads its own table of a file and leaves the other's alone."""
+    file = toml(
+        tmp_path,
+        '[primary]\ndata_dir = "a"\n[replica]\ndata_dir = "b"\nprimary = "127.0.0.1:7850"\nid = "second"',
+    )
+    first = load_settings(PrimarySettings, {}, file=file, environment={})
+    second = load_settings(ReplicaSettings, {}, file=file, environment={})
+    assert (first.data_dir, second.data_dir, second.id) == (Path("a"), Path("b"), "second")
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("[primary]\nlisten_on = 1", "listen_on"),
+        ("[primery]\n", "primery"),
+        ('listen = "127.0.0.1:1"', "listen"),
+        ('[primary]\nprimary = "127.0.0.1:1"', "primary"),
+        ("[primary", "understudy.toml"),
+        ("[primary]\nsync_replicas = []", "sync_replicas"),
+        ('[primary]\ndegrade_after_s = "soon"', "degrade_after_s"),
+        ('[primary]\ninsecure = "maybe"', "insecure"),
+    ],
+)
+def test_a_mistake_in_the_file_is_named(tmp_path: Path, text: str, named: str) -> None:
+    """An unknown table or key, bad TOML, and a value of another type are usage errors that name them."""
+    with pytest.raises(UsageError, match=named) as raised:
+        primary(file=toml(tmp_path, text))
+    assert raised.value.exit_code is ExitCode.USAGE
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    """A configuration file that can't be read is an error, not a reason to go by the defaults."""
+    with pytest.raises(UsageError, match=r"absent\.toml"):
+        primary(file=tmp_path / "absent.toml")
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "missing"),
+    [(PrimarySettings, {}, "--data-dir"), (ReplicaSettings, {"data_dir": Path("data")}, "--primary")],
+)
+def test_what_must_be_set_is_asked_for(kind: Any, flags: dict[str, Any], missing: str) -> None:
+    """A setting without default that is nowhere set is named by its flag and its variable."""
+    with pytest.raises(UsageError, match=missing) as raised:
+        load_settings(kind, flags, environment={})
+    assert "UNDERSTUDY_" in raised.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({"listen": "7850"}, "7850"),
+        ({"listen": "127.0.0.1:99999"}, "99999"),
+        ({"listen": "127.0.0.1:"}, "bad address"),
+        ({"metrics": "nowhere"}, "nowhere"),
+        ({"sync_replicas": 0}, "sync_replicas"),
+        ({"degrade_after_s": -1.0}, "degrade_after_s"),
+        ({"log_floor_bytes": -1}, "log_floor_bytes"),
+        ({"log_ceiling_bytes": 1}, "log_ceiling_bytes"),
+        ({"log_floor_bytes": LOG_CEILING_BYTES + 1}, "log_ceiling_bytes"),
+        ({"durability": "twice"}, "twice"),
+    ],
+)
+def test_a_primary_refuses_what_can_not_be(flags: dict[str, Any], named: str) -> None:
+    """Each value out of its range is a usage error that names it."""
+    with pytest.raises(UsageError, match=named):
+        primary(flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({"primary": "here"}, "here"),
+        ({"primary": "127.0.0.1:1,there"}, "there"),
+        ({"id": ""}, "replica id"),
+        ({"id": "a\nb"}, "replica id"),
+        ({"id": "x" * 101}, "replica id"),
+        ({"bootstrap_rate": 0}, "bootstrap_rate"),
+    ],
+)
+def test_a_replica_refuses_what_can_not_be(flags: dict[str, Any], named: str) -> None:
+    """Each value out of its range is a usage error that names it."""
+    given = {"data_dir": Path("data"), "primary": "127.0.0.1:7850", **flags}
+    with pytest.raises(UsageError, match=named):
+        load_settings(ReplicaSettings, given, environment={})
+
+
+@pytest.mark.parametrize("name", ["listen", "metrics"])
+@pytest.mark.parametrize("address", ["0.0.0.0:7850", "[::]:7850", "192.0.2.1:7850", "example.org:7850"])
+def test_beyond_this_machine_only_if_told_so(name: str, address: str) -> None:
+    """G10: an address that is not loopback is refused without --insecure, for clients and for metrics."""
+    with pytest.raises(NotPermitted, match="refusing to listen") as raised:
+        primary({name: address})
+    assert raised.value.exit_code is ExitCode.NOT_PERMITTED
+    assert getattr(primary({name: address, "insecure": True}), name) == address
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:0", "127.1.2.3:7850", "[::1]:7850", "localhost:7850"])
+def test_this_machine_needs_no_permission(address: str) -> None:
+    """Loopback addresses of any kind are fine."""
+    assert primary({"listen": address}).listen == address
