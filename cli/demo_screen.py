@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from understudy.cli.output import seconds_text
-
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -136,8 +134,3 @@ class _Rate:
         most = max(self._samples, default=0.0) or 1.0
         last = len(_BLOCKS) - 1
         return "".join(_BLOCKS[round(sample / most * last)] for sample in self._samples)
-
-
-def lag_text(entries: int, seconds: float) -> str:
-    """How far a replica is behind."""
-    return f"{entries:,} entries, {seconds_text(seconds)} behind"

@@ -13,22 +13,21 @@ ANSWER_S_MAX = 60.0  # for the last transactions, once no more are begun
 
 
 class Writers:
-    """All writers, and what they have come to. Clients find the primary among the addresses, again and again."""
+    """All writers, and what they have come to. Their clients find the primary, again and again."""
 
-    def __init__(self, count: int, addresses: list[str]) -> None:
+    def __init__(self, count: int) -> None:
         self.acknowledged = 0
         self.ledgers = [Ledger(writer=number) for number in range(1, count + 1)]
         # Of the promoted node: its first own entry, and what was acknowledged since.
         self.first_new_s: float | None = None  # monotonic time of the first transaction that it made itself
         self.answered_again = 0  # transactions that it held already, and answered with their first receipts
         self._reign_lsn: int | None = None
-        self._addresses = ",".join(addresses)
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = False
 
-    def start(self) -> None:
-        """Begins to write."""
-        self._tasks = [asyncio.create_task(self._write(ledger)) for ledger in self.ledgers]
+    def start(self, addresses: str) -> None:
+        """Begins to write, to whichever of ``"a:7850,b:7850"`` is the primary."""
+        self._tasks = [asyncio.create_task(self._write(ledger, addresses)) for ledger in self.ledgers]
 
     @property
     def under_way(self) -> int:
@@ -72,8 +71,8 @@ class Writers:
 
     # -- one writer ----------------------------------------------------------------------------------------
 
-    async def _write(self, ledger: Ledger) -> None:
-        async with aconnect(self._addresses) as server:
+    async def _write(self, ledger: Ledger, addresses: str) -> None:
+        async with aconnect(addresses) as server:
             under_way = [asyncio.create_task(self._write_on(server, ledger)) for _ in range(UNDER_WAY)]
             try:
                 await asyncio.gather(*under_way)

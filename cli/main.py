@@ -14,6 +14,7 @@ from typing import NoReturn
 import click
 
 from understudy.cli.data import delete, get, put, scan
+from understudy.cli.demo import demo
 from understudy.cli.export import export
 from understudy.cli.import_ import import_
 from understudy.cli.log import log
@@ -48,6 +49,7 @@ _COMMANDS = (
     scan,
     import_,
     export,
+    demo,
 )
 
 

@@ -34,6 +34,8 @@ from understudy.v1.store_pb2 import CheckpointHello, CheckpointJob, CheckpointRe
 START_DEADLINE_S = 60.0
 # A checkpoint under way ends within seconds. One that does not is cut off; the store stays at the one before.
 CLOSE_DEADLINE_S = 60.0
+# From the end of its output to its own end the process has nothing left to do.
+_END_DEADLINE_S = 10.0
 # Checkpoints follow each other faster than this while the server has work to do.
 IDLE_S = 10.0
 # A job is a memtable, 32 MiB and one transaction; a length beyond this is no length.
@@ -157,6 +159,8 @@ def _spawn(store: Path, lock_fd: int | None) -> subprocess.Popen[bytes]:
             env=environment,
             pass_fds=() if lock_fd is None else (lock_fd,),
         )
+    except OSError as error:
+        raise StorageFailed(f"can't start the checkpoint process: {error}") from error
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
@@ -176,7 +180,7 @@ def _answer(process: subprocess.Popen[bytes], deadline_s: float | None) -> bytes
 
 def _ended(process: subprocess.Popen[bytes]) -> StorageFailed:
     try:
-        code = process.wait(CLOSE_DEADLINE_S)
+        code = process.wait(_END_DEADLINE_S)
     except subprocess.TimeoutExpired:
         return StorageFailed("the checkpoint process does not answer any more")
     how = f"signal {-code}" if code < 0 else f"exit code {code}, for a reason that it wrote to standard error"

@@ -107,18 +107,26 @@ def _contradicts(locator: Iterable[Position], ours: History) -> bool:
 
 
 def fork_position(own: History, theirs: Sequence[EpochSpan], common: Position) -> Position:
-    """The exact last common position of our history and a peer's, given its epochs.
+    """The exact last common position of our history and a peer's that has forked from it, given its epochs.
 
-    Histories fork only where an epoch begins, so it is the fork of one of the peer's epochs that we do not
-    share, or our head if none of them forked below it; ``common`` (of a locator) bounds it from below.
+    Histories fork only where an epoch begins, on one side or on both, so it is the earlier of the two places
+    where the first epochs begin that are not shared. ``common`` (of a locator) bounds it from below, and is
+    returned where the epochs don't tell.
     """
-    shared = {(span.epoch, span.first_lsn, span.previous) for span in own.epochs}
-    best = common
-    for span in theirs:
-        if (span.epoch, span.first_lsn, span.previous) in shared:
-            continue
-        fork = span.fork
-        if fork.lsn <= own.head.lsn and own.lookup(fork.lsn) == fork.digest and fork.lsn >= best.lsn:
-            return fork
-        break
-    return best
+    shared = 0
+    while shared < min(len(own.epochs), len(theirs)) and own.epochs[shared] == theirs[shared]:
+        shared += 1
+    forks = [spans[shared].fork for spans in (own.epochs, theirs) if len(spans) > shared]
+    if not forks:
+        return common
+    fork = min(forks, key=lambda position: position.lsn)
+    if fork.lsn > own.head.lsn:
+        fork = own.head
+    # Two servers promoted at the same position have equal rows for epochs that are not the same: such a row
+    # proves nothing until its first entry is known to be common. The cluster's first entry always is.
+    proven = shared > 0 and max(common.lsn, 1) >= own.epochs[shared - 1].first_lsn
+    if not proven and fork not in [span.fork for span in theirs[shared : shared + 1]]:
+        return common
+    known = own.lookup(fork.lsn)
+    agrees = known == fork.digest or (proven and known is None)
+    return fork if agrees and fork.lsn >= common.lsn else common

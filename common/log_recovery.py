@@ -104,8 +104,7 @@ def recover(
 def _load(directory: Path, cluster: ClusterId, files: FileSystem) -> tuple[Segment, ...]:
     paths = [directory / name for name in files.names(directory) if is_segment_name(name)]
     if len(paths) > 1 and _is_unfinished(paths[-1], files):
-        files.remove(paths.pop())
-        files.sync_directory(directory)
+        files.remove(paths.pop())  # durable with the directory in the end; until then, just found again
     if not paths:
         raise CorruptionError(f"{directory} holds no segment of a change-log", remedy=REMEDY)
     segments = tuple(_open_segment(path, cluster, files) for path in paths)

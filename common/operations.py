@@ -82,19 +82,23 @@ def to_proto(operation: Operation) -> log_pb2.Operation:
     """
     try:
         match operation:
-            case Put(key, value):
+            case Put(bytes(key), bytes(value)):
                 return log_pb2.Operation(kind=PUT, key=key, value=value)
-            case Update(key, value):
+            case Update(bytes(key), bytes(value)):
                 return log_pb2.Operation(kind=UPDATE, key=key, value=value)
-            case Delete(key):
+            case Delete(bytes(key)):
                 return log_pb2.Operation(kind=DELETE, key=key)
-            case DeleteRange(start, end):
+            case DeleteRange(bytes(start), bytes(end)):
                 return log_pb2.Operation(kind=DELETE_RANGE, key=start, end=end)
-            case Add(key, amount):
+            case Add(bytes(key), int(amount)):
                 return log_pb2.Operation(kind=ADD, key=key, amount=amount)
     except (TypeError, ValueError) as error:
         raise BadOperation(f"bad operation {operation!r:.200}: {error}") from error
-    raise BadOperation(f"not an operation: {operation!r:.200}")
+    # protobuf would take None for a value and make it an empty one.
+    raise BadOperation(
+        f"not an operation, or a field of the wrong type: {operation!r:.200}",
+        remedy="keys and values are bytes, amounts are whole numbers",
+    )
 
 
 def to_protos(operations: Iterable[Operation]) -> list[log_pb2.Operation]:
@@ -157,7 +161,8 @@ def added(value: bytes | None, amount: int) -> bytes | None:
         count = int(value)
     except ValueError:
         return value
-    if b"%d" % count != value:  # " 1", "+1", "01", "1_0" are text, not counters
+    # " 1", "+1", "01", "1_0" are text, not counters; so is 2^63, though a sum with it could fit.
+    if b"%d" % count != value or not _COUNTER_MIN <= count <= _COUNTER_MAX:
         return value
     total = count + amount
     return b"%d" % total if _COUNTER_MIN <= total <= _COUNTER_MAX else value

@@ -264,8 +264,6 @@ def _open(path: Path, *, readonly: bool, create: bool) -> Environment:
             lib_version=_LMDB_MAJOR_VERSION,
         )
         try:
-            # A reader that was killed would keep the pages of its snapshot from ever being used again.
-            env.reader_check()
             if readonly:  # a server opens its store for reading first
                 _check_length(env, path)
             meta = env.open_db(b"meta", create=create)

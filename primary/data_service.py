@@ -59,10 +59,18 @@ class PrimaryDataService(ReadService):
         )
         answers = _Answers(node)
         sender = asyncio.create_task(answers.send_forever(context))
+        stream = asyncio.current_task()
+        assert stream is not None
+        node.streams.add(stream)
         try:
             await self._take_in(bind.client, context, answers)
             await answers.drained()
+        except asyncio.CancelledError:
+            # Fenced: what is unanswered will never be answered here, so that the client should look elsewhere.
+            self._refuse_if_fenced()
+            raise
         finally:
+            node.streams.discard(stream)
             sender.cancel()
             await asyncio.gather(sender, return_exceptions=True)
 
@@ -86,8 +94,12 @@ class PrimaryDataService(ReadService):
             keys=[engine.history_key],
         ):
             self._node.fence(Epoch(bind.epoch))
-        if isinstance(self._node.committer.refusal, Fenced):
-            raise self._node.committer.refusal
+        self._refuse_if_fenced()
+
+    def _refuse_if_fenced(self) -> None:
+        refusal = self._node.committer.refusal
+        if isinstance(refusal, Fenced):
+            raise refusal
 
     async def _take_in(self, client: bytes, context: Context, answers: _Answers) -> None:
         node = self._node
@@ -99,8 +111,7 @@ class PrimaryDataService(ReadService):
                 return
             if message.WhichOneof("message") != "transactions":
                 raise ProtocolError("transactions come after the first message, nothing else")
-            if isinstance(node.committer.refusal, Fenced):
-                raise node.committer.refusal
+            self._refuse_if_fenced()
             arrived_s = time.monotonic()
             for transaction in message.transactions.transactions:
                 answers.owed += 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import importlib.metadata
 import secrets
 import time
@@ -14,7 +13,7 @@ from understudy.common import entries
 from understudy.common.changelog import ChangeLog
 from understudy.common.directory import DataDirectory, Role
 from understudy.common.engine import HISTORY_KEY, Engine
-from understudy.common.errors import UnderstudyError, WrongRole
+from understudy.common.errors import DiskFull, Fenced, UnderstudyError, WrongRole
 from understudy.common.events import log
 from understudy.common.files import OsFileSystem
 from understudy.common.memtable import Receipt
@@ -66,6 +65,7 @@ class PrimaryNode:
             clock_us=now_us,
         )
         self.listeners: set[asyncio.Event] = set()  # of the followers' senders
+        self.streams: set[asyncio.Task[None]] = set()  # clients' commit streams
         self._progress: dict[str, tuple[Lsn, Lsn]] = {}  # of replicas seen by this process
         self._flushing = False
         self._room = asyncio.Event()
@@ -98,8 +98,7 @@ class PrimaryNode:
             await asyncio.gather(self._ticker, return_exceptions=True)
         self.flush()
         await self.engine.close()
-        with contextlib.suppress(UnderstudyError):  # a full disk must not keep us from ending
-            self.slots.save()
+        self.slots.save()
 
     async def _tick_forever(self) -> None:
         while True:
@@ -107,6 +106,7 @@ class PrimaryNode:
             self._report_replicas()
             self.committer.on_tick(time.monotonic())
             self._enforce_ceiling()
+            self._record_fence()
             self._after_progress()
 
     # -- transactions --------------------------------------------------------------------------------------
@@ -235,16 +235,27 @@ class PrimaryNode:
 
     def fence(self, epoch: Epoch) -> None:
         """Accepts no more writes, durably, for good (G7)."""
-        if self.engine.directory.role is not Role.FENCED:
-            self.engine.directory.set_role(Role.FENCED)
-            log.error("fenced", epoch=epoch)
-        self.committer.fence(epoch)
+        if self.is_fenced:
+            return
+        log.error("fenced", epoch=epoch)
+        self.committer.fence(epoch)  # first: whatever the disk says, nothing is acknowledged from here on
+        for stream in self.streams:
+            stream.cancel()
+        self._record_fence()
         self._after_progress()
+
+    def _record_fence(self) -> None:
+        """Makes the fence outlive this process; on a full disk, as soon as there is space."""
+        if self.is_fenced and self.engine.directory.role is not Role.FENCED:
+            try:
+                self.engine.directory.set_role(Role.FENCED)
+            except DiskFull as error:
+                log.error("fence_not_recorded", error=str(error))
 
     @property
     def is_fenced(self) -> bool:
-        """Whether this server accepts no more writes."""
-        return self.engine.directory.role is Role.FENCED
+        """Whether this server accepts no more writes, for good."""
+        return isinstance(self.committer.refusal, Fenced)
 
     @property
     def epoch_proof(self) -> replication_pb2.EpochProof:
@@ -257,7 +268,7 @@ class PrimaryNode:
         """All that ``understudy status`` shows."""
         engine, committer = self.engine, self.committer
         return admin_pb2.StatusResponse(
-            role=engine.directory.role.value,
+            role=(Role.FENCED if self.is_fenced else engine.directory.role).value,
             cluster=engine.directory.cluster,
             node=engine.directory.node,
             epoch=engine.epoch,

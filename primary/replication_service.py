@@ -73,8 +73,7 @@ class ReplicationService(replication_pb2_grpc.ReplicationServicer):
         known = self._following.get(hello.replica_id)
         if known is not None and known[0] == hello.node:
             known[1].cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await known[1]
+            await asyncio.wait([known[1]])
 
     async def _decide(self, hello: replication_pb2.Hello) -> tuple[Decision.ValueType, Position | None]:
         engine = self._node.engine

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from understudy.common.errors import CorruptionError
+from understudy.common.errors import CorruptionError, DiskFull
 from understudy.common.events import log
 from understudy.common.files import publish
 from understudy.common.types import Lsn
@@ -47,7 +47,6 @@ class SlotTable:
         self._path = path
         self._slots: dict[str, Slot] = {}
         self._connected: set[str] = set()
-        self._changed = False
         self._saved_s = 0.0
         if path.exists():
             self._load()
@@ -107,7 +106,6 @@ class SlotTable:
 
     def touch(self, now_s: float) -> None:
         """Something moved; saved now and then."""
-        self._changed = True
         if now_s - self._saved_s >= SAVE_INTERVAL_S:
             self._saved_s = now_s
             self.save()
@@ -123,7 +121,9 @@ class SlotTable:
         self.save()
 
     def save(self) -> None:
-        """Publishes the table."""
+        """Publishes the table. On a full disk the old one stays: older positions only keep more log."""
         body = {"format": 1, "slots": [asdict(slot) for slot in self._slots.values()]}
-        publish(self._path, json.dumps(body, indent=1).encode() + b"\n")
-        self._changed = False
+        try:
+            publish(self._path, json.dumps(body, indent=1).encode() + b"\n")
+        except DiskFull as error:
+            log.warning("slots_not_saved", error=str(error))

@@ -181,5 +181,12 @@ class Processes:
             print(process.describe())
 
 
+def complaint(done: subprocess.CompletedProcess[bytes]) -> str:
+    """The one line that a command said on standard error: what went wrong, without a traceback."""
+    (line,) = done.stderr.decode().splitlines()
+    assert line.startswith("understudy: ")
+    return line
+
+
 def _on_any_port(flags: tuple[str | Path, ...]) -> tuple[str | Path, ...]:
     return flags if "--listen" in flags else ("--listen", ANY_PORT, *flags)

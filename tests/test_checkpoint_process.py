@@ -103,7 +103,7 @@ def test_closing_lets_a_checkpoint_finish(tmp_path: Path) -> None:
         thread = threading.Thread(target=lambda: (begun.set(), answers.append(checkpointer.run(job))))
         thread.start()
         begun.wait()
-        wait_until(lambda: checkpointer._in_use.locked())
+        wait_until(lambda: checkpointer._in_use.locked() or answers)
         checkpointer.close()
         thread.join()
         assert [answer.checkpoint.lsn for answer in answers] == [model.lsn]
@@ -120,13 +120,16 @@ def test_a_missing_store_is_an_error_at_the_start(tmp_path: Path) -> None:
 
 
 def test_a_process_that_does_not_start_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An interpreter that ends at once, or never speaks, does not hang the server."""
+    """An interpreter that ends at once, is not there, or never speaks is an error, and hangs nobody."""
     path = make_store(tmp_path)
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(StorageFailed, match="exit code 1"):
         Checkpointer().start(path, None)
+    monkeypatch.setattr(sys, "executable", "/none")
+    with pytest.raises(StorageFailed, match="can't start"):
+        Checkpointer().start(path, None)
     silent = tmp_path / "silent"
-    silent.write_text("#!/bin/sh\nexec cat > /dev/null\n")
+    silent.write_text("#!/bin/sh\nread line\n")
     silent.chmod(0o700)
     monkeypatch.setattr(sys, "executable", str(silent))
     monkeypatch.setattr(checkpoint_process, "START_DEADLINE_S", 0.1)
@@ -212,10 +215,7 @@ def test_a_job_that_does_not_follow_leaves_the_process_running(tmp_path: Path) -
 def test_damage_ends_the_process(tmp_path: Path) -> None:
     """After an error of the store itself nothing more is written: the process ends, the reason is told (G11)."""
     path = make_store(tmp_path)
-    environment, store = open_both(path)
     model, job = Model().step([Edit(path="/r", changes=3, change_bytes=8 << 20)])
-    with store, environment.env.begin(environment.history, write=True) as txn:
-        pass
     with checkpointing(path) as checkpointer:
         checkpointer.run(job)
     environment, store = open_both(path)
@@ -230,7 +230,7 @@ def test_damage_ends_the_process(tmp_path: Path) -> None:
             checkpointer.run(job)
 
 
-def test_an_idle_process_gives_its_memory_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_idle_process_gives_its_memory_back(tmp_path: Path) -> None:
     """Some time after a job the store is unmapped, and the next job opens it again (G9)."""
     script = (
         "import sys; from pathlib import Path\n"
@@ -279,8 +279,10 @@ def test_a_killed_checkpoint_is_in_the_store_whole_or_not_at_all(tmp_path: Path,
     """Killed at a random moment, again and again, the store opens at the old or the new checkpoint (G2)."""
     chance = random.Random(seed)
     path = make_store(tmp_path)
-    model, taken_s, outcomes = Model(), 0.5, set()
-    for number in range(20):
+    model, taken_s, number = Model(), 0.5, 0
+    outcomes: set[bool] = set()
+    while number < 15 or len(outcomes) < 2:
+        number += 1
         later, job = model.step([large_edit(number)])
         checkpointer = Checkpointer()
         checkpointer.start(path, None)
@@ -303,7 +305,6 @@ def test_a_killed_checkpoint_is_in_the_store_whole_or_not_at_all(tmp_path: Path,
                 assert_equal(store.current, model)
             assert check_state(store).problems == []
         outcomes.add(written)
-    assert outcomes == {True, False}
 
 
 def _run(checkpointer: Checkpointer, job: object, answers: list[CheckpointResult]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import re
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from log_helpers import EPOCH, LOG, chain, new_log, open_log, payloads_of, small
 
 from understudy.common import log_recovery
 from understudy.common.changelog import ChangeLog
-from understudy.common.errors import CorruptionError, NewerFormat, StorageFailed
+from understudy.common.errors import CorruptionError, DiskFull, NewerFormat, StorageFailed
 from understudy.common.log_recovery import is_torn
 from understudy.common.records import RECORD_HEADER_BYTES
 from understudy.common.segment import RECORDS_START, SECTOR_BYTES, SegmentHeader, Watermark
@@ -206,12 +207,73 @@ def test_g1_entries_of_a_failed_sync_are_written_again() -> None:
     files = FaultyFiles()
     log = new_log(files)
     write(log, b"one")
-    files.fail("sync", 1, 5)
+    files.fail("sync", 1, errno.EIO)
     with pytest.raises(StorageFailed):
         write(log, b"two" * 1000, b"three")
     reopened = open_log(files)
     files.lose_power(Random(1))
     assert open_log(files).end == reopened.end
+
+
+def killed_in_a_sync() -> FaultyFiles:
+    """A batch is in the kernel's memory with its watermark; nothing of it need be on disk."""
+    files = FaultyFiles()
+    with small_segments(1 << 20):
+        log = new_log(files)
+    write(log, b"one")
+    files.cut_power(2)
+    with pytest.raises(PowerCut):
+        write(log, b"two" * 1000, b"three")
+    files.restore_power()
+    return files
+
+
+def test_g2_power_loss_at_any_step_of_opening_leaves_a_log_that_opens() -> None:
+    """G2: the watermark never claims entries before they are on disk, while opening neither."""
+    for actions, seed in itertools.product(range(12), range(40)):
+        files = killed_in_a_sync()
+        files.cut_power(actions)
+        with contextlib.suppress(PowerCut):
+            open_log(files)
+        files.lose_power(Random(seed))
+        assert open_log(files).end.lsn in (1, 2, 3)
+
+
+def test_g2_batch_that_found_no_space_is_gone_for_good() -> None:
+    """G2: what was taken back is not mistaken for a batch behind a shorter one that was torn."""
+    for seed in range(200):
+        files = FaultyFiles()
+        with small_segments(1 << 20):
+            log = new_log(files)
+        files.fail("write", 1, errno.ENOSPC, written_bytes=100_000)
+        with pytest.raises(DiskFull):
+            write(log, *[b"x" * 100] * 20)
+        files.cut_power(3)  # the room that was cut off, records, watermark
+        with pytest.raises(PowerCut):
+            write(log, *[b"y" * 700] * 2)
+        files.lose_power(Random(seed))
+        open_log(files)
+
+
+def test_g1_name_of_a_new_segment_is_durable_before_anything_counts_on_it(small: None) -> None:
+    """G1: a segment found after a kill may be unknown to the disk; opening makes its name durable too."""
+    for seed in range(10):
+        files = FaultyFiles()
+        log = new_log(files)
+        write(log, b"x" * 2000)
+        files.cut_power(files_until_directory_sync())
+        with pytest.raises(PowerCut):
+            write(log, b"y")
+        files.restore_power()
+        assert len(files.names(LOG)) == 2
+        write(open_log(files), b"z")
+        files.lose_power(Random(seed))
+        assert open_log(files).end.lsn == 2
+
+
+def files_until_directory_sync() -> int:
+    """How many actions a write that begins a segment takes before it syncs the directory."""
+    return len(["truncate", "sync", "create", "write", "sync"])
 
 
 # -- the checkpoint --------------------------------------------------------------------------------------------
@@ -286,7 +348,8 @@ def test_g2_sealed_segment_is_never_taken_for_torn(small: None) -> None:
     files, _ = segmented()
     path = LOG / files.names(LOG)[1]
     content = files.content(path)
-    for byte in (RECORDS_START, len(content) - 1):
+    last_record = content.rindex(b"\x2c\x01\0\0")  # its length, 300
+    for byte in (RECORDS_START, last_record, len(content) - 1):
         files.put(path, flipped(content, byte, 1))
         with pytest.raises(CorruptionError, match=rf"{path}: entry \d+, at byte \d+, is damaged"):
             open_log(files)
@@ -454,7 +517,7 @@ class CrashingLog(RuleBasedStateMachine):
 
     @rule(sizes=st.lists(st.integers(min_value=1, max_value=1800), min_size=1, max_size=6))
     def write_until_a_sync_fails(self, sizes: list[int]) -> None:
-        self.files.fail("sync", self.rng.randint(1, 3), 5)
+        self.files.fail("sync", self.rng.randint(1, 3), errno.EIO)
         with contextlib.suppress(StorageFailed):
             self.write(sizes)
         self.reopen()

@@ -36,7 +36,7 @@ from understudy.v1 import log_pb2
 MIN, MAX = -(2**63), 2**63 - 1
 NO_COUNTERS = [
     b"", b" 1", b"1 ", b"1\n", b"+1", b"01", b"00", b"-0", b"-", b"--1", b"1_0", b"0x1", b"1.0", b"1e3", b"inf",
-    b"\xff", b"\x00", "١".encode(), str(MAX + 1).encode(), str(MIN - 1).encode(), b"9" * 5000, b"-01", b"apple",
+    b"\xff", b"\x00", "\u0661".encode(), str(MAX + 1).encode(), str(MIN - 1).encode(), b"9" * 5000, b"-01", b"apple",
 ]  # fmt: skip
 
 counters = st.integers(min_value=MIN, max_value=MAX)
@@ -103,6 +103,9 @@ def test_each_operation_has_its_message(operation: Operation, fields: dict[str, 
         Put("text", b"v"),  # type: ignore[arg-type]
         Put(b"k", "text"),  # type: ignore[arg-type]
         Put(b"k", None),  # type: ignore[arg-type]
+        Put(None, b"v"),  # type: ignore[arg-type]
+        Add(b"k", None),  # type: ignore[arg-type]
+        DeleteRange(b"a", None),  # type: ignore[arg-type]
         Delete(7),  # type: ignore[arg-type]
         Add(b"k", 1.5),  # type: ignore[arg-type]
         Add(b"k", MAX + 1),
@@ -187,11 +190,11 @@ def test_a_range_may_be_without_bounds(start: bytes, end: bytes) -> None:
     assert len(to_protos([DeleteRange(start, end)])) == 1
 
 
-def test_a_transaction_has_a_limit_on_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_transaction_has_a_limit_on_operations() -> None:
     """As many operations as allowed pass, one more does not, and the error says the limit."""
     operation = log_pb2.Operation(kind=DELETE, key=b"k")
     check_operations([operation] * OPERATIONS_MAX)
-    with pytest.raises(TransactionTooLarge, match="100,001 operations.*100,000"):
+    with pytest.raises(TransactionTooLarge, match=r"100001 operations.*100,000"):
         check_operations([operation] * (OPERATIONS_MAX + 1))
 
 

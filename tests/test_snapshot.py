@@ -374,6 +374,25 @@ def test_a_damaged_list_of_free_pages_is_corrupt(env: lmdb.Environment, env_file
     assert refused > 30
 
 
+@pytest.mark.parametrize(("word", "number"), [(0, 9), (1, 1), (1, 1 << 20)])
+def test_a_record_that_no_list_of_free_pages_has_is_corrupt(tmp_path: Path, word: int, number: int) -> None:
+    """Another count than there are numbers, a meta page, a page behind the last one."""
+    path = tmp_path / "env" / "data.mdb"
+    with open_env(path.parent) as env:
+        fill(env, range(10), 100)
+        fill(env, range(10), 50)
+    with path.open("r+b") as file:
+        meta = max(
+            (meta for meta, _ in lmdb_pages.read_metas(file.fileno(), path)), key=lambda meta: meta.txn_id
+        )
+        assert meta.free_root is not None
+        assert sum(lmdb_pages.free_pages(file.fileno(), meta, path)) == 1
+        record = (meta.free_root + 1) * PAGE_BYTES - 16  # a leaf is filled from its end
+        os.pwrite(file.fileno(), number.to_bytes(8, sys.byteorder), record + 8 * word)
+        with pytest.raises(CorruptionError, match="the list of free pages"):
+            lmdb_pages.free_pages(file.fileno(), meta, path)
+
+
 def test_a_snapshot_closed_while_it_is_read_ends_the_reads(env: lmdb.Environment, env_file: Path) -> None:
     """A read never goes to a descriptor that was closed and given to another file."""
     source = PinnedSnapshot.open(env, env_file)
@@ -430,11 +449,10 @@ def test_a_copier_killed_between_writes_goes_on(tmp_path: Path, image: Image, li
             said = [copier.stdout.readline().strip() for _ in range(lines)]
             copier.kill()
             said += copier.stdout.read().split()
-        written += said
+        written += filter(str.isdigit, said)
         if "finished" in said:
             break
     assert target.read_bytes() == b"".join(image.ranges)
-    assert len(written) > 3
     assert len(written) == len(set(written))
 
 
@@ -574,7 +592,12 @@ def test_a_damaged_range_is_refused_and_fetched_again(tmp_path: Path, image: Ima
         flipped = bytearray(image.ranges[3])
         flipped[12_345] ^= 1
         digest = image.digests[3]
-        for index, data in ((3, bytes(flipped)), (3, image.ranges[3][:-1]), (9, image.ranges[3]), (10, b"")):
+        for index, data in (
+            (3, bytes(flipped)),
+            (3, image.ranges[3][:-1]),
+            (9, image.ranges[3]),
+            (-1, image.ranges[3]),
+        ):
             with pytest.raises(CorruptionError, match="arrived damaged"):
                 copy.write(index, data, digest)
         assert copy.missing(image.digests) == list(range(10))

@@ -70,7 +70,9 @@ def test_lsns_as_text_sort_as_numbers_do(one: Lsn, other: Lsn) -> None:
     assert parse_lsn(format_lsn(one)) == one
 
 
-@pytest.mark.parametrize("text", ["", "1", "1" * 19, "1" * 21, "-" + "1" * 19, "+" + "1" * 19, "1_" * 10, "١" * 20])
+@pytest.mark.parametrize(
+    "text", ["", "1", "1" * 19, "1" * 21, "-" + "1" * 19, "+" + "1" * 19, "1_" * 10, "\u0661" * 20]
+)
 def test_only_twenty_digits_are_an_lsn(text: str) -> None:
     """Whatever Python would take for a number, a name that this program did not write is no LSN."""
     with pytest.raises(ValueError, match="not an LSN"):
@@ -182,22 +184,23 @@ def test_the_tree_in_the_docstring_is_the_tree(cls: type[UnderstudyError]) -> No
     assert cls.__name__ in errors.__doc__
 
 
-def test_exit_codes_are_the_documented_ones() -> None:
-    """0 done, 1 failed, 2 usage, 3 reset, 4 corrupt, 5 unreachable, 6 directory, 7 not permitted."""
-    assert {
-        errors.UnderstudyError: 1,
-        errors.UsageError: 2,
-        errors.Diverged: 3,
-        errors.ForeignCluster: 3,
-        errors.AheadOfPrimary: 3,
-        errors.Fenced: 3,
-        errors.CorruptionError: 4,
-        errors.PeerUnreachable: 5,
-        errors.DirectoryInUse: 6,
-        errors.WrongRole: 6,
-        errors.NotPermitted: 7,
-    } == {cls: int(cls.exit_code) for cls in all_errors() if cls in {
-        errors.UnderstudyError, errors.UsageError, errors.Diverged, errors.ForeignCluster, errors.AheadOfPrimary,
-        errors.Fenced, errors.CorruptionError, errors.PeerUnreachable, errors.DirectoryInUse, errors.WrongRole,
-        errors.NotPermitted,
-    }}
+@pytest.mark.parametrize(
+    ("cls", "code"),
+    [
+        (errors.UnderstudyError, 1),
+        (errors.UsageError, 2),
+        (errors.Diverged, 3),
+        (errors.ForeignCluster, 3),
+        (errors.AheadOfPrimary, 3),
+        (errors.Fenced, 3),
+        (errors.CorruptionError, 4),
+        (errors.PeerUnreachable, 5),
+        (errors.OutcomeUnknown, 5),
+        (errors.DirectoryInUse, 6),
+        (errors.WrongRole, 6),
+        (errors.NotPermitted, 7),
+    ],
+)
+def test_exit_codes_are_the_documented_ones(cls: type[UnderstudyError], code: int) -> None:
+    """1 failed, 2 usage, 3 reset, 4 corrupt, 5 not reachable, 6 directory, 7 not permitted."""
+    assert cls.exit_code == code

@@ -1,0 +1,57 @@
+"""How much is measured: in full, or quickly to see that everything runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MIB = 1 << 20
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scale:
+    """Sizes and durations of all rows."""
+
+    name: str
+    rounds: int
+    window_s: float  # of one closed-loop measurement
+    warm_s: float  # before it, not counted
+    keys: int  # that random keys are drawn from, and that the store is preloaded with
+    lag_s: float
+    catchup_entries: int
+    store_bytes: int  # of the large store
+    small_store_bytes: int
+    memory_bytes: int  # of values that go through
+    memory_commits: int
+    disk_bytes: int  # that the whole run needs at once, at the most
+
+
+FULL = Scale(
+    name="full",
+    rounds=3,
+    window_s=6.0,
+    warm_s=1.0,
+    keys=1_000_000,
+    lag_s=30.0,
+    catchup_entries=1_000_000,
+    store_bytes=2 * GIB,
+    small_store_bytes=20 * MIB,
+    memory_bytes=2 * GIB,
+    memory_commits=2_000_000,
+    disk_bytes=24 * GIB,
+)
+
+QUICK = Scale(
+    name="quick",
+    rounds=1,
+    window_s=2.0,
+    warm_s=0.5,
+    keys=100_000,
+    lag_s=5.0,
+    catchup_entries=150_000,
+    store_bytes=256 * MIB,
+    small_store_bytes=20 * MIB,
+    memory_bytes=128 * MIB,
+    memory_commits=100_000,
+    disk_bytes=4 * GIB,
+)

@@ -1,0 +1,229 @@
+"""The command line's view of nodes: status, log, promotion and rewind, comparison."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from harness import Processes, complaint, wait_until
+
+from understudy.common.errors import ExitCode
+
+STATUS_KEYS = [
+    *("role", "cluster", "node", "epoch", "lsn", "durable_lsn", "committed_lsn", "checkpoint_lsn", "digest"),
+    *("realms", "durability", "replicas", "upstream", "warnings"),
+]
+REPLICA_KEYS = [
+    *("id", "connected", "state", "durable_lsn", "applied_lsn", "lag_entries", "lag_bytes", "lag_seconds"),
+]
+UPSTREAM_KEYS = ["address", "connected", "lag_entries", "lag_bytes", "lag_seconds"]
+
+
+# -- looking at a node -----------------------------------------------------------------------------------------
+
+
+def test_status_is_the_same_from_server_socket_and_files(processes: Processes, tmp_path: Path) -> None:
+    """``status`` has its keys in order, and tells the same of a node over the network, its socket, and its files."""
+    primary = processes.primary(tmp_path / "data")
+    processes.run("put", "--server", primary.address, "/inventory", "apple", "3")
+
+    def status(*where: str | Path) -> dict[str, object]:
+        shown: dict[str, object] = json.loads(processes.run("status", *where, "--json").stdout)
+        assert list(shown)[: len(STATUS_KEYS)] == STATUS_KEYS
+        return shown
+
+    asked = status("--server", primary.address)
+    assert (asked["role"], asked["lsn"], asked["realms"], asked["durability"]) == ("primary", 3, 1, "local")
+    assert asked["upstream"] is None
+    assert asked["running"] is True
+    assert status(tmp_path / "data") == asked
+    assert b"primary" in processes.run("status", tmp_path / "data").stdout
+    assert primary.terminate() == 0
+    assert status(tmp_path / "data") == asked | {"running": False, "durability": None}
+    assert b"not running" in processes.run("status", tmp_path / "data").stdout
+
+
+def test_status_shows_replicas_while_they_are_away(processes: Processes, tmp_path: Path) -> None:
+    """A replica is in the primary's status with its lag, connected or not, and also when nothing runs any more."""
+    primary = processes.primary(tmp_path / "a")
+    replica = processes.replica(tmp_path / "b", primary.address, "--id", "second")
+
+    def replicas(*where: str | Path) -> list[dict[str, object]]:
+        found: list[dict[str, object]] = json.loads(processes.run("status", *where, "--json").stdout)[
+            "replicas"
+        ]
+        return found
+
+    def streaming() -> bool:
+        found = replicas("--server", primary.address)
+        return bool(found and found[0]["connected"])
+
+    wait_until(streaming)
+    (connected,) = replicas("--server", primary.address)
+    assert list(connected) == REPLICA_KEYS
+    assert connected["id"] == "second"
+    follower = json.loads(processes.run("status", tmp_path / "b", "--json").stdout)
+    assert follower["role"] == "replica"
+    assert list(follower["upstream"]) == UPSTREAM_KEYS
+    assert replica.terminate() == 0
+    processes.run("put", "--server", primary.address, "/a", "k", "v")
+    wait_until(lambda: not streaming())
+    (away,) = replicas(tmp_path / "a")
+    assert (away["connected"], away["state"]) == (False, "disconnected")
+    assert away["lag_entries"] == 1
+    assert isinstance(away["lag_bytes"], int)
+    assert away["lag_bytes"] > 0
+    assert primary.terminate() == 0
+    (remembered,) = replicas(tmp_path / "a")
+    assert (remembered["id"], remembered["lag_entries"]) == ("second", 1)
+    assert remembered["lag_bytes"] == away["lag_bytes"]
+
+
+def test_the_log_is_shown_while_it_is_written(processes: Processes, tmp_path: Path) -> None:
+    """``log`` prints entries of a directory in use, from and to an LSN, of one realm, and no more than asked for."""
+    primary = processes.primary(tmp_path / "data")
+    for number, realm in enumerate(("/a", "/b", "/a"), 1):
+        processes.run("put", "--server", primary.address, realm, "key", f"value {number}")
+    processes.run("delete", "--server", primary.address, "/a", "--range", "k", "")
+
+    def lsns(*options: str) -> list[int]:
+        shown = processes.run("log", tmp_path / "data", "--json", *options).stdout
+        return [json.loads(line)["lsn"] for line in shown.splitlines()]
+
+    assert lsns() == [1, 2, 3, 4, 5, 6]
+    assert lsns("--from", "5") == [5, 6]
+    assert lsns("--to", "2") == [1, 2]
+    assert lsns("--realm", "/a") == [3, 5, 6]
+    assert lsns("--realm", "/a", "--limit", "1") == [3]
+    assert lsns("--from", "100") == []
+    fifth = json.loads(processes.run("log", tmp_path / "data", "--json", "--from", "5", "--to", "5").stdout)
+    assert fifth["operations"] == [{"kind": "put", "key": "key", "value": "value 3"}]
+    shown = processes.run("log", tmp_path / "data").stdout.decode()
+    assert "/b version 1: put key = value 2" in shown
+    assert "delete_range from k to before the end" in shown
+    assert primary.terminate() == 0
+    assert processes.run("log", tmp_path / "data").stdout.decode() == shown
+
+
+def test_the_log_does_not_show_the_history_key(processes: Processes, tmp_path: Path) -> None:
+    """G10: the key that changes are signed with is in the log, and is printed in neither form."""
+    primary = processes.primary(tmp_path / "data")
+    assert primary.terminate() == 0
+    segment = next((tmp_path / "data" / "log").glob("*.seg")).read_bytes()
+    at = segment.index(b"history-key") + len(b"history-key") + 2
+    key = segment[at : at + 32]
+    shown = (
+        processes.run("log", tmp_path / "data").stdout
+        + processes.run("log", tmp_path / "data", "--json").stdout
+    )
+    assert b"history-key" in shown
+    rows = [json.loads(line) for line in shown.splitlines() if line.startswith(b"{")]
+    assert rows[1]["operations"] == [{"kind": "put", "key": "history-key", "hidden": True}]
+    assert key not in shown
+    assert key.hex().encode() not in shown
+
+
+def test_a_log_that_does_not_go_back_so_far_says_where_it_begins(
+    processes: Processes, tmp_path: Path
+) -> None:
+    """Asked for entries that are no longer held, ``log`` names the first that is."""
+    primary = processes.primary(tmp_path / "a")
+    processes.run("put", "--server", primary.address, "/a", "k", "v")
+    processes.run("verify", "--server", primary.address, "--against", primary.address)  # takes a checkpoint
+    processes.replica(tmp_path / "b", primary.address)
+    wait_until(lambda: b'"running": true' in processes.run("status", tmp_path / "b", "--json").stdout)
+    wait_until(lambda: json.loads(processes.run("status", tmp_path / "b", "--json").stdout)["checkpoint_lsn"])
+    done = processes.run("log", tmp_path / "b", "--from", "1", code=ExitCode.USAGE)
+    assert re.search(r"begins with LSN \d+", complaint(done))
+
+
+# -- promotion and rewind --------------------------------------------------------------------------------------
+
+
+def test_the_story_of_a_failover(processes: Processes, tmp_path: Path) -> None:
+    """G1, G7: primary killed, replica promoted and started, old primary refused, rewound, and following again."""
+    first = processes.primary(tmp_path / "a", "--durability", "replica")
+    second = processes.replica(tmp_path / "b", first.address, "--id", "b")
+    processes.run("put", "--server", first.address, "/inventory", "apple", "3")
+    first.kill()
+
+    promoted = json.loads(processes.run("promote", tmp_path / "b", "--json").stdout)
+    assert list(promoted) == ["epoch", "lsn", "digest", "seconds"]
+    assert promoted["epoch"] == 2
+    assert second.wait() == ExitCode.DONE
+    assert f"understudy primary --data-dir {tmp_path / 'b'}" in second.stderr
+
+    refused = processes.run("replica", "--data-dir", tmp_path / "b", "--primary", "127.0.0.1:1", code=6)
+    assert "understudy primary --data-dir" in complaint(refused)
+    assert "its role is primary" in complaint(processes.run("promote", tmp_path / "b", code=6))
+
+    second = processes.primary(tmp_path / "b")
+    assert processes.run("get", "--server", second.address, "/inventory", "apple").stdout == b"3"
+    processes.run("put", "--server", second.address, "/inventory", "pear", "4")
+
+    shown = processes.run("rewind", tmp_path / "a", "--to", second.address, "--id", "a", "--json").stdout
+    rewound = json.loads(shown)
+    assert rewound["common_lsn"] == promoted["lsn"] - 1
+    first = processes.replica(tmp_path / "a", second.address, "--id", "a")
+    at = ("--server", first.address, "/inventory", "pear")
+    wait_until(lambda: processes.run("scan", *at[:3]).stdout == b"apple\t3\npear\t4\n")
+    refused = processes.run("put", *at, "5", code=ExitCode.DIRECTORY)
+    assert "is a replica" in complaint(refused)
+
+
+def test_a_role_that_does_not_fit_names_the_command_that_helps(processes: Processes, tmp_path: Path) -> None:
+    """A replica's directory is refused by ``primary`` with ``promote``, a primary's by ``replica`` with ``rewind``."""
+    primary = processes.primary(tmp_path / "a")
+    replica = processes.replica(tmp_path / "b", primary.address)
+    assert replica.terminate() == 0
+    assert primary.terminate() == 0
+    done = processes.run("primary", "--data-dir", tmp_path / "b", code=ExitCode.DIRECTORY)
+    assert f"understudy promote {tmp_path / 'b'}" in complaint(done)
+    done = processes.run(
+        "replica", "--data-dir", tmp_path / "a", "--primary", "127.0.0.1:1", code=ExitCode.DIRECTORY
+    )
+    assert f"understudy rewind {tmp_path / 'a'}" in complaint(done)
+
+
+def test_comparing_two_nodes_names_the_realm_that_differs(processes: Processes, tmp_path: Path) -> None:
+    """G11: ``verify --server --against`` finds equal nodes equal, and of a changed copy names the realm."""
+    primary = processes.primary(tmp_path / "a")
+    for realm in ("/sound", "/hurt"):
+        processes.run("put", "--server", primary.address, realm, "key", "a value that can be found again")
+    replica = processes.replica(tmp_path / "b", primary.address)
+    nodes = ("verify", "--server", primary.address, "--against", replica.address)
+    wait_until(lambda: json.loads(processes.run("status", tmp_path / "b", "--json").stdout)["lsn"] > 3)
+    equal = json.loads(processes.run(*nodes, "--json").stdout)
+    assert (equal["ok"], equal["problems"]) == (True, [])
+    assert equal["realms_checked"] >= 2
+    assert b"equal" in processes.run(*nodes).stdout
+
+    assert replica.terminate() == 0
+    damaged = tmp_path / "b" / "store" / "data.mdb"
+    data = bytearray(damaged.read_bytes())
+    at = data.rindex(b"a value that can")
+    assert b"key" in data[at - 10 : at]
+    data[at] ^= 1
+    damaged.write_bytes(data)
+    replica = processes.replica(tmp_path / "b", primary.address)
+    found = processes.run(*nodes[:-1], replica.address, code=ExitCode.CORRUPT).stdout.decode()
+    assert re.search(r"realm /(hurt|sound) differs", found)
+    assert processes.run(*nodes[:-1], replica.address, "--json", code=4).stdout.startswith(b'{"ok": false')
+
+
+def test_nodes_of_two_clusters_are_not_compared(processes: Processes, tmp_path: Path) -> None:
+    """Two servers that have nothing to do with each other are not called different, but foreign."""
+    one, other = processes.primary(tmp_path / "one"), processes.primary(tmp_path / "other")
+    done = processes.run(
+        "verify", "--server", one.address, "--against", other.address, code=ExitCode.RESET_NEEDED
+    )
+    assert "cluster" in complaint(done)
+
+
+def test_an_import_needs_a_primary(processes: Processes, tmp_path: Path) -> None:
+    """Writing to a replica is refused at once, with what it is, instead of waiting for it to become a primary."""
+    primary = processes.primary(tmp_path / "a")
+    replica = processes.replica(tmp_path / "b", primary.address)
+    done = processes.run("import", "--server", replica.address, "/a", "-", code=ExitCode.DIRECTORY)
+    assert "is a replica" in complaint(done)
