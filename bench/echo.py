@@ -29,7 +29,9 @@ async def serve() -> None:
             await context.write(message)
 
     server = grpc.aio.server()
-    handlers = {"Echo": grpc.stream_stream_rpc_method_handler(echo)}
+    handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
+        "Echo": grpc.stream_stream_rpc_method_handler(echo)
+    }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bench.Echo", handlers),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -44,7 +46,7 @@ async def ask(job: EchoJob) -> dict[str, float]:
     sent_s: list[float] = []
     times_s: list[float] = []
     async with grpc.aio.insecure_channel(job.address) as channel:
-        call = channel.stream_stream(_METHOD)()
+        call: grpc.aio.StreamStreamCall[bytes, bytes] = channel.stream_stream(_METHOD)()
         for _ in range(job.in_flight):
             sent_s.append(time.monotonic())
             await call.write(message)

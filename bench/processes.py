@@ -35,7 +35,9 @@ class BenchFailed(Exception):
     """What was to be measured did not run."""
 
 
-def wait_until(condition: Callable[[], bool], *, what: str, deadline_s: float = 120.0, every_s: float) -> None:
+def wait_until(
+    condition: Callable[[], bool], *, what: str, deadline_s: float = 120.0, every_s: float
+) -> None:
     """Returns once ``condition`` holds.
 
     Raises:
@@ -137,19 +139,43 @@ class Node(Process):
     """A primary or a replica that serves."""
 
     def __init__(self, role: str, directory: Path, log: Path, flags: list[str]) -> None:
-        arguments = [role, "--data-dir", str(directory), "--listen", _ANY_PORT, "--log-format", "json", *flags]
+        arguments = [
+            role,
+            "--data-dir",
+            str(directory),
+            "--listen",
+            _ANY_PORT,
+            "--log-format",
+            "json",
+            *flags,
+        ]
         started_s = time.monotonic()
         super().__init__(role, understudy_command(*arguments), log)
-        self.directory = directory
+        self._started_s = started_s
+        self.address = ""
+        self.ready_s = 0.0  # from the start of its process until it said that it serves
+        self._channel: grpc.Channel | None = None
+
+    def wait_until_ready(self) -> None:
+        """Returns when it serves.
+
+        Raises:
+            BenchFailed: it does not.
+        """
         self.address = self.first_line().partition(" ready on ")[2].strip()
-        self.ready_s = time.monotonic() - started_s  # from the start of its process
+        self.ready_s = time.monotonic() - self._started_s
         if not self.address:
             raise self.failure("ended before it was ready")
         self._channel = grpc.insecure_channel(self.address)
 
+    @property
+    def _connection(self) -> grpc.Channel:
+        assert self._channel is not None, "it serves"
+        return self._channel
+
     def status(self) -> admin_pb2.StatusResponse:
         """Its own account of itself."""
-        return admin_pb2_grpc.AdminStub(self._channel).Status(
+        return admin_pb2_grpc.AdminStub(self._connection).Status(
             admin_pb2.StatusRequest(), timeout=_CALL_S_MAX, wait_for_ready=True
         )
 
@@ -157,14 +183,14 @@ class Node(Process):
         """Up to which LSN its reads show entries; 0 while there is nothing to read."""
         request = data_pb2.GetRequest(realm=REALM)
         try:
-            return data_pb2_grpc.DataStub(self._channel).Get(request, timeout=_CALL_S_MAX).lsn
+            return data_pb2_grpc.DataStub(self._connection).Get(request, timeout=_CALL_S_MAX).lsn
         except grpc.RpcError:
             return 0  # no copy yet, or no such realm in it
 
     def checkpoint(self) -> int:
         """Has a primary set a freeze mark now; returns the LSN of the checkpoint once it is in the store."""
         request = admin_pb2.StateDigestsRequest(checkpoint=True)
-        return admin_pb2_grpc.AdminStub(self._channel).StateDigests(request, timeout=_CALL_S_MAX).lsn
+        return admin_pb2_grpc.AdminStub(self._connection).StateDigests(request, timeout=_CALL_S_MAX).lsn
 
     def events(self, name: str) -> list[dict[str, Any]]:
         """The events of that name that it has logged."""
@@ -173,10 +199,14 @@ class Node(Process):
 
     def pids(self) -> dict[str, int]:
         """Process ids of the node and of its checkpoint process."""
-        return {self.name: self.pid, f"{self.name}'s checkpoints": accounts.checkpoint_process(self.pid)}
+        checkpoints = accounts.checkpoint_process(self.pid)
+        if not checkpoints:
+            raise self.failure("has no checkpoint process")
+        return {self.name: self.pid, f"{self.name}'s checkpoints": checkpoints}
 
     def _end(self, number: signal.Signals | None) -> None:
-        self._channel.close()
+        if self._channel is not None:
+            self._channel.close()
         super()._end(number)
 
 
@@ -192,9 +222,14 @@ class Processes:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.end_all()
+
+    def end_all(self) -> None:
+        """Kills those that still run."""
         for process in reversed(self._started):
             if process.is_running:
                 process.kill()
+        self._started.clear()
 
     def primary(self, directory: Path, *flags: str) -> Node:
         """A primary that serves."""
@@ -208,6 +243,7 @@ class Processes:
     def _node(self, role: str, directory: Path, flags: list[str]) -> Node:
         node = Node(role, directory, self._log(role), flags)
         self._started.append(node)
+        node.wait_until_ready()
         return node
 
     def helper(self, script: str, job: Any) -> Process:
@@ -244,13 +280,13 @@ def _environment() -> Mapping[str, str]:
 
 
 def wait_for_replica(primary: Node, replica: Node, *, deadline_s: float = 300.0) -> None:
-    """Returns once the replica shows everything that the primary shows.
+    """Returns once the replica has applied everything that the primary has made.
 
     Raises:
         BenchFailed: it does not get there.
     """
     wait_until(
-        lambda: replica.visible_lsn() >= primary.status().lsn,
+        lambda: replica.status().committed_lsn >= primary.status().lsn,
         what="the replica catches up",
         deadline_s=deadline_s,
         every_s=0.02,

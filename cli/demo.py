@@ -33,7 +33,7 @@ _T = TypeVar("_T")
 @click.option(
     "--seconds",
     type=click.FloatRange(min=1),
-    default=16.0,
+    default=20.0,
     show_default=True,
     metavar="S",
     help="How long they write while there are two nodes; half of it before the kill.",
@@ -132,12 +132,7 @@ async def _unless_interrupted(work: Coroutine[Any, Any, _T]) -> _T | None:
 
 
 def _facts(outcome: Outcome) -> dict[str, object]:
-    imported, failover, rewound, proof = (
-        outcome.imported,
-        outcome.failover,
-        outcome.rewound,
-        outcome.proof,
-    )
+    imported, failover, rewound, proof = outcome.imported, outcome.failover, outcome.rewound, outcome.proof
     return {
         "ok": proof.is_good,
         "files": imported.files,
@@ -166,37 +161,27 @@ def _facts(outcome: Outcome) -> dict[str, object]:
 def _tell(outcome: Outcome) -> None:
     from understudy.cli.output import print_facts, seconds_text, size_text
 
-    imported, failover, rewound, proof = (
-        outcome.imported,
-        outcome.failover,
-        outcome.rewound,
-        outcome.proof,
-    )
+    imported, failover, rewound, proof = outcome.imported, outcome.failover, outcome.rewound, outcome.proof
     tally = proof.tally
+    size = size_text(imported.file_bytes)
+    fetched = f"{size_text(rewound.bytes_fetched)} of {size_text(rewound.bytes_total)}"
     click.echo()
     print_facts(
         [
-            (
-                "files imported",
-                f"{imported.files:,} in {imported.realms} realms, {size_text(imported.file_bytes)}",
-            ),
+            ("files imported", f"{imported.files:,} in {imported.realms} realms, {size}"),
             ("  not equal to the originals", f"{proof.files_differing:,}"),
             ("transactions acknowledged", f"{tally.acknowledged:,}"),
             ("  lost", f"{tally.lost:,}"),
             ("  duplicated", f"{tally.duplicated:,}"),
-            ("  there without reason", f"{tally.strange:,}"),
-            ("  unanswered", f"{tally.unknown:,}"),
+            ("  there in part, or never sent", f"{tally.strange:,}"),
+            ("  outcome unknown", f"{tally.unknown:,}"),
             ("time without a primary", seconds_text(failover.without_primary_s)),
             ("  of it, promote", seconds_text(failover.promote_s)),
-            ("transactions under way then", f"{failover.under_way:,}"),
-            ("  the new primary had them already", f"{outcome.answered_again:,}"),
-            ("entries that only the old one had", f"{rewound.entries_exported:,}, exported by rewind"),
-            (
-                "fetched by rewind",
-                f"{size_text(rewound.bytes_fetched)} of {size_text(rewound.bytes_total)} "
-                f"in {seconds_text(rewound.seconds)}",
-            ),
-            ("digests of both nodes", f"equal at LSN {proof.lsn:,}" if not proof.problems else "NOT EQUAL"),
+            ("transactions under way meanwhile", f"{failover.under_way:,}"),
+            ("  already with the new primary", f"{outcome.answered_again:,}, answered, not applied again"),
+            ("entries only the old primary had", f"{rewound.entries_exported:,}, exported by rewind"),
+            ("fetched by rewind", fetched if rewound.bytes_total else "nothing, the log could go on"),
+            ("digests of both nodes", "NOT EQUAL" if proof.problems else f"equal, at LSN {proof.lsn:,}"),
         ]
     )
     for problem in proof.problems:

@@ -26,7 +26,9 @@ class NodeView:
 
     name: str
     role: str
+    address: str
     position: str
+    note: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,9 +36,9 @@ class View:
     """How things stand, a few times a second."""
 
     nodes: list[NodeView]
+    lag: str  # of the replica
     acknowledged: int
     under_way: int
-    lag: str  # of the replica; empty where none follows
 
 
 class Screen:
@@ -85,9 +87,11 @@ class Screen:
         self._rate.add(view.acknowledged, now_s)
         if self._is_watched:
             self._live.update(self._picture(view), refresh=True)
-        elif view.acknowledged and now_s - self._shown_s >= _LINE_EVERY_S:
+        elif not view.under_way:
+            self._shown_s = now_s  # nothing to tell before the writers begin, nor after they are done
+        elif now_s - self._shown_s >= _LINE_EVERY_S:
             self._shown_s = now_s
-            self.tell(f"  {self._rate.latest:,.0f} transactions/s, {view.lag or 'no replica'}")
+            self.tell(f"  {self._rate.latest:,.0f} transactions/s, {view.lag}")
 
     def _picture(self, view: View) -> RenderableType:
         from rich.box import ROUNDED
@@ -96,10 +100,16 @@ class Screen:
         from rich.table import Table
         from rich.text import Text
 
-        nodes = Table.grid(padding=(0, 3))
+        nodes = Table.grid(padding=(0, 2))
         for node in view.nodes:
             style = {"primary": "bold green", "replica": "cyan"}.get(node.role, "red")
-            nodes.add_row(node.name, Text(node.role, style=style), Text(node.position, style="dim"))
+            nodes.add_row(
+                node.name,
+                Text(node.role, style=style),
+                Text(node.address, style="dim"),
+                node.position,
+                node.note,
+            )
         writers = Table.grid(padding=(0, 3))
         writers.add_row(
             Text(f"{self._rate.latest:7,.0f} transactions/s", style="bold"),

@@ -112,7 +112,7 @@ class Story:
         imported = await self._import()
         self._writers.start(f"{self._first.address},{self._second.address}")
         count = len(self._writers.ledgers)
-        self._screen.tell(f"{count} writers begin; acknowledged means: durable on both nodes")
+        self._screen.tell(f"{count} writers begin; acknowledged means durable on both nodes")
         await self._pause(self._seconds / 2)
         failover = await self._fail_over()
         rewound = await self._bring_back(watch)
@@ -135,8 +135,9 @@ class Story:
     async def _start_nodes(self) -> None:
         self._screen.tell(f"two nodes start in {self._folder}")
         await self._first.start_primary("--durability", "replica")
+        self._screen.tell(f"first is the primary, on {self._first.address}")
         await self._second.start_replica(self._first.address)
-        self._screen.tell("first is the primary, second its replica")
+        self._screen.tell(f"second is its replica, on {self._second.address}")
 
     async def _import(self) -> Imported:
         async with aconnect(self._first.address) as server:
@@ -151,15 +152,16 @@ class Story:
     async def _fail_over(self) -> Failover:
         killed_s = time.monotonic()
         await self._first.kill()
-        self._screen.tell(f"killed first, {self._writers.acknowledged:,} transactions acknowledged so far")
+        self._screen.tell(f"killed first (SIGKILL), after {self._writers.acknowledged:,} transactions")
+        began_s = time.monotonic()
         promotion = await run_command("promote", str(self._second.directory))
-        promote_s = time.monotonic() - killed_s
+        promote_s = time.monotonic() - began_s
         under_way = self._writers.under_way
         self._writers.begin_reign(promotion["lsn"])
         self._screen.tell(f"promoted second in {seconds_text(promote_s)}: epoch {promotion['epoch']} begins")
         await self._second.start_primary("--durability", "replica", "--degrade-after", str(DEGRADE_AFTER_S))
         self._screen.tell(
-            f"second is the primary; alone for {DEGRADE_AFTER_S} s, it acknowledges without a replica"
+            f"second is the primary; with no replica for {DEGRADE_AFTER_S} s it acknowledges alone"
         )
 
         async def is_answered() -> bool:
@@ -183,8 +185,8 @@ class Story:
             bytes_total=facts["bytes_total"],
         )
         self._screen.tell(
-            f"rewound first: fetched {size_text(rewound.bytes_fetched)} of {size_text(rewound.bytes_total)}, "
-            f"exported {rewound.entries_exported:,} entries that only it had"
+            f"rewound first: {rewound.entries_exported:,} entries only it had are exported, "
+            f"{size_text(rewound.bytes_fetched)} fetched"
         )
         await self._first.start_replica(self._second.address)
 
@@ -193,7 +195,7 @@ class Story:
             return status is not None and status.durability == "replica"
 
         await self._until(is_safe_again, "return to durability replica")
-        self._screen.tell("first follows as the replica; acknowledged means durable on both nodes again")
+        self._screen.tell("first is the replica now; acknowledged means durable on both again")
         return rewound
 
     async def _prove(self, watch: Watch) -> Proof:
@@ -205,10 +207,11 @@ class Story:
         async with aconnect(self._second.address) as server:
             tally = await self._writers.tally(server)
             differing = await differing_files(server, self._library)
+        self._screen.tell("looked for every transaction and every file")
         compared = await run_command(
             "verify", "--server", self._second.address, "--against", self._first.address
         )
-        self._screen.tell("looked for every transaction and every file, and compared both nodes")
+        self._screen.tell("compared both nodes")
         return Proof(
             tally=tally, files_differing=differing, problems=compared["problems"], lsn=compared["lsn"]
         )

@@ -10,6 +10,7 @@ from understudy.cli.demo_processes import Node
 from understudy.cli.demo_screen import NodeView, Screen, View
 from understudy.cli.demo_writers import Writers
 from understudy.cli.output import seconds_text
+from understudy.common.directory import Role
 from understudy.common.errors import PeerError
 from understudy.common.rpc import open_channel, peer_errors
 from understudy.v1 import admin_pb2, admin_pb2_grpc
@@ -51,36 +52,40 @@ class Watch:
 
     async def _show_forever(self, screen: Screen, writers: Writers) -> None:
         while True:
-            statuses = [await self.status(node) for node in self._nodes]
-            lags = [text for status in statuses if status is not None and (text := _lag(status))]
+            statuses = {node: await self.status(node) for node in self._nodes}
+            lag = next((text for status in statuses.values() if (text := _lag(status))), "no replica")
             screen.show(
                 View(
-                    nodes=[
-                        _node_view(node, status) for node, status in zip(self._nodes, statuses, strict=True)
-                    ],
+                    nodes=[_node_view(node, status, lag) for node, status in statuses.items()],
+                    lag=lag,
                     acknowledged=writers.acknowledged,
                     under_way=writers.under_way,
-                    lag=lags[0] if lags else "no replica follows",
                 )
             )
             await asyncio.sleep(_SHOW_S)
 
 
-def _node_view(node: Node, status: admin_pb2.StatusResponse | None) -> NodeView:
+def _node_view(node: Node, status: admin_pb2.StatusResponse | None, lag: str) -> NodeView:
     if status is None:
-        return NodeView(name=node.name, role="down", position="")
-    position = f"LSN {status.lsn:,}"
-    if status.role == "primary":
-        position += f", epoch {status.epoch}, durability {status.durability}"
+        return NodeView(name=node.name, role="down", address=node.address, position="", note="")
+    if status.role == Role.PRIMARY:
+        note = (
+            "degraded: acts alone" if "degraded" in status.durability else f"durability {status.durability}"
+        )
     else:
-        position += ", following" if status.upstream.connected else ", not following"
-    return NodeView(name=node.name, role=status.role, position=position)
+        note = lag
+    return NodeView(
+        name=node.name,
+        role=status.role,
+        address=node.address,
+        position=f"LSN {status.lsn:,}",
+        note=note,
+    )
 
 
-def _lag(status: admin_pb2.StatusResponse) -> str:
-    """How far the replica of a primary is behind; empty if none follows."""
-    for replica in status.replicas:
+def _lag(status: admin_pb2.StatusResponse | None) -> str:
+    """How far the replica that follows this node is behind; empty if none does."""
+    for replica in status.replicas if status is not None else ():
         if replica.connected:
-            behind = seconds_text(replica.lag_seconds)
-            return f"replica behind by {replica.lag_entries:,} entries, {behind}"
+            return f"lag {replica.lag_entries:,} entries, {seconds_text(replica.lag_seconds)}"
     return ""

@@ -34,6 +34,7 @@ import os
 import struct
 import threading
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
 
@@ -171,7 +172,10 @@ class SnapshotCopy:
         self._data = data
         self._marks_file = marks_file
         self._marks = bytearray(marks_file.read_at(self.ranges * RANGE_DIGEST_BYTES, _MARKS_AT))
-        self._written: dict[int, bytes] = {}  # since the last flush
+        self._written: dict[int, bytes] = {}  # since the last sync began
+        self._syncing: tuple[dict[int, bytes], Future[None]] | None = None
+        # So that what comes next is written while the disk is still busy with the last.
+        self._syncer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="snapshot-sync")
         self._lock = threading.RLock()
         self._closed = False
         with storage_errors("open", path):
@@ -217,6 +221,7 @@ class SnapshotCopy:
         """
         self._check_count(digests)
         with self._lock:
+            self._end_sync()
             return [index for index, digest in enumerate(digests) if not self._has(index, digest)]
 
     def write(self, index: int, data: bytes, digest: bytes) -> None:
@@ -263,11 +268,8 @@ class SnapshotCopy:
         """Makes durable what was written, and then the note that it is there."""
         with self._lock:
             self._check_open()
-            # Should the sync fail, the kernel may have dropped the data: without a mark it was never written.
-            written, self._written = self._written, {}
-            self._data.sync()
-            for index, digest in written.items():
-                self._set_mark(index, digest)
+            self._begin_sync()
+            self._end_sync()
 
     def finish(self, digests: Sequence[bytes]) -> None:
         """Makes the whole copy durable, reads it back, and removes the side file.
@@ -298,6 +300,7 @@ class SnapshotCopy:
         already_closed, self._closed = self._closed, True
         with self._lock:
             if not already_closed:
+                self._syncer.shutdown()
                 self._data.close()
                 self._marks_file.close()
                 os.close(self._fd)
@@ -311,9 +314,9 @@ class SnapshotCopy:
     # -- one range -----------------------------------------------------------------------------------------
 
     def _has(self, index: int, digest: bytes) -> bool:
+        self._check_open()
         if digest in (self._mark(index), self._written.get(index)):
             return True
-        self._check_open()
         if self._is_hole(index):
             data, found = b"", _digest_of_zeros(self._length(index))
         else:
@@ -338,7 +341,7 @@ class SnapshotCopy:
         self._data.write_at(data, index * RANGE_BYTES)
         self._written[index] = digest
         if len(self._written) >= FLUSH_RANGES:
-            self.flush()
+            self._begin_sync()
 
     def _clone(self, source_fd: int, index: int) -> bool:
         """Has the file system copy a range; some then share the blocks of both files."""
@@ -374,6 +377,25 @@ class SnapshotCopy:
         return min(RANGE_BYTES, self.file_bytes - index * RANGE_BYTES)
 
     # -- marks ---------------------------------------------------------------------------------------------
+
+    def _begin_sync(self) -> None:
+        self._end_sync()
+        self._syncing = self._written, self._syncer.submit(self._data.sync)
+        self._written = {}
+
+    def _end_sync(self) -> None:
+        """Waits for the sync under way, if any, and notes what it has made durable."""
+        if self._syncing is None:
+            return
+        (written, synced), self._syncing = self._syncing, None
+        try:
+            synced.result()
+        except BaseException:
+            # The kernel may have dropped any page that was to be written by now, and reports it but once.
+            self._written = {}
+            raise
+        for index, digest in written.items():
+            self._set_mark(index, digest)
 
     def _mark(self, index: int) -> bytes:
         at = index * RANGE_DIGEST_BYTES

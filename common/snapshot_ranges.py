@@ -52,27 +52,30 @@ class FileRanges:
             if self._free is None:
                 self._free = free_pages(self.fd, self.meta, self._path)
             data = self._read_raw(index)
-        self._blank_free_pages(index, data)
-        if index == 0:
-            data[: len(self.meta_pages)] = self.meta_pages
-        return bytes(data)
+        # Copied only where something has to be changed: the copying would take longer than the reading.
+        return data if self.is_verbatim(index) else self._corrected(index, data)
 
     def is_verbatim(self, index: int) -> bool:
         """Whether a range that was read is, byte for byte, what the file has."""
         return index > 0 and next(self._free_runs(index), None) is None
 
-    def _read_raw(self, index: int) -> bytearray:
+    def _read_raw(self, index: int) -> bytes:
         start = index * RANGE_BYTES
-        data = bytearray(min(RANGE_BYTES, self.meta.file_bytes - start))
-        view, done = memoryview(data), 0
+        length = min(RANGE_BYTES, self.meta.file_bytes - start)
         with storage_errors("read", self._path):
-            while done < len(data):
-                read = os.preadv(self.fd, [view[done:]], start + done)
-                if not read:
-                    break
-                done += read
-        self._check_end(start + done, start + len(data))
-        return data
+            data = os.pread(self.fd, length, start)
+            while len(data) < length and (more := os.pread(self.fd, length - len(data), start + len(data))):
+                data += more
+        self._check_end(start + len(data), start + length)
+        return data.ljust(length, b"\0")
+
+    def _corrected(self, index: int, data: bytes) -> bytes:
+        corrected = bytearray(data)
+        for first, last in self._free_runs(index):
+            corrected[first:last] = bytes(last - first)
+        if index == 0:
+            corrected[: len(self.meta_pages)] = self.meta_pages
+        return bytes(corrected)
 
     def _check_end(self, end: int, wanted: int) -> None:
         # LMDB never writes pages that a transaction takes and gives back, so the last ones may be missing.
@@ -86,10 +89,6 @@ class FileRanges:
 
     def _free_between(self, first: int, last: int) -> bytes:
         return bytes(self._free[first:last]) if self._free is not None else b""
-
-    def _blank_free_pages(self, index: int, data: bytearray) -> None:
-        for first, last in self._free_runs(index):
-            data[first:last] = bytes(last - first)
 
     def _free_runs(self, index: int) -> Iterator[tuple[int, int]]:
         """Runs of free pages in a range, as offsets into it."""

@@ -157,6 +157,7 @@ class _LogCheck:
         self._checkpoint_lsn = snapshot.checkpoint.lsn if snapshot else 0
         self._key = b""
         self._heads: dict[str, tuple[int, bytes]] = {}  # of realms met so far: version, digest
+        self._gap_end = 0  # the last LSN that is missing before the entries at hand
         self.position: Position = START
         self.entries = 0
 
@@ -168,6 +169,7 @@ class _LogCheck:
             self._report(f"{self._directory.log} holds no segment of a change-log ({REMEDY})")
             return
         self._key = self._history_key()
+        self._gap_end = segments[0].header.before.lsn
         self._compare_position(segments[0].header.before)
         for segment, following in zip_longest(segments, segments[1:]):
             self._check_segment(segment, following)
@@ -208,6 +210,8 @@ class _LogCheck:
             problem = last_end_problem(segment, end, watermark)
         if problem is not None:
             self._report(str(problem))
+        if problem is not None and following is not None:
+            self._gap_end = following.header.before.lsn
             self._heads.clear()  # what is behind the gap can't be compared with what is before it
 
     def _check_records(self, segment: Segment) -> SegmentEnd:
@@ -275,7 +279,7 @@ class _LogCheck:
 
     def _head_before(self, path: str, lsn: Lsn) -> tuple[int, bytes] | None:
         """Where a realm that the log has not touched so far stands; None where nobody knows."""
-        if self._snapshot is None or lsn <= self._checkpoint_lsn:
+        if self._snapshot is None or not self._gap_end <= self._checkpoint_lsn < lsn:
             return None
         row = self._snapshot.realm(path)
         return (row.version, row.head) if row else (0, b"")

@@ -180,8 +180,8 @@ class _Answers:
             count = self._waiting
             self._results, self._digests = data_pb2.Results(), []
             results.digests = b"".join(digests)
-            await context.write(data_pb2.CommitResponse(results=results))
             self._metrics.commits.inc(len(digests))
+            await context.write(data_pb2.CommitResponse(results=results))
             self.owed -= count
             self._sent.set()
 

@@ -146,7 +146,9 @@ def test_records_lie_in_the_segment_of_their_first_byte(small: None) -> None:
     payloads=st.lists(st.binary(min_size=1, max_size=900), min_size=1, max_size=30),
     batchings=st.tuples(*[st.lists(st.integers(min_value=1, max_value=8), min_size=1)] * 2),
 )
-def test_segments_do_not_depend_on_batches(payloads: list[bytes], batchings: tuple[list[int], list[int]]) -> None:
+def test_segments_do_not_depend_on_batches(
+    payloads: list[bytes], batchings: tuple[list[int], list[int]]
+) -> None:
     """Nodes with the same history have the same files, however it was cut into batches."""
 
     def written(sizes: list[int]) -> dict[str, bytes]:
@@ -337,7 +339,9 @@ def calls(log: ChangeLog) -> list[Callable[[], object]]:
     ]
 
 
-@pytest.mark.parametrize(("action", "code"), [("write", errno.EIO), ("sync", errno.EIO), ("sync", errno.ENOSPC)])
+@pytest.mark.parametrize(
+    ("action", "code"), [("write", errno.EIO), ("sync", errno.EIO), ("sync", errno.ENOSPC)]
+)
 def test_g1_failed_write_or_sync_poisons_for_good(action: str, code: int) -> None:
     """G1: after one failed write or sync every call fails, nothing is written and no sync is tried again."""
     nth = 1

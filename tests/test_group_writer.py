@@ -172,7 +172,13 @@ def test_g9_batches_are_limited_and_larger_submissions_go_alone(node: Node) -> N
         sizes += [node.submit(bytes([65 + i]) * size) for i, size in enumerate((56, 156, 57, 400, 20, 20))]
         gate.open()
         node.wait()
-    assert node.listener.synced_bytes == [sizes[0], sizes[1] + sizes[2], sizes[3], sizes[4], sizes[5] + sizes[6]]
+    assert node.listener.synced_bytes == [
+        sizes[0],
+        sizes[1] + sizes[2],
+        sizes[3],
+        sizes[4],
+        sizes[5] + sizes[6],
+    ]
 
 
 def test_epochs_are_not_mixed_in_a_batch(node: Node) -> None:

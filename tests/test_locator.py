@@ -22,6 +22,8 @@ from understudy.common.locator import (
 from understudy.common.records import chain_digest
 from understudy.common.types import START, Digest, Epoch, Lsn, Position
 
+FIRST = Lsn(1)
+
 
 @dataclass(frozen=True)
 class Past:
@@ -29,7 +31,7 @@ class Past:
 
     digests: tuple[Digest, ...]  # at each LSN from 0 on
     epochs: tuple[EpochSpan, ...]
-    first_held: Lsn = Lsn(1)
+    first_held: Lsn = FIRST
     marks: tuple[Lsn, ...] = ()  # below first_held
 
     @property

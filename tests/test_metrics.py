@@ -1,0 +1,72 @@
+"""What ``docs/metrics.md`` describes is what is exported, no more and no less."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+import urllib.request
+from pathlib import Path
+
+from understudy.client import Put, aconnect
+from understudy.common.settings import PrimarySettings, ReplicaSettings
+from understudy.primary.server import serving_primary
+from understudy.replica.server import serving_replica
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "metrics.md"
+
+
+def _free_address() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+def _documented() -> dict[str, str]:
+    rows = re.findall(r"^\| `(understudy_\w+)` \| (\w+) \|", DOCUMENT.read_text(), re.MULTILINE)
+    return dict(rows)
+
+
+async def _scrape(address: str) -> str:
+    def fetch() -> str:
+        with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as response:
+            return str(response.read().decode())
+
+    return await asyncio.to_thread(fetch)
+
+
+def _exported(text: str) -> dict[str, str]:
+    kinds = dict(re.findall(r"^# TYPE (understudy_\w+) (\w+)$", text, re.MULTILINE))
+    # prometheus-client adds a `_created` gauge to each counter and histogram: part of the format, not of ours.
+    return {name: kind for name, kind in kinds.items() if not name.endswith("_created")}
+
+
+async def _both(tmp_path: Path) -> tuple[str, str]:
+    metrics = [_free_address(), _free_address()]
+    settings = PrimarySettings(data_dir=tmp_path / "p", listen="127.0.0.1:0", metrics=metrics[0])
+    async with serving_primary(settings) as primary:
+        following = ReplicaSettings(
+            data_dir=tmp_path / "r",
+            primary=primary.address,
+            listen="127.0.0.1:0",
+            id="r1",
+            metrics=metrics[1],
+        )
+        async with serving_replica(following), aconnect(primary.address) as server:
+            await server.commit("/metrics", [Put(b"key", b"value")], durability="applied")
+            return await _scrape(metrics[0]), await _scrape(metrics[1])
+
+
+def test_every_metric_is_documented_with_its_type_and_every_documented_one_is_exported(tmp_path: Path) -> None:
+    """Primary and replica together export exactly the names and types of the document's table."""
+    primary, replica = asyncio.run(_both(tmp_path))
+    assert _exported(primary) | _exported(replica) == _documented()
+
+
+def test_a_replica_is_shown_with_its_lag_and_commits_are_counted(tmp_path: Path) -> None:
+    """The primary exports the replica by its id as connected, and the transaction that was acknowledged."""
+    primary, replica = asyncio.run(_both(tmp_path))
+    assert 'understudy_replica_connected{replica="r1"} 1.0' in primary
+    assert 'understudy_replica_lag_entries{replica="r1"} 0.0' in primary
+    assert "understudy_commits_total 1.0" in primary
+    assert "understudy_upstream_connected 1.0" in replica
