@@ -188,9 +188,10 @@ class Node(Process):
             return 0  # no copy yet, or no such realm in it
 
     def checkpoint(self) -> int:
-        """Has a primary set a freeze mark now; returns the LSN of the checkpoint once it is in the store."""
+        """Has a primary write a checkpoint of all that it has now; returns its LSN."""
         request = admin_pb2.StateDigestsRequest(checkpoint=True)
-        return admin_pb2_grpc.AdminStub(self._connection).StateDigests(request, timeout=_CALL_S_MAX).lsn
+        admin_pb2_grpc.AdminStub(self._connection).StateDigests(request, timeout=_CALL_S_MAX)
+        return self.status().checkpoint_lsn
 
     def events(self, name: str) -> list[dict[str, Any]]:
         """The events of that name that it has logged."""

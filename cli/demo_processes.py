@@ -39,6 +39,7 @@ class Node:
         self.directory = folder / name
         self.log = folder / f"{name}.log"
         self.address = "127.0.0.1:0"
+        self._log_start = 0  # of the present process
         self._process: asyncio.subprocess.Process | None = None
 
     async def start_primary(self, *flags: str) -> None:
@@ -52,6 +53,7 @@ class Node:
     async def _start(self, role: str, *flags: str) -> None:
         await self.wait()
         with self.log.open("ab") as log:
+            self._log_start = log.tell()
             self._process = await asyncio.create_subprocess_exec(
                 *_PROGRAM,
                 role,
@@ -74,7 +76,7 @@ class Node:
             raise self._problem(f"was not ready within {READY_S_MAX:g} s") from None
         self.address = line.decode().partition(" ready on ")[2].strip()
         if not self.address:
-            raise self._problem(f"ended as {role} before it was ready")
+            raise self._problem(f"ended as {role} with exit code {await self._process.wait()} before it was ready")
 
     def check(self) -> None:
         """Raises UnderstudyError if the process, once started, has ended by itself with an error."""
@@ -82,7 +84,8 @@ class Node:
             raise self._problem(f"ended with exit code {self._process.returncode}")
 
     def _problem(self, what: str) -> UnderstudyError:
-        last = self.log.read_text(errors="replace").strip().rpartition("\n")[2]
+        said = self.log.read_bytes()[self._log_start :].decode(errors="replace")
+        last = said.strip().rpartition("\n")[2] or "it said nothing"
         return UnderstudyError(f"{self.name} {what}: {last}", remedy=f"its log is {self.log}")
 
     async def kill(self) -> None:

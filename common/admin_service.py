@@ -73,7 +73,7 @@ async def recompute_digests(engine: Engine) -> admin_pb2.StateDigestsResponse:
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
-        "understudy.common.store_check",
+        "understudy.common.check_process",
         str(engine.directory.store),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,

@@ -101,9 +101,9 @@ class Checkpointer:
         self.lmdb_version = hello.lmdb_version
 
     @property
-    def pid(self) -> int:
-        """The process id, 0 where none was started."""
-        return self._process.pid if self._process else 0
+    def pid(self) -> int | None:
+        """The process id, or None where none was started."""
+        return self._process.pid if self._process else None
 
     def run(self, job: CheckpointJob) -> CheckpointResult:
         """Writes a checkpoint; blocks until it is durable.

@@ -5,6 +5,7 @@ An error travels as a gRPC status with the class name in the trailing metadata a
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ipaddress
 import os
@@ -192,6 +193,9 @@ def peer_errors(address: str) -> Iterator[None]:
         raise from_rpc(error, address) from error
     except grpc.aio.UsageError as error:
         raise PeerUnreachable(f"the connection to {address} is closed") from error
+    except asyncio.InvalidStateError as error:
+        # Instead of the call's status, where it ended before it was written to.
+        raise PeerUnreachable(f"{address} is not reachable: it has ended the call") from error
 
 
 def from_rpc(error: grpc.aio.AioRpcError, address: str) -> UnderstudyError:

@@ -25,7 +25,7 @@ from understudy.v1.store_pb2 import CheckpointRow, ClientRow, EpochRow, RealmRow
 
 # Looked up with every transaction and every read; a few hundred bytes each.
 _REALM_ROWS_CACHED = 10_000
-_RESTORE = layout.RESTORE
+_BEHIND_PATHS = b"\xff"  # a byte that UTF-8 has no use for
 
 _Row = TypeVar("_Row", CheckpointRow, ClientRow, EpochRow, RealmRow)
 
@@ -47,7 +47,9 @@ class StoreSnapshot:
         try:
             row = self._meta(layout.CHECKPOINT_KEY)
             if row is None:
-                raise CorruptionError(f"the store {environment.path} has no checkpoint", remedy=_RESTORE)
+                raise CorruptionError(
+                    f"the store {environment.path} has no checkpoint", remedy=layout.RESTORE
+                )
             self.checkpoint = self._parsed(CheckpointRow, row)
         except BaseException:
             self._txn.abort()
@@ -94,7 +96,7 @@ class StoreSnapshot:
         """Every realm's path and row, ordered by path, from behind ``after``."""
         start = after.encode() + b"\0"
         with self._damage():
-            for path, raw in self._walk(self._environment.realms, start, b""):
+            for path, raw in self._walk(self._environment.realms, start, _BEHIND_PATHS):
                 yield path.decode(), RealmRow.FromString(raw)
 
     def get(self, realm_id: int, key: bytes) -> bytes | None:
@@ -177,14 +179,14 @@ class StoreSnapshot:
     def _walk(
         self, database: lmdb._Database, start: bytes, stop: bytes, *, reverse: bool = False
     ) -> Generator[tuple[bytes, bytes], None, None]:
-        """Rows from ``start`` (included) to ``stop`` (excluded; empty: to the last)."""
+        """Rows from ``start`` (included) to ``stop`` (excluded)."""
         with (
             self.acquire(),
             lmdb_errors("read", self._environment.path),
             self._txn.cursor(database) as cursor,
         ):
             if reverse:
-                if not (cursor.prev() if stop and cursor.set_range(stop) else cursor.last()):
+                if not (cursor.prev() if cursor.set_range(stop) else cursor.last()):
                     return
                 for row in cursor.iterprev():
                     if row[0] < start:
@@ -192,7 +194,7 @@ class StoreSnapshot:
                     yield row
             elif cursor.set_range(start):
                 for row in cursor.iternext():
-                    if stop and row[0] >= stop:
+                    if row[0] >= stop:
                         return
                     yield row
 
@@ -206,7 +208,7 @@ class StoreSnapshot:
             yield
         except (DecodeError, ValueError) as error:
             raise CorruptionError(
-                f"a row of the store {self._environment.path} can't be read: {error}", remedy=_RESTORE
+                f"a row of the store {self._environment.path} can't be read: {error}", remedy=layout.RESTORE
             ) from error
 
 

@@ -29,7 +29,7 @@ from understudy.common.errors import (
 )
 from understudy.common.files import storage_errors
 from understudy.common.state_digest import REALM_PREFIX_BYTES
-from understudy.common.types import DIGEST_BYTES, LSN_DIGITS, Digest, Lsn, format_lsn
+from understudy.common.types import DIGEST_BYTES, KEY_BYTES_MAX, LSN_DIGITS, Digest, Lsn, format_lsn
 
 FORMAT = 1
 _LMDB_MAJOR_VERSION = 0  # 0.9, whose format every LMDB tool can read; not what a variable may choose instead
@@ -52,6 +52,7 @@ EPOCH_PREFIX = b"epoch/"
 MARK_PREFIX = b"mark/"
 DROPPING_PREFIX = b"dropping/"
 
+_BEHIND_KEYS = b"\xff" * (KEY_BYTES_MAX + 1)
 _FORMAT_ROW = struct.Struct("<I")
 _HISTORY_ROW = struct.Struct(f"<Q{DIGEST_BYTES}s{DIGEST_BYTES}s")
 HISTORY_HEADER_BYTES = _HISTORY_ROW.size
@@ -113,8 +114,8 @@ def realm_prefix(realm_id: int) -> bytes:
 
 
 def prefix_end(realm_id: int) -> bytes:
-    """The first key behind all keys of this realm; empty behind the last realm that there can be."""
-    return realm_prefix(realm_id + 1) if realm_id + 1 < 1 << (8 * REALM_PREFIX_BYTES) else b""
+    """Behind all keys of this realm in ``data``, ``history`` and ``clients``, and before the next realm's."""
+    return realm_prefix(realm_id) + _BEHIND_KEYS
 
 
 def history_key(realm_id: int, version: int) -> bytes:

@@ -186,6 +186,23 @@ def test_history_is_pruned_by_versions(tmp_path: Path, stored: int, new: int, fi
         assert row.history_first == first
 
 
+@pytest.mark.parametrize(("spare", "first"), [(0, 1), (-1, 2)])
+def test_history_fills_its_bytes_to_the_last(tmp_path: Path, spare: int, first: int) -> None:
+    """A history of exactly as many bytes as are allowed stays whole; one byte more, and the oldest goes."""
+    steps = [[Edit(path="/r", changes=4)], [Edit(path="/r", changes=1)]]
+    whole = Model()
+    for step in steps:
+        whole, _ = whole.step(step)
+    limit = whole.realms["/r"].history_bytes + spare
+    with limits(HISTORY_BYTES_MAX=limit), stores(tmp_path) as (environment, store):
+        model = Model()
+        for step in steps:
+            model, job = model.step(step)
+            apply_checkpoint(environment, job)
+        assert_equal(store.refresh(), model)
+        assert next(store.current.history(1, 0)).version == first
+
+
 def test_history_is_pruned_by_bytes(tmp_path: Path) -> None:
     """A few large changes push out many small ones, and the newest always stays (G9)."""
     with limits(HISTORY_BYTES_MAX=10_000), stores(tmp_path) as (environment, store):
@@ -228,13 +245,18 @@ def test_silent_clients_are_forgotten_after_thirty_days(tmp_path: Path) -> None:
             store.refresh()
             return [number for number, client in enumerate(clients) if store.current.client(1, client)]
 
-        model, job = model.step([Edit(path="/r", client=clients[5])], later_us=29 * DAY_US)
+        model, job = model.step([], later_us=29 * DAY_US)
         apply_checkpoint(environment, job)
-        assert known() == list(range(7))
-        for _ in range(4):
-            model, job = model.step([], later_us=DAY_US)
+        # More of them than are looked at by one checkpoint, and before the others: they are not all it looks at.
+        for client in clients[:4]:
+            model, job = model.step([Edit(path="/r", client=client)])
             apply_checkpoint(environment, job)
-        assert known() == [5]
+        assert known() == list(range(7))
+        model, job = model.step([], later_us=DAY_US)
+        for _ in range(4):
+            apply_checkpoint(environment, job)
+            model, job = model.step([])
+        assert known() == [0, 1, 2, 3]
 
 
 def test_a_dropped_realm_goes_bit_by_bit(tmp_path: Path) -> None:

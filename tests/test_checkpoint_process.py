@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import random
@@ -11,7 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import lmdb
@@ -28,7 +28,7 @@ from understudy.common.store_layout import history_key, structure_problems
 from understudy.v1.store_pb2 import CheckpointHello, CheckpointResult
 
 
-@contextmanager
+@contextlib.contextmanager
 def checkpointing(path: Path) -> Iterator[Checkpointer]:
     """A checkpoint process for the store in ``path``, ended with the block."""
     checkpointer = Checkpointer()
@@ -37,6 +37,12 @@ def checkpointing(path: Path) -> Iterator[Checkpointer]:
         yield checkpointer
     finally:
         checkpointer.close()
+
+
+def pid_of(checkpointer: Checkpointer) -> int:
+    """The id of its process, which must have been started."""
+    assert checkpointer.pid is not None
+    return checkpointer.pid
 
 
 def is_alive(pid: int) -> bool:
@@ -66,10 +72,10 @@ def test_jobs_are_written_and_seen(tmp_path: Path) -> None:
 def test_the_process_says_who_it_is(tmp_path: Path) -> None:
     """The handle knows the process's id and its LMDB's version."""
     with checkpointing(make_store(tmp_path)) as checkpointer:
-        assert is_alive(checkpointer.pid)
+        assert is_alive(pid_of(checkpointer))
         assert checkpointer.pid != os.getpid()
         assert checkpointer.lmdb_version == ".".join(map(str, lmdb.version(lib_version=0)))
-        pid = checkpointer.pid
+        pid = pid_of(checkpointer)
     assert not is_alive(pid)
 
 
@@ -85,10 +91,10 @@ def test_closing_is_for_every_moment(tmp_path: Path) -> None:
     Checkpointer().close()
     checkpointer = Checkpointer()
     checkpointer.start(make_store(tmp_path), None)
-    os.kill(checkpointer.pid, signal.SIGKILL)
+    os.kill(pid_of(checkpointer), signal.SIGKILL)
     checkpointer.close()
     checkpointer.close()
-    assert checkpointer.pid == 0
+    assert checkpointer.pid is None
     with pytest.raises(StorageFailed, match="no checkpoint process"):
         checkpointer.run(Model().step([])[1])
 
@@ -116,7 +122,7 @@ def test_a_missing_store_is_an_error_at_the_start(tmp_path: Path) -> None:
     checkpointer = Checkpointer()
     with pytest.raises(StorageFailed, match="there is no store"):
         checkpointer.start(tmp_path, None)
-    assert checkpointer.pid == 0
+    assert checkpointer.pid is None
 
 
 def test_a_process_that_does_not_start_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,27 +146,33 @@ def test_a_process_that_does_not_start_is_an_error(tmp_path: Path, monkeypatch: 
 def test_ctrl_c_and_sigterm_are_for_the_parent_to_obey(tmp_path: Path) -> None:
     """SIGINT and SIGTERM, sent from the very first moment on, don't end the process."""
     path = make_store(tmp_path)
+    done = threading.Event()
     with Store.open(path) as store:
-        sent = threading.Event()
         checkpointer = Checkpointer()
-
-        def send() -> None:
-            while not sent.is_set():
-                if checkpointer.pid:
-                    os.kill(checkpointer.pid, signal.SIGINT)
-                    os.kill(checkpointer.pid, signal.SIGTERM)
-
-        thread = threading.Thread(target=send)
+        thread = threading.Thread(target=_bother, args=(checkpointer, done))
         thread.start()
         try:
             checkpointer.start(path, None)
             model, job = Model().step([Edit(path="/r", puts={b"k": b"v"})])
             checkpointer.run(job)
         finally:
-            sent.set()
+            done.set()
             thread.join()
             checkpointer.close()
         assert_equal(store.refresh(), model)
+
+
+def _bother(checkpointer: Checkpointer, done: threading.Event) -> None:
+    """Sends signals without a pause; through a descriptor, since a process id could be another's by then."""
+    while (pid := checkpointer.pid) is None and not done.is_set():
+        pass
+    if pid is not None:
+        process = os.pidfd_open(pid)
+        with contextlib.suppress(ProcessLookupError):
+            while not done.is_set():
+                signal.pidfd_send_signal(process, signal.SIGINT)
+                signal.pidfd_send_signal(process, signal.SIGTERM)
+        os.close(process)
 
 
 def test_the_directory_is_locked_until_the_process_is_gone(tmp_path: Path) -> None:
@@ -225,7 +237,7 @@ def test_damage_ends_the_process(tmp_path: Path) -> None:
         _, job = model.step([Edit(path="/r", changes=6, change_bytes=8 << 20)])
         with pytest.raises(StorageFailed, match=r"history of realm /r has gaps.*restore"):
             checkpointer.run(job)
-        wait_until(lambda: not is_alive(checkpointer.pid))
+        wait_until(lambda: not is_alive(pid_of(checkpointer)))
         with pytest.raises(StorageFailed, match="ended with exit code 1"):
             checkpointer.run(job)
 
@@ -292,7 +304,7 @@ def test_a_killed_checkpoint_is_in_the_store_whole_or_not_at_all(tmp_path: Path,
         thread.start()
         # The random moment; an answer that comes before it counts as well.
         thread.join(chance.uniform(0, 1.2 * taken_s))
-        os.kill(checkpointer.pid, signal.SIGKILL)
+        os.kill(pid_of(checkpointer), signal.SIGKILL)
         thread.join()
         taken_s = time.monotonic() - begun if answers else taken_s
         checkpointer.close()
@@ -317,8 +329,8 @@ def _run(checkpointer: Checkpointer, job: object, answers: list[CheckpointResult
 def test_a_killed_process_is_named(tmp_path: Path) -> None:
     """A checkpoint process that somebody killed is reported with the signal."""
     with checkpointing(make_store(tmp_path)) as checkpointer:
-        os.kill(checkpointer.pid, signal.SIGKILL)
-        wait_until(lambda: not is_alive(checkpointer.pid))
+        os.kill(pid_of(checkpointer), signal.SIGKILL)
+        wait_until(lambda: not is_alive(pid_of(checkpointer)))
         with pytest.raises(StorageFailed, match="ended with signal 9"):
             checkpointer.run(Model().step([])[1])
 
