@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jobs import EchoJob
-from processes import Process, Processes
+from processes import Processes
 from results import quantile
 
 RECORD_BYTES = 250  # of the log, for one put of a 100-byte value
@@ -37,7 +37,7 @@ def measure(processes: Processes, folder: Path) -> Physics:
     address = server.first_line().strip()
     one = _echo(processes, address, in_flight=1)
     many = _echo(processes, address, in_flight=_IN_FLIGHT)
-    _stop(server)
+    server.kill()
     return Physics(sync_s=sync_seconds(folder), echo_s=one["p50_s"], echo_rate=many["rate"])
 
 
@@ -45,10 +45,6 @@ def _echo(processes: Processes, address: str, *, in_flight: int) -> dict[str, fl
     job = EchoJob(address=address, message_bytes=RECORD_BYTES, in_flight=in_flight, seconds=_ECHO_S)
     found: dict[str, float] = processes.run("echo.py", job)
     return found
-
-
-def _stop(server: Process) -> None:
-    server.kill()
 
 
 def sync_seconds(folder: Path) -> float:

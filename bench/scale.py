@@ -29,7 +29,7 @@ class Scale:
 FULL = Scale(
     name="full",
     rounds=3,
-    window_s=6.0,
+    window_s=5.0,
     warm_s=1.0,
     keys=1_000_000,
     lag_s=30.0,

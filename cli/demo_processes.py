@@ -51,7 +51,7 @@ class Node:
         await self._start("replica", "--primary", primary, "--id", self.name)
 
     async def _start(self, role: str, *flags: str) -> None:
-        await self.wait()
+        await self.stop()  # a promoted replica ends by itself, perhaps a moment later
         with self.log.open("ab") as log:
             self._log_start = log.tell()
             self._process = await asyncio.create_subprocess_exec(
@@ -76,7 +76,9 @@ class Node:
             raise self._problem(f"was not ready within {READY_S_MAX:g} s") from None
         self.address = line.decode().partition(" ready on ")[2].strip()
         if not self.address:
-            raise self._problem(f"ended as {role} with exit code {await self._process.wait()} before it was ready")
+            raise self._problem(
+                f"ended as {role} with exit code {await self._process.wait()} before it was ready"
+            )
 
     def check(self) -> None:
         """Raises UnderstudyError if the process, once started, has ended by itself with an error."""
@@ -92,13 +94,8 @@ class Node:
         """SIGKILL, and waits until it is gone."""
         assert self._process is not None, "it runs"
         self._process.kill()
-        await self.wait()
-
-    async def wait(self) -> None:
-        """Returns when the process has ended; at once if there is none."""
-        if self._process is not None:
-            await self._process.wait()
-            self._process = None
+        await self._process.wait()
+        self._process = None
 
     async def stop(self) -> None:
         """Ends the process, if one runs: cleanly if it will."""

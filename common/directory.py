@@ -21,8 +21,10 @@ Roles and what follows them::
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -46,6 +48,7 @@ NODE_FILE = "node.json"
 # A killed process's checkpoint process ends once its LMDB commit is through; on a slow disk that takes a while.
 LOCK_WAIT_S = 10.0
 _LOCK_POLL_S = 0.02
+_OLD_COPY_NOTE = "old-copy-to"
 
 
 class Role(enum.StrEnum):
@@ -238,11 +241,12 @@ class DataDirectory:
             Where the old copy was set aside, if it was.
         """
         kept = None
+        # One that a crash left behind is of an earlier copy.
+        (self.incoming / _OLD_COPY_NOTE).unlink(missing_ok=True)
         if keep_old and self.store.exists():
-            kept = self.set_aside / time.strftime("copy-%Y%m%dT%H%M%SZ", time.gmtime())
+            kept = _new_folder(self.set_aside, time.strftime("copy-%Y%m%dT%H%M%SZ", time.gmtime()))
             # Its place is noted in incoming/ so that a crash in between does not lose it.
-            kept.mkdir(parents=True, exist_ok=True)
-            publish(self.incoming / "old-copy-to", os.fsencode(kept.name))
+            publish(self.incoming / _OLD_COPY_NOTE, os.fsencode(kept.name))
         self._publish(replace(self._known, role=Role.INSTALLING, cluster=str(uuid.UUID(bytes=cluster))))
         self._finish_interrupted()
         return kept
@@ -257,7 +261,7 @@ class DataDirectory:
                 shutil.rmtree(part, ignore_errors=True)
 
     def _finish_install(self) -> None:
-        note = self.incoming / "old-copy-to"
+        note = self.incoming / _OLD_COPY_NOTE
         old_to = self.set_aside / os.fsdecode(note.read_bytes()) if note.exists() else None
         for current in (self.store, self.log):
             new = self.incoming / current.name
@@ -279,6 +283,17 @@ class DataDirectory:
     def _publish(self, node: NodeFile) -> None:
         publish(self.path / NODE_FILE, json.dumps(asdict(node), indent=2).encode() + b"\n")
         self._node = node
+
+
+def _new_folder(parent: Path, name: str) -> Path:
+    """A folder of that name, or with a number behind it where the name is taken: another copy may be in there."""
+    parent.mkdir(exist_ok=True)
+    for number in itertools.count(1):
+        path = parent / (name if number == 1 else f"{name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            path.mkdir()
+            return path
+    raise AssertionError("there is always a next number")
 
 
 def _foreign(path: Path) -> bool:

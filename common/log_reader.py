@@ -41,7 +41,7 @@ class SegmentEnd:
     position: Position  # of the last good record
     byte: int  # in the file, behind that record
     written: int  # in the file, behind the last byte that is not zero; `byte` if nothing follows
-    damage: str  # what is wrong with the next record, if anything follows
+    damage: str  # what is wrong with what follows; empty where the file ends there
 
 
 def open_segments(directory: Path, cluster: ClusterId) -> tuple[list[Segment], list[CorruptionError]]:
@@ -108,8 +108,7 @@ def segment_records(segment: Segment) -> Generator[Record, None, SegmentEnd]:
             byte += scan.good_bytes
             rest = data[scan.good_bytes :]
         written = _written_up_to(file, byte)
-    if written > byte:
-        damage = damage or "the file ends within it"
+    damage = damage or ("the file ends within it" if rest else "")
     return SegmentEnd(position=position, byte=byte, written=written, damage=damage)
 
 

@@ -37,9 +37,7 @@ class Scan:
             for range_start, range_end in delta.deleted:
                 self._hidden.add(range_start, range_end)
         self._overlay = _overlay(deltas, start, end, reverse=reverse)
-        self._stored: Iterator[tuple[bytes, bytes]] = (
-            self._snapshot.scan(store_id, start, end, reverse=reverse) if store_id else iter(())
-        )
+        self._stored = self._snapshot.scan(store_id, start, end, reverse=reverse) if store_id else None
         self._pairs = self._merge()
         self._detached = False
 
@@ -52,6 +50,8 @@ class Scan:
     def close(self) -> None:
         """Releases the store's snapshot."""
         self._pairs.close()
+        if self._stored is not None:
+            self._stored.close()  # it holds the snapshot, too
         self._snapshot.release()
 
     def page(self, *, bytes_max: int, pairs_max: int) -> tuple[list[bytes], list[bytes], bool]:
@@ -77,7 +77,7 @@ class Scan:
 
     def _merge(self) -> Generator[tuple[bytes, bytes], None, None]:
         pair = next(self._overlay, None)
-        for key, value in self._stored:
+        for key, value in self._stored or ():
             while pair is not None and self._comes_before(pair[0], key):
                 if pair[1] is not None:
                     yield pair[0], pair[1]

@@ -137,21 +137,16 @@ class PinnedSnapshot:
 def _pin(env: lmdb.Environment, fd: int, path: Path) -> tuple[lmdb.Transaction[bytes], Meta, bytes]:
     """A read transaction and its own meta page."""
     for _ in range(_PIN_TRIES_MAX):
-        with lmdb_errors("pin a snapshot of", path.parent):
-            txn: lmdb.Transaction[bytes] = env.begin()
-        try:
-            metas = read_metas(fd, path)
-            own, page = metas[txn.id() & 1]
-            # The next commit but one overwrites this slot, and can't begin before the next one is in the other
-            # slot. So if a second look finds this snapshot still the newest, neither LMDB nor we have read a page
-            # that was half written.
-            newest = max(meta.txn_id for meta, _ in read_metas(fd, path))
-        except BaseException:
-            txn.abort()
-            raise
-        if own.txn_id == txn.id() == newest:
-            return txn, own, page
-        txn.abort()
+        with contextlib.ExitStack() as opened, lmdb_errors("pin a snapshot of", path.parent):
+            txn = opened.enter_context(env.begin())
+            own, page = read_metas(fd, path)[txn.id() & 1]
+            # The next commit but one overwrites this meta page. It can't begin before the next one has ended, so if
+            # a transaction begun now still gets the same snapshot, neither LMDB nor we have read a page that was half
+            # written. The other meta page can't tell: a commit writes it before it ends, and may be killed between.
+            with env.begin() as later:
+                if own.txn_id == txn.id() == later.id():
+                    opened.pop_all()
+                    return txn, own, page
     raise Overloaded(f"commits to {path} end faster than a snapshot can be pinned", remedy="try again")
 
 

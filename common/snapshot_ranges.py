@@ -38,6 +38,8 @@ class FileRanges:
         self.fd = fd
         self._path = path
         self._free: bytearray | None = None
+        # One for all reads: with a new one for each, most of the time goes into the kernel's clearing of memory.
+        self._buffer = bytearray(RANGE_BYTES)
         self._lock = threading.Lock()
         self._closed = False
 
@@ -52,30 +54,25 @@ class FileRanges:
             if self._free is None:
                 self._free = free_pages(self.fd, self.meta, self._path)
             data = self._read_raw(index)
-        # Copied only where something has to be changed: the copying would take longer than the reading.
-        return data if self.is_verbatim(index) else self._corrected(index, data)
+            for first, last in self._free_runs(index):
+                data[first:last] = bytes(last - first)
+            if index == 0:
+                data[: len(self.meta_pages)] = self.meta_pages
+            return bytes(data)
 
     def is_verbatim(self, index: int) -> bool:
         """Whether a range that was read is, byte for byte, what the file has."""
         return index > 0 and next(self._free_runs(index), None) is None
 
-    def _read_raw(self, index: int) -> bytes:
+    def _read_raw(self, index: int) -> memoryview:
         start = index * RANGE_BYTES
-        length = min(RANGE_BYTES, self.meta.file_bytes - start)
+        data = memoryview(self._buffer)[: min(RANGE_BYTES, self.meta.file_bytes - start)]
+        done = 0
         with storage_errors("read", self._path):
-            data = os.pread(self.fd, length, start)
-            while len(data) < length and (more := os.pread(self.fd, length - len(data), start + len(data))):
-                data += more
-        self._check_end(start + len(data), start + length)
-        return data.ljust(length, b"\0")
-
-    def _corrected(self, index: int, data: bytes) -> bytes:
-        corrected = bytearray(data)
-        for first, last in self._free_runs(index):
-            corrected[first:last] = bytes(last - first)
-        if index == 0:
-            corrected[: len(self.meta_pages)] = self.meta_pages
-        return bytes(corrected)
+            while done < len(data) and (read := os.preadv(self.fd, [data[done:]], start + done)):
+                done += read
+        self._check_end(start + done, start + len(data))
+        return data
 
     def _check_end(self, end: int, wanted: int) -> None:
         # LMDB never writes pages that a transaction takes and gives back, so the last ones may be missing.

@@ -174,6 +174,11 @@ class _LogCheck:
         for segment, following in zip_longest(segments, segments[1:]):
             self._check_segment(segment, following)
         self._check_reaches_checkpoint(segments[0])
+        if self._heads and not self._key:  # a copy that has yet to receive its first change needs none
+            self._report(
+                f"{self._directory.path}: the key that changes are signed with is neither in the store nor in the "
+                f"log, so their origin was not checked ({RESTORE})"
+            )
 
     def _history_key(self) -> bytes:
         """From the store; from the log where the store does not have it (yet) or can't be read."""
@@ -187,10 +192,6 @@ class _LogCheck:
                 key = _key_set_by(record)
                 if key:
                     return key
-        self._report(
-            f"{self._directory.path}: the key that changes are signed with is neither in the store nor in the log, so "
-            f"their origin was not checked ({RESTORE})"
-        )
         return b""
 
     # -- segments ------------------------------------------------------------------------------------------

@@ -40,6 +40,9 @@ PENDING_BYTES_MAX = 48 << 20
 PENDING_ENTRIES_MAX = 50_000
 # A memtable with changes in it is written out after this long even when it is small, to keep recovery short.
 CHECKPOINT_AGE_S = 60.0
+# A degraded server returns to its level when its replicas are as close as this: under load none is ever quite at
+# the head, and what is missing is waited for.
+CAUGHT_UP_ENTRIES = 1_000
 
 Done = Callable[[Receipt], None]
 Clock = Callable[[], int]  # microseconds since 1970
@@ -140,23 +143,22 @@ class Committer:
             Fenced, DiskFull: no writes now.
             ReceiptExpired: it was applied too long ago to say more.
         """
-        if self.refusal is not None:
+        if isinstance(self.refusal, Fenced):
             raise self.refusal
         path, number = transaction.realm, transaction.number
+        if path not in self._heads:
+            _check_path(path)
+        if number < 1:
+            raise BadOperation("a transaction needs a number from 1 on")
         level = Durability(max(transaction.durability, self._policy.durability))
         if self._answer_again(path, client, number, level, done):
             return
-        self._check(path, number, transaction)
-        self._append_change(path, client, transaction, level, done)
-
-    def _check(self, path: str, number: int, transaction: data_pb2.Transaction) -> None:
-        if path not in self._heads:
-            check_realm_path(path)
-            if is_system_realm(path):
-                raise NotPermitted(f"realm {path} is the system's own")
-        if number < 1:
-            raise BadOperation("a transaction needs a number from 1 on")
+        if (
+            self.refusal is not None
+        ):  # only now: a refusal says that this number was not and will not be applied
+            raise self.refusal
         check_operations(transaction.operations)
+        self._append_change(path, client, transaction, level, done)
 
     def _answer_again(self, path: str, client: bytes, number: int, level: Durability, done: Done) -> bool:
         """Whether the transaction is known already; if so, ``done`` is or will be called."""
@@ -237,7 +239,13 @@ class Committer:
         return record.lsn
 
     def drop_realm(self, path: str, done: Done) -> None:
-        """Drops a realm; a transaction after this one begins a new realm of that name."""
+        """Drops a realm; a transaction after this one begins a new realm of that name.
+
+        Raises:
+            BadRealmPath, NotPermitted: not a realm that may be dropped.
+            Fenced, DiskFull: no writes now.
+        """
+        _check_path(path)
         self.submit_mark(lambda time_us: entries.drop_entry(time_us, path), done)
         head = self._heads.setdefault(path, _Head(0, b"", 0))
         head.version, head.digest = 0, b""
@@ -280,7 +288,7 @@ class Committer:
             self._replica_applied = max(self._replica_applied, applied)
         if connected >= needed:
             self._alone_since_s = None
-            if self.degraded and self._replica_durable >= self.committed_lsn:
+            if self.degraded and self._replica_durable + CAUGHT_UP_ENTRIES >= self.committed_lsn:
                 self.degraded = False
         elif self._alone_since_s is None:
             self._alone_since_s = now_s
@@ -378,3 +386,9 @@ class Committer:
             if full
             else None
         )
+
+
+def _check_path(path: str) -> None:
+    check_realm_path(path)
+    if is_system_realm(path):
+        raise NotPermitted(f"realm {path} is the system's own")

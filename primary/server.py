@@ -20,7 +20,7 @@ from understudy.primary.snapshots import PinBoard
 from understudy.v1 import admin_pb2_grpc, data_pb2_grpc, replication_pb2_grpc
 
 # How long calls under way may take to finish when a primary is stopped.
-STOP_GRACE_S = 2.0
+STOP_GRACE_S = 0.5
 _SERVICES = ("understudy.v1.Data", "understudy.v1.Replication", "understudy.v1.Admin")
 
 

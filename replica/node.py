@@ -12,7 +12,7 @@ import grpc.aio
 
 from understudy.common.directory import DataDirectory, Role
 from understudy.common.engine import Engine
-from understudy.common.errors import PeerUnreachable, Unavailable, UnderstudyError, WrongRole
+from understudy.common.errors import Fenced, PeerUnreachable, Unavailable, UnderstudyError, WrongRole
 from understudy.common.events import log
 from understudy.common.follow_table import PROTOCOL_VERSION, Decision
 from understudy.common.locator import make_locator
@@ -21,7 +21,7 @@ from understudy.common.records import Record
 from understudy.common.rpc import open_channel, peer_errors
 from understudy.common.settings import ReplicaSettings
 from understudy.common.tasks import spawn
-from understudy.common.types import ClusterId, Digest, Lsn, Position
+from understudy.common.types import START, ClusterId, Digest, Lsn, Position
 from understudy.replica import bootstrap
 from understudy.replica.follow_session import (
     Action,
@@ -60,6 +60,8 @@ class ReplicaNode:
         self._upstream = ""
         self._heard_s = 0.0
         self._problem = "not yet connected"
+        self._said: dict[str, str] = {}  # the problem last logged, by address
+        self._reign = replication_pb2.Answer()  # of the latest epoch whose primary let us follow or copy it
         self._submitted: Position | None = None
         self._to_apply: deque[Record] = deque()
         self._wake_applier = asyncio.Event()
@@ -141,16 +143,18 @@ class ReplicaNode:
             await asyncio.sleep(backoff.after_failure(random.random()))
 
     def _note_problem(self, address: str, error: UnderstudyError) -> None:
-        if str(error) != self._problem:  # said once, not at every try
-            self._problem = str(error)
-            log.warning("not_following", primary=address, error=str(error))
+        self._problem = str(error)
+        if self._said.get(address) != self._problem:  # said once, not at every try
+            self._said[address] = self._problem
+            log.warning("not_following", primary=address, error=self._problem)
 
     async def _follow_once(self, address: str, backoff: Backoff) -> None:
         async with open_channel(address) as channel:
             with peer_errors(address):
                 call: _Call = replication_pb2_grpc.ReplicationStub(channel).Follow()
                 try:
-                    answer = await self._greet(call, address)
+                    answer = await self._greet(call, address, await self._hello())
+                    await self._check_reign(channel, answer, address)
                     match on_answer(answer.decision, directory=str(self.directory.path), address=address):
                         case None:
                             backoff.reset()
@@ -165,8 +169,9 @@ class ReplicaNode:
                 finally:
                     call.cancel()
 
-    async def _greet(self, call: _Call, address: str) -> replication_pb2.Answer:
-        hello = await asyncio.to_thread(self._hello) if self._engine else self._hello()
+    async def _greet(
+        self, call: _Call, address: str, hello: replication_pb2.Hello
+    ) -> replication_pb2.Answer:
         try:
             async with asyncio.timeout(_ANSWER_S_MAX):
                 await call.write(replication_pb2.FollowRequest(hello=hello))
@@ -178,7 +183,39 @@ class ReplicaNode:
         log.info("primary_answered", primary=address, decision=Decision.Name(response.answer.decision))
         return response.answer
 
-    def _hello(self) -> replication_pb2.Hello:
+    async def _check_reign(
+        self, channel: grpc.aio.Channel, answer: replication_pb2.Answer, address: str
+    ) -> None:
+        """Follows no primary of an earlier epoch than one met before: it would take us for its quorum (G7).
+
+        Our own log may not have the new epoch's mark yet. So the old primary is shown what we were shown, and
+        fences itself.
+
+        Raises:
+            Fenced: it is of an earlier epoch.
+        """
+        reign = self._reign
+        if answer.decision not in (Decision.STREAM, Decision.BOOTSTRAP):
+            return
+        if answer.cluster != reign.cluster or answer.epoch >= reign.epoch:
+            self._reign = answer
+            return
+        hello = await self._hello()
+        hello.cluster, hello.epoch = reign.cluster, reign.epoch
+        hello.proof.CopyFrom(reign.proof)
+        if not hello.locator:
+            hello.locator.add(lsn=START.lsn, digest=START.digest)
+        call: _Call = replication_pb2_grpc.ReplicationStub(channel).Follow()
+        try:
+            await self._greet(call, address, hello)
+        finally:
+            call.cancel()
+        raise Fenced(f"{address} is in epoch {answer.epoch}, and epoch {reign.epoch} has begun elsewhere")
+
+    async def _hello(self) -> replication_pb2.Hello:
+        return await asyncio.to_thread(self._make_hello) if self._engine else self._make_hello()
+
+    def _make_hello(self) -> replication_pb2.Hello:
         hello = replication_pb2.Hello(
             protocol_version=PROTOCOL_VERSION,
             node=self.directory.node,
@@ -206,6 +243,7 @@ class ReplicaNode:
         now_s = time.monotonic()
         self._session = FollowSession(after=engine.durable, offset=answer.start_offset, now_s=now_s)
         self._upstream, self._heard_s, self._problem = address, now_s, ""
+        self._said.pop(address, None)
         sender = asyncio.create_task(self._send_progress_forever(call))  # ends as the call does
         ticker = spawn(self._tick_forever(call), self._end)
         try:

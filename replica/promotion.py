@@ -28,6 +28,7 @@ PROMOTE_S_MAX = 120.0
 RELEASE_S_MAX = 30.0
 _SLOTS_FILE = "slots.json"
 _POLL_S = 0.02
+_NOTHING_YET = "promote another replica, or restore a backup"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +50,13 @@ def begin_reign(engine: Engine, *, started_s: float) -> Promotion:
     Args:
         engine: of the replica.
         started_s: monotonic time at which the promotion began.
+
+    Raises:
+        NotADataDirectory: not even the cluster's first entry has come yet.
     """
     directory, last = engine.directory, engine.durable
+    if not engine.epoch:
+        raise NotADataDirectory(f"{directory.path} has no entry of its primary yet", remedy=_NOTHING_YET)
     if directory.role is not Role.PROMOTING:
         directory.set_role(Role.PROMOTING)
     if not _has_begun(engine):
@@ -128,7 +134,7 @@ def _check_promotable(directory: DataDirectory) -> None:
     if not directory.has_copy:
         raise NotADataDirectory(
             f"{directory.path} has no copy yet: it has never finished its bootstrap",
-            remedy="promote another replica, or restore a backup",
+            remedy=_NOTHING_YET,
         )
 
 

@@ -18,7 +18,7 @@ from understudy.common.settings import ReplicaSettings
 from understudy.replica.node import ReplicaNode
 from understudy.v1 import admin_pb2, admin_pb2_grpc, data_pb2_grpc, replication_pb2, replication_pb2_grpc
 
-STOP_GRACE_S = 2.0
+STOP_GRACE_S = 0.5
 _SERVICES = ("understudy.v1.Data", "understudy.v1.Replication", "understudy.v1.Admin")
 
 

@@ -7,7 +7,7 @@ What is modelled, and is what disks and kernels do:
 * A name made or removed may be found either way until its directory is synced.
 * A sync that fails leaves the content readable and takes it for clean: some of it is on disk, and the
   next sync succeeds without bringing the rest there.
-* A write that fails may have written a part, in whole sectors.
+* A write that fails may have written a part, in whole sectors, but never all.
 * A write that makes a file longer fails when there is no space.
 """
 
@@ -120,7 +120,8 @@ class FaultyFile:
             try:
                 self._files.act("write")
             except _Injected as fault:
-                self._node.write(data[: _whole_sectors(offset, fault.written_bytes)], offset)
+                written = min(fault.written_bytes, len(data) - 1)
+                self._node.write(data[: _whole_sectors(offset, written)], offset)
                 raise
             room = self._files.room(self._node, offset, len(data))
             if room < len(data):

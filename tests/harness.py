@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import pytest
 
@@ -46,22 +46,55 @@ def wait_until(
     return value
 
 
-class Process:
-    """A command that runs. Its output goes to files, so that it never has to wait for a reader."""
+class Running(Protocol):
+    """What a :class:`Process` needs of a ``subprocess.Popen``, or of something like it."""
 
-    def __init__(self, arguments: list[str], folder: Path, environment: dict[str, str]) -> None:
-        folder.mkdir()
-        self.arguments = arguments
-        self._stdout = folder / "stdout"
-        self._stderr = folder / "stderr"
-        with open(self._stdout, "wb") as out, open(self._stderr, "wb") as err:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "understudy.cli", *arguments],
+    @property
+    def pid(self) -> int: ...
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float) -> int: ...
+
+    def send_signal(self, number: int) -> None: ...
+
+
+# Starts a command with these arguments and this environment; its output goes to the two files.
+Launch = Callable[[list[str], dict[str, str], Path, Path], Running]
+
+
+def as_module(arguments: list[str], environment: dict[str, str], stdout: Path, stderr: Path) -> Running:
+    """``python -m understudy.cli ARGUMENTS``."""
+    return as_program("-m", "understudy.cli")(arguments, environment, stdout, stderr)
+
+
+def as_program(*program: str | Path) -> Launch:
+    """``python PROGRAM ARGUMENTS``, for a program that runs the command line under odd circumstances."""
+
+    def launch(arguments: list[str], environment: dict[str, str], stdout: Path, stderr: Path) -> Running:
+        with open(stdout, "wb") as out, open(stderr, "wb") as err:
+            return subprocess.Popen(
+                [sys.executable, *map(str, program), *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
                 env=environment,
             )
+
+    return launch
+
+
+class Process:
+    """A command that runs. Its output goes to files, so that it never has to wait for a reader."""
+
+    def __init__(
+        self, arguments: list[str], folder: Path, environment: dict[str, str], launch: Launch = as_module
+    ) -> None:
+        folder.mkdir()
+        self.arguments = arguments
+        self._stdout = folder / "stdout"
+        self._stderr = folder / "stderr"
+        self._process = launch(arguments, environment, self._stdout, self._stderr)
 
     @property
     def pid(self) -> int:
@@ -134,23 +167,28 @@ class Processes:
             name: value for name, value in os.environ.items() if not name.startswith("UNDERSTUDY_")
         }
 
-    def start(self, *arguments: str | Path) -> Process:
+    def start(self, *arguments: str | Path, launch: Launch = as_module) -> Process:
         """Starts ``understudy ARGUMENTS`` and does not wait for anything."""
         words = [str(argument) for argument in arguments]
-        process = Process(words, self._folder / f"{next(self._numbers)}-{words[0]}", self.environment)
+        folder = self._folder / f"{next(self._numbers)}-{words[0]}"
+        process = Process(words, folder, self.environment, launch)
         self._started.append(process)
         return process
 
-    def primary(self, data_dir: Path, *flags: str | Path) -> Process:
+    def primary(self, data_dir: Path, *flags: str | Path, launch: Launch = as_module) -> Process:
         """A primary on a free port, serving."""
-        return self._serving("primary", "--data-dir", data_dir, *_on_any_port(flags))
+        return self._serving("primary", "--data-dir", data_dir, *_on_any_port(flags), launch=launch)
 
-    def replica(self, data_dir: Path, primary: str, *flags: str | Path) -> Process:
+    def replica(
+        self, data_dir: Path, primary: str, *flags: str | Path, launch: Launch = as_module
+    ) -> Process:
         """A replica of the primary at that address, on a free port, serving."""
-        return self._serving("replica", "--data-dir", data_dir, "--primary", primary, *_on_any_port(flags))
+        return self._serving(
+            "replica", "--data-dir", data_dir, "--primary", primary, *_on_any_port(flags), launch=launch
+        )
 
-    def _serving(self, *arguments: str | Path) -> Process:
-        process = self.start(*arguments)
+    def _serving(self, *arguments: str | Path, launch: Launch) -> Process:
+        process = self.start(*arguments, launch=launch)
         assert process.address
         return process
 

@@ -248,14 +248,25 @@ def test_g2_batch_that_found_no_space_is_gone_for_good() -> None:
     for seed in range(200):
         files = FaultyFiles()
         log = new_log(files)
-        files.fail("write", 1, errno.ENOSPC, written_bytes=100_000)
+        files.fail("write", 2, errno.ENOSPC, written_bytes=100_000)
         with pytest.raises(DiskFull):
-            write(log, *[b"x" * 100] * 20)
+            write(log, *[b"x" * 100] * 30)
         files.cut_power(3)  # the room that was cut off, records, watermark
         with pytest.raises(PowerCut):
             write(log, *[b"y" * 700] * 2)
         files.lose_power(Random(seed))
         open_log(files)
+
+
+def test_g2_length_of_a_segment_is_durable_before_the_next_one_is_made(small: None) -> None:
+    """G2: zeros written ahead of a segment's last record can't come back once there is a next segment."""
+    after = Position(Lsn(7), Digest(b"x" * 32))
+    for seed in range(40):
+        files = FaultyFiles()
+        log = new_log(files, after=after, after_offset=2000)  # 48 bytes before a boundary, so little is used
+        write(log, b"y" * 10, b"z")
+        files.lose_power(Random(seed))
+        assert open_log(files, after=after, after_offset=2000).end.lsn == 9
 
 
 def test_g1_name_of_a_new_segment_is_durable_before_anything_counts_on_it(small: None) -> None:

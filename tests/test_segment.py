@@ -138,7 +138,7 @@ def test_entries_are_found_in_any_order(wanted: list[int]) -> None:
 
 
 def test_index_spares_reading_from_the_start() -> None:
-    """A second look-up reads little, and the index stays sparse."""
+    """A second look-up reads little."""
     made = chain(BEFORE, PAYLOADS)
     data = b"".join(data for data, _ in made)
     segment, lengths = Segment(PATH, HEADER), list[int]()
@@ -152,9 +152,18 @@ def test_index_spares_reading_from_the_start() -> None:
     lengths.clear()
     segment.find(made[-1][1].lsn, read)
     assert sum(lengths) < 200_000 < len(data) - 70_000 * 2
-    for lsn in range(8, 8 + len(PAYLOADS)):
-        segment.note(Lsn(lsn), HEADER.first_offset + sum(len(d) for d, _ in made[: lsn - 7]))
-    assert len(segment._lsns) <= len(data) // 65536 + 1
+
+
+def test_index_stays_sparse() -> None:
+    """However entries are noted, the places in the index lie at least 64 KiB apart."""
+    ends = list(itertools.accumulate((len(data) for data, _ in chain(BEFORE, PAYLOADS)), initial=900))[1:]
+    noted = [(Lsn(8 + i), end) for i, end in enumerate(ends)]
+    for order in (noted, noted[::-1], noted[::3] + noted[::-2]):
+        segment = Segment(PATH, HEADER)
+        for lsn, end in order:
+            segment.note(lsn, end)
+        assert len(segment._offsets) > 3
+        assert all(later - earlier >= 65536 for earlier, later in itertools.pairwise(segment._offsets))
 
 
 def test_g3_damaged_digest_is_never_taken_for_another_history() -> None:

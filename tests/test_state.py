@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import tempfile
 from collections.abc import Iterator
@@ -241,10 +240,10 @@ class StateMachine(RuleBasedStateMachine):
                 assert self.state.receipt(path, client, number) == known.receipts.get((client, number))
 
 
-class TestState(StateMachine.TestCase):
+class TestState(StateMachine.TestCase):  # type: ignore[valid-type, misc]
     """The machine as a test; one store for all its examples."""
 
-    settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+    settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
     @classmethod
     def setUpClass(cls) -> None:
@@ -255,3 +254,241 @@ class TestState(StateMachine.TestCase):
     def tearDownClass(cls) -> None:
         StateMachine.node.close()
         cls.folder.cleanup()
+
+
+# -- scans ---------------------------------------------------------------------------------------------------
+
+
+class Layers:
+    """A state over a store in this process, with an author for its log."""
+
+    def __init__(self, environment: Environment, store: Store) -> None:
+        self._environment = environment
+        self.author = Author()
+        self.state = State(store)
+
+    def commit(
+        self, path: str, *what: Operation, client: bytes = CLIENTS[0], number: int | None = None
+    ) -> None:
+        self.state.apply(self.author.change(path, what, client=client, number=number))
+
+    def freeze(self) -> None:
+        self.state.apply(self.author.freeze())
+
+    def checkpoint(self) -> None:
+        """Everything goes into the store."""
+        self.freeze()
+        while self.state.frozen:
+            apply_checkpoint(self._environment, self.state.frozen[-1].job())
+            self.state.checkpointed()
+
+
+@pytest.fixture
+def layers(tmp_path: Path) -> Iterator[Layers]:
+    """An empty state."""
+    Store.create(tmp_path / "store", CLUSTER, CheckpointRow(digest=START.digest))
+    environment, store = open_both(tmp_path / "store")
+    with store:
+        yield Layers(environment, store)
+
+
+def _key(number: int) -> bytes:
+    return b"%05d" % number
+
+
+def fill_three_layers(layers: Layers) -> dict[bytes, bytes]:
+    """A realm whose pairs lie in the store, a frozen memtable and the active one; what it holds."""
+    for size, value in ((2, b"in the store"), (3, b"frozen"), (5, b"active")):
+        layers.commit("/a", *[Put(_key(number), value) for number in range(0, 3_000, size)])
+        layers.commit("/a", DeleteRange(_key(100 * size), _key(100 * size + 50)), Delete(_key(size)))
+        if size == 2:
+            layers.checkpoint()
+        elif size == 3:
+            layers.freeze()
+    return layers.author.realms["/a"].pairs
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_scan_stays_as_it_was_opened_while_everything_changes(layers: Layers, reverse: bool) -> None:
+    """G2: a scan read page by page shows one state, though transactions, deleted ranges, checkpoints and the end
+    of the realm itself come between its pages.
+    """
+    expected = sorted(fill_three_layers(layers).items(), reverse=reverse)
+    found: list[tuple[bytes, bytes]] = []
+    with layers.state.scan("/a", reverse=reverse) as scan:
+        for step in itertools.count():
+            found_keys, found_values, at_end = scan.page(bytes_max=EVERYTHING, pairs_max=200)
+            found += zip(found_keys, found_values, strict=True)
+            if at_end:
+                break
+            layers.commit("/a", *[Put(_key(number), b"new %d" % step) for number in range(0, 3_000, 7)])
+            layers.commit("/a", DeleteRange(_key(1_000), _key(2_000)), Put(_key(1_500), b"in the hole"))
+            if step % 2:
+                layers.checkpoint()
+            if step == 5:
+                layers.state.apply(layers.author.drop("/a"))
+    assert found == expected
+
+
+def test_pages_are_limited_in_pairs_and_bytes(layers: Layers) -> None:
+    """A page ends with the pair that reaches a limit, and the scan's end is told with the last page."""
+    layers.commit("/a", *[Put(_key(number), b"v" * 95) for number in range(10)])
+    with layers.state.scan("/a") as scan:
+        assert len(scan.page(bytes_max=250, pairs_max=100)[0]) == 3
+        assert scan.page(bytes_max=EVERYTHING, pairs_max=5)[0] == [_key(number) for number in range(3, 8)]
+        assert scan.count() == 2
+        assert scan.page(bytes_max=EVERYTHING, pairs_max=5) == ([], [], True)
+
+
+def test_a_closed_scan_lets_its_snapshot_go(layers: Layers) -> None:
+    """What a scan pins is free again when it is closed, read to its end or not: the store must not grow for ever."""
+    fill_three_layers(layers)
+    snapshot = layers.state.store.current
+    scan = layers.state.scan("/a")
+    scan.page(bytes_max=EVERYTHING, pairs_max=1)
+    layers.checkpoint()
+    assert snapshot.realm("/a") is not None  # pinned
+    scan.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        snapshot.acquire()
+
+
+# -- receipts ------------------------------------------------------------------------------------------------
+
+
+def test_g6_a_receipt_is_found_in_the_stores_history(layers: Layers) -> None:
+    """G6: a transaction that only the store still knows is answered with its first receipt, a number passed over
+    with none, and another client's number with none.
+    """
+    for number in (1, 2, 5):
+        layers.commit("/a", Add(b"n", 1), number=number)
+        layers.commit("/a", Add(b"n", 1), client=CLIENTS[1], number=10 * number)
+    layers.checkpoint()
+    receipts = layers.author.realms["/a"].receipts
+    found = {n: layers.state.receipt("/a", CLIENTS[0], n) for n in range(1, 6)}
+    assert found == {n: receipts.get((CLIENTS[0], n)) for n in range(1, 6)}
+    assert layers.state.receipt("/a", CLIENTS[1], 5) is None
+    assert layers.state.receipt("/a", b"3" * 16, 1) is None
+    assert layers.state.receipt("/b", CLIENTS[0], 1) is None
+
+
+@pytest.mark.parametrize("why", ["history was cut", "the search ends"])
+def test_g6_a_receipt_too_old_to_be_known_is_told_from_one_that_never_was(
+    layers: Layers, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    """G6: where the history no longer says whether a number was applied, that is said, instead of a guess."""
+    if why == "history was cut":
+        monkeypatch.setattr(checkpoint, "HISTORY_VERSIONS_MAX", 4)
+    else:
+        monkeypatch.setattr(state, "RECEIPT_SEARCH_VERSIONS", 3)
+    for number in range(1, 11):
+        layers.commit("/a", Add(b"n", 1), number=2 * number)
+    layers.checkpoint()
+    receipts = layers.author.realms["/a"].receipts
+    assert layers.state.receipt("/a", CLIENTS[0], 20) == receipts[CLIENTS[0], 20]
+    assert layers.state.receipt("/a", CLIENTS[0], 14) == receipts[CLIENTS[0], 14]
+    assert layers.state.receipt("/a", CLIENTS[0], 15) is None
+    assert layers.state.receipt("/a", CLIENTS[0], 2) is MISSING
+    assert layers.state.receipt("/a", CLIENTS[0], 3) is MISSING
+
+
+def test_a_realm_made_again_knows_nothing_of_its_predecessor(layers: Layers) -> None:
+    """A dropped realm's pairs, versions and clients don't come back with a new realm of its name."""
+    layers.commit("/a", Put(b"old", b"1"), number=7)
+    layers.checkpoint()
+    layers.state.apply(layers.author.drop("/a"))
+    layers.commit("/a", Put(b"new", b"2"), number=1)
+    for _ in range(2):
+        assert layers.state.last_number("/a", CLIENTS[0]) == 1
+        assert layers.state.receipt("/a", CLIENTS[0], 7) is None
+        assert all_of(layers.state.scan("/a")) == [(b"new", b"2")]
+        assert layers.state.realms()["/a"].version == 1
+        layers.checkpoint()
+
+
+# -- the memtable's size -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("bytes_max", "operations_max"), [(9_000, 10**6), (10**9, 8)])
+def test_g9_a_memtable_is_full_at_its_limits(
+    layers: Layers, monkeypatch: pytest.MonkeyPatch, bytes_max: int, operations_max: int
+) -> None:
+    """G9: a memtable says that it is full when it reaches its bytes or its operations, and a new one is empty."""
+    monkeypatch.setattr(memtable, "MEMTABLE_BYTES", bytes_max)
+    monkeypatch.setattr(memtable, "MEMTABLE_OPERATIONS", operations_max)
+    steps = 0
+    while not layers.state.active.is_full:
+        layers.commit("/a", Put(b"k", b"v" * 400), Put(b"l", b"v" * 400))
+        steps += 1
+    assert 2 <= steps <= 6
+    assert layers.state.active.first_change_lsn == 1
+    layers.freeze()
+    assert not layers.state.active.is_full
+    assert layers.state.active.first_change_lsn == 0
+
+
+def test_a_marks_only_memtable_holds_no_change(layers: Layers) -> None:
+    """Marks alone don't make a memtable one that is worth a checkpoint."""
+    for record in (layers.author.epoch_start(), layers.author.digest_mark(), layers.author.drop("/nothing")):
+        layers.state.apply(record)
+    assert layers.state.active.first_change_lsn == 0
+    assert Memtable().bytes == layers.state.active.bytes
+
+
+# -- what does not follow --------------------------------------------------------------------------------------
+
+
+def _record_of(layers: Layers, payload: bytes) -> Record:
+    position = layers.state.applied
+    lsn = Lsn(position.lsn + 1)
+    _, digest = encode_record(position.digest, lsn, payload)
+    return Record(lsn, digest, payload)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"version": 3}, {"version": 1}, {"previous": b"x" * 32}, {"previous": b""}]
+)
+def test_a_change_that_does_not_follow_is_corruption(layers: Layers, wrong: dict[str, object]) -> None:
+    """A change that is not the next one of its realm's chain is refused, and the realm stays as it was."""
+    layers.commit("/a", Put(b"k", b"v"))
+    right = {"version": 2, "previous": layers.author.realms["/a"].head}
+    change = log_pb2.Change(
+        realm="/a",
+        client=CLIENTS[0],
+        number=9,
+        operations=[log_pb2.Operation(kind=log_pb2.Operation.DELETE, key=b"k")],
+        **{**right, **wrong},  # type: ignore[arg-type]
+    ).SerializeToString()
+    payload = entries.change_entry(1, change, entries.sign(KEY, entries.change_digest(change)))
+    with pytest.raises(CorruptionError, match="entry 2 does not follow"):
+        layers.state.apply(_record_of(layers, payload))
+    assert layers.state.get("/a", b"k") == b"v"
+    assert layers.state.realms()["/a"].version == 1
+
+
+@pytest.mark.parametrize(
+    ("payload", "why"),
+    [
+        (b"", "of a kind that this version does not know"),
+        (log_pb2.Entry(time_us=5).SerializeToString(), "of a kind that this version does not know"),
+        (b"\xff\xff", "can't be decoded"),
+        (log_pb2.Entry(change=b"\xff\xff").SerializeToString(), "can't be decoded"),
+    ],
+)
+def test_an_entry_that_is_not_understood_is_refused_never_skipped(
+    layers: Layers, payload: bytes, why: str
+) -> None:
+    """An entry of a kind from the future, or none at all, stops the node: skipping it would lose what it says."""
+    with pytest.raises(CorruptionError, match=why):
+        layers.state.apply(_record_of(layers, payload))
+
+
+def test_unknown_realms_are_named(layers: Layers) -> None:
+    """Every read of a realm that is not there says so, with what brings one into being."""
+    for read in (
+        lambda: layers.state.get("/none", b"k"),
+        lambda: layers.state.scan("/none"),
+        lambda: layers.state.count("/none"),
+    ):
+        with pytest.raises(UnknownRealm, match=r"no realm /none.*first transaction"):
+            read()

@@ -247,6 +247,20 @@ def test_scans_go_both_ways_between_any_bounds(tmp_path: Path, start: bytes, end
         assert list(store.current.scan(realm, start, end, reverse=True)) == expected[::-1]
 
 
+def test_the_last_realm_is_scanned_backwards_too(tmp_path: Path) -> None:
+    """A backward scan begins at the very last row of the store where nothing comes after the realm."""
+    with filled(
+        tmp_path, [Edit(path="/0", puts={b"a": b"1"}), Edit(path="/1", puts={b"a": b"1", b"b": b"2"})]
+    ) as (
+        store,
+        model,
+    ):
+        realm = model.realms["/1"].id
+        assert list(store.current.scan(realm, reverse=True)) == [(b"b", b"2"), (b"a", b"1")]
+        assert list(store.current.scan(realm, b"", b"b", reverse=True)) == [(b"a", b"1")]
+        assert list(store.current.scan(realm + 1, reverse=True)) == []
+
+
 def test_realms_are_listed_page_by_page(tmp_path: Path) -> None:
     """Realms come ordered by path, beginning behind any path, existing or not."""
     edits = [Edit(path=path, puts={b"k": b"v"}) for path in ("/b", "/a", "/a/b", "/c")]

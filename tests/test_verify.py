@@ -19,9 +19,10 @@ from understudy.common.directory import DataDirectory, Role
 from understudy.common.engine import HISTORY_KEY
 from understudy.common.errors import DirectoryInUse, NotADataDirectory
 from understudy.common.files import OsFileSystem
+from understudy.common.log_reader import read_records
 from understudy.common.metrics import EngineMetrics
-from understudy.common.records import encode_record
-from understudy.common.segment import RECORDS_START, SECTOR_BYTES
+from understudy.common.records import HEADER, RECORD_HEADER_BYTES, encode_record
+from understudy.common.segment import RECORDS_START, SECTOR_BYTES, SegmentHeader, Watermark
 from understudy.common.settings import PrimarySettings
 from understudy.common.store import Store
 from understudy.common.store_layout import open_environment, realm_prefix
@@ -29,6 +30,7 @@ from understudy.common.types import SYSTEM_REALM, ClusterId, Digest, Epoch, Lsn,
 from understudy.common.verify import PROBLEMS_MAX, VerifyReport, verify_directory
 from understudy.primary.node import PrimaryNode
 from understudy.v1 import data_pb2, log_pb2
+from understudy.v1.store_pb2 import RealmRow
 
 CLIENT = bytes(range(16))
 REALMS = ("/apples", "/pears", "/~/notes")
@@ -157,8 +159,6 @@ def head_of(sample: Sample) -> tuple[int, bytes]:
     """Version and digest of the first realm's last change, from the log."""
     with DataDirectory.open(sample.path) as directory:
         head = (0, b"")
-        from understudy.common.log_reader import read_records
-
         for record in read_records(directory.log, directory.cluster):
             entry = entries.parse_entry(record.payload, record.lsn)
             if entry.HasField("change"):
@@ -269,6 +269,15 @@ def test_any_flipped_bit_in_the_log_is_found(sample: Sample, seed: int) -> None:
     assert sample.verify().ok
 
 
+def test_one_damage_is_one_problem(sample: Sample) -> None:
+    """Wherever in the log an entry is damaged, what comes behind it is not called wrong because of it."""
+    for segment in sample.segments[:-1]:
+        sound = segment.read_bytes()
+        flip(segment, RECORDS_START + 60)
+        assert segment.name in sample.problem()
+        segment.write_bytes(sound)
+
+
 def test_the_check_goes_on_behind_damage(sample: Sample) -> None:
     """Damage in the middle of one segment does not hide damage in a later one, and what is between is checked."""
     first, later = sample.segments[1], sample.segments[3]
@@ -290,6 +299,44 @@ def test_a_watermark_that_is_damaged_is_found(sample: Sample) -> None:
     """The last segment's second sector is checked too."""
     flip(sample.segments[-1], SECTOR_BYTES + 10)
     assert "watermark" in sample.problem()
+
+
+def test_a_batch_that_another_followed_is_not_taken_for_torn(sample: Sample) -> None:
+    """G11: an entry of the batch that the watermark names was durable, if anything stands behind that batch."""
+    last = sample.segments[-1]
+    data = bytearray(last.read_bytes().rstrip(b"\0"))
+    header = SegmentHeader.decode(bytes(data[:SECTOR_BYTES]), last)
+    first, second = _last_two_records(bytes(data))
+    start = header.first_offset - RECORDS_START
+    watermark = Watermark(
+        first_lsn=Lsn(sample.end.lsn - 1),
+        last_lsn=Lsn(sample.end.lsn - 1),
+        start_offset=start + first,
+        end_offset=start + second,
+    )
+    data[SECTOR_BYTES : 2 * SECTOR_BYTES] = watermark.encode()
+    last.write_bytes(data)
+    assert sample.verify().ok
+    flip(last, first + 50)
+    assert f"entry {sample.end.lsn - 1}" in sample.problem()
+    last.write_bytes(last.read_bytes()[:second])
+    assert sample.verify().ok  # nothing behind it: cut off by a crash
+
+
+def _last_two_records(data: bytes) -> tuple[int, int]:
+    """Where in a segment file its last two records begin."""
+    starts, at = [], RECORDS_START
+    while at < len(data):
+        starts.append(at)
+        at += RECORD_HEADER_BYTES + HEADER.unpack_from(data, at)[0]
+    return starts[-2], starts[-1]
+
+
+def test_bytes_behind_a_sealed_segment_are_found(sample: Sample) -> None:
+    """A segment that another follows ends with its last record; even zeros behind it are none of our doing."""
+    with sample.segments[0].open("ab") as file:
+        file.write(bytes(100))
+    assert sample.segments[0].name in sample.problem()
 
 
 def test_acknowledged_entries_that_are_gone_are_missed(sample: Sample) -> None:
@@ -424,6 +471,21 @@ def test_a_value_that_was_not_written_is_found(sample: Sample) -> None:
     prefix = realm_prefix(realm_id(sample, "/pears"))
     change_store(sample, "data", lambda key, value: b"x" + value[1:] if key == prefix + b"count" else value)
     assert any("realm /pears has state digest" in problem for problem in sample.verify().problems)
+
+
+def test_a_realm_that_stands_elsewhere_than_the_log_is_found(sample: Sample) -> None:
+    """At the checkpoint, the store's version and head of each realm must be what the log has brought it to."""
+
+    def older(key: bytes, raw: bytes) -> bytes:
+        row = RealmRow.FromString(raw)
+        row.version -= key == b"/pears"
+        return row.SerializeToString()
+
+    change_store(sample, "realms", older)
+    assert any(
+        "the log has realm /pears at version 20, the store at 19" in problem
+        for problem in sample.verify().problems
+    )
 
 
 def test_a_damaged_page_does_not_end_the_check(sample: Sample) -> None:
