@@ -18,7 +18,7 @@ def facts(folder: Path) -> dict[str, Any]:
         "cpus": len(os.sched_getaffinity(0)),
         "cpu": _cpu_model(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30), 1),
-        "kernel": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "kernel": f"{platform.system()} {platform.release().partition('-')[0]} {platform.machine()}",
         "file_system": file_system(folder),
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},

@@ -79,7 +79,7 @@ def _figures_table(rows: Sequence[RowResult]) -> str:
 
 def _row_section(row: RowResult) -> str:
     details = [f"{one.title}:\n\n{_detail_table(one)}" for one in row.details]
-    return "\n\n".join([f"## {row.title}", row.method.strip(), *details])
+    return "\n\n".join([f"## {row.title}", " ".join(row.method.split()), *details])
 
 
 def _detail_table(detail: Detail) -> str:

@@ -94,7 +94,7 @@ class RowResult:
         return {
             "name": self.name,
             "title": self.title,
-            "method": self.method,
+            "method": " ".join(self.method.split()),
             "seconds": round(self.seconds, 1),
             "figures": [figure.as_json() for figure in self.figures],
             "details": [

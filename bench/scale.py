@@ -38,7 +38,7 @@ FULL = Scale(
     small_store_bytes=20 * MIB,
     memory_bytes=2 * GIB,
     memory_commits=2_000_000,
-    disk_bytes=24 * GIB,
+    disk_bytes=16 * GIB,
 )
 
 QUICK = Scale(

@@ -33,14 +33,14 @@ _T = TypeVar("_T")
 @click.option(
     "--seconds",
     type=click.FloatRange(min=1),
-    default=20.0,
+    default=16.0,
     show_default=True,
     metavar="S",
     help="How long they write while there are two nodes; half of it before the kill.",
 )
 @json_option
 def demo(keep: Path | None, writers: int, seconds: float, as_json: bool) -> None:
-    """Play the whole story on this machine, in less than a minute, on real data.
+    """Play the whole story on this machine, in half a minute, on real data.
 
     A primary and its replica take in the standard library of this Python, and writers go on all the time. The primary
     is killed, the replica promoted, and the old primary comes back as a replica. In the end every acknowledged

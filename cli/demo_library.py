@@ -46,10 +46,10 @@ def find_library() -> Library:
         UnderstudyError: it has none.
     """
     root = Path(sysconfig.get_path("stdlib"))
-    realms: dict[str, list[Path]] = {_LOOSE_REALM: []}
+    realms: dict[str, list[Path]] = {}
     for path in _sources(root):
         realms.setdefault(_realm(path.relative_to(root)), []).append(path)
-    if not any(realms.values()):
+    if not realms:
         raise UnderstudyError(
             f"the demo has nothing to import: no source files in {root}",
             remedy="use a Python that was installed with its standard library as files",
@@ -101,8 +101,8 @@ class Importer:
 async def differing_files(server: AsyncServer, library: Library) -> int:
     """How many files the server does not hold byte for byte, or holds and should not."""
     differing = 0
-    for realm, files in library.realms.items():
-        wanted = {pair.key: pair.value for pair in library.pairs(realm)} if files else {}
+    for realm in library.realms:
+        wanted = {pair.key: pair.value for pair in library.pairs(realm)}
         async for key, value in server.scan(realm):
             differing += wanted.pop(key, None) != value
         differing += len(wanted)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from understudy.common.engine import Engine
 from understudy.common.errors import CorruptionError, Unavailable, WrongRole
@@ -70,19 +72,11 @@ async def recompute_digests(engine: Engine) -> admin_pb2.StateDigestsResponse:
     Raises:
         CorruptionError: the scan could not be finished.
     """
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "understudy.common.check_process",
-        str(engine.directory.store),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
+    process = _start_check(engine.directory.store)
     try:
-        out, complaint = await process.communicate()
+        out, complaint = await asyncio.to_thread(process.communicate)
     except BaseException:
         process.kill()
-        await process.wait()
         raise
     if process.returncode != 0:
         raise CorruptionError(
@@ -90,3 +84,13 @@ async def recompute_digests(engine: Engine) -> admin_pb2.StateDigestsResponse:
             remedy=f"stop this node and run `understudy verify {engine.directory.path}`",
         )
     return admin_pb2.StateDigestsResponse.FromString(out)
+
+
+def _start_check(store: Path) -> subprocess.Popen[bytes]:
+    # Not asyncio's way to start a process: uvloop forks, and gRPC's fork handlers do not survive that.
+    return subprocess.Popen(
+        [sys.executable, "-m", "understudy.common.check_process", str(store)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )

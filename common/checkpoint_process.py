@@ -139,6 +139,8 @@ class Checkpointer:
                     process.wait(CLOSE_DEADLINE_S)
             process.kill()
             process.wait()
+            if idle and process.stdout is not None:
+                process.stdout.close()
             self._process = None
         finally:
             if idle:

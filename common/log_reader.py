@@ -9,8 +9,9 @@ Opening for writing, with all that has to be mended then, is ``log_recovery.py``
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO
@@ -32,6 +33,7 @@ from understudy.common.segment import (
 from understudy.common.types import ClusterId, Lsn, Position
 
 _READ_BYTES = 1 << 20
+_WATERMARK_TRIES = 5  # a sector that is being written just now can be read half old and half new
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +43,7 @@ class SegmentEnd:
     position: Position  # of the last good record
     byte: int  # in the file, behind that record
     written: int  # in the file, behind the last byte that is not zero; `byte` if nothing follows
-    damage: str  # what is wrong with what follows; empty where the file ends there
+    damage: str  # what is wrong with the next record; empty where the file ends there, or within it
 
 
 def open_segments(directory: Path, cluster: ClusterId) -> tuple[list[Segment], list[CorruptionError]]:
@@ -108,7 +110,6 @@ def segment_records(segment: Segment) -> Generator[Record, None, SegmentEnd]:
             byte += scan.good_bytes
             rest = data[scan.good_bytes :]
         written = _written_up_to(file, byte)
-    damage = damage or ("the file ends within it" if rest else "")
     return SegmentEnd(position=position, byte=byte, written=written, damage=damage)
 
 
@@ -130,12 +131,19 @@ def _written_up_to(file: BinaryIO, start: int) -> int:
 
 
 def read_watermark(segment: Segment) -> Watermark:
-    """The watermark of a segment; read it before the records, for then they are no older than it says.
+    """The watermark of a segment. Read before the records, it says nothing of them that is not there yet.
 
     Raises:
         CorruptionError: it is damaged.
         StorageFailed: the file can't be read.
     """
+    for _ in range(_WATERMARK_TRIES - 1):
+        with contextlib.suppress(CorruptionError):
+            return _watermark(segment)
+    return _watermark(segment)
+
+
+def _watermark(segment: Segment) -> Watermark:
     with storage_errors("read", segment.path), segment.path.open("rb") as file:
         file.seek(SECTOR_BYTES)
         return Watermark.decode(file.read(SECTOR_BYTES), segment.path)
@@ -182,8 +190,7 @@ def read_records(directory: Path, cluster: ClusterId, after: Lsn | None = None) 
     last = segments[-1]
     watermark = read_watermark(last)
     end = yield from _records_behind(last, after)
-    # Somebody may be writing behind the batch that the watermark named; that says nothing about the batch.
-    _raise_if(last_end_problem(last, replace(end, written=end.byte), watermark))
+    _raise_if(last_end_problem(last, end, watermark))
 
 
 def _segments_behind(directory: Path, cluster: ClusterId, after: Lsn | None) -> list[Segment]:

@@ -2,8 +2,8 @@
 
 Scanning begins at the checkpoint and checks the chain to the end. What is wrong before the last segment's end
 is always damage, because a segment is durable before the next one is made. At the end it may be a batch that
-a crash cut short, of which any sectors may be on disk; :func:`is_torn` decides by the watermark. Nothing is
-changed until all of it has been judged.
+a crash cut short, of which any sectors may be on disk; :func:`is_torn` decides by the watermark. Nothing
+of what was written is changed until all of it has been judged.
 """
 
 from __future__ import annotations

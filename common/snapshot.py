@@ -144,9 +144,15 @@ def _pin(env: lmdb.Environment, fd: int, path: Path) -> tuple[lmdb.Transaction[b
             # a transaction begun now still gets the same snapshot, neither LMDB nor we have read a page that was half
             # written. The other meta page can't tell: a commit writes it before it ends, and may be killed between.
             with env.begin() as later:
-                if own.txn_id == txn.id() == later.id():
-                    opened.pop_all()
-                    return txn, own, page
+                if txn.id() != later.id():
+                    continue
+            if own.txn_id != txn.id():
+                raise CorruptionError(
+                    f"{path} has no meta page of transaction {txn.id()}, which was read from it",
+                    remedy="was the file replaced while it was open? If not, restore this node from its peer",
+                )
+            opened.pop_all()
+            return txn, own, page
     raise Overloaded(f"commits to {path} end faster than a snapshot can be pinned", remedy="try again")
 
 

@@ -234,7 +234,7 @@ class Store:
             checkpoint: its state digest and realm count are those of a server without realms.
 
         Raises:
-            DirectoryError: ``path`` is not empty, or not ours to write.
+            DirectoryError: ``path`` is not empty.
             DiskFull, StorageFailed: the disk's fault.
         """
         row = CheckpointRow()

@@ -65,7 +65,6 @@ _DAMAGED = (
     lmdb.PageFullError,
     lmdb.CursorFullError,
     lmdb.IncompatibleError,
-    lmdb.BadValsizeError,
     lmdb.NotFoundError,
 )
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -224,7 +223,7 @@ def create_environment(path: Path) -> Environment:
     """Makes an empty environment in ``path``, which must not exist or be empty.
 
     Raises:
-        DirectoryError: there is something in ``path``, or it is not ours to write.
+        DirectoryError: there is something in ``path``.
         DiskFull, StorageFailed: the disk's fault.
     """
     with storage_errors("create", path):

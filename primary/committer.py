@@ -153,9 +153,8 @@ class Committer:
         level = Durability(max(transaction.durability, self._policy.durability))
         if self._answer_again(path, client, number, level, done):
             return
-        if (
-            self.refusal is not None
-        ):  # only now: a refusal says that this number was not and will not be applied
+        # Only now: a refusal says that this number was not, and will not be, applied.
+        if self.refusal is not None:
             raise self.refusal
         check_operations(transaction.operations)
         self._append_change(path, client, transaction, level, done)

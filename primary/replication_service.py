@@ -174,12 +174,13 @@ class ReplicationService(replication_pb2_grpc.ReplicationServicer):
             await self._send(session, context, wake, reader)
         finally:
             reader.cancel()
-            await asyncio.gather(reader, return_exceptions=True)
+            # Before anything is awaited: a peer that goes away cancels this call, and that may come just then.
             node.listeners.discard(wake)
             if self._following.get(replica_id, (b"", None))[1] is task:
                 del self._following[replica_id]
                 node.slots.disconnect(replica_id)
             log.info("follow_ended", replica=replica_id, durable_lsn=slot.durable_lsn)
+            await asyncio.gather(reader, return_exceptions=True)
 
     async def _send(
         self, session: FollowerSession, context: Context, wake: asyncio.Event, reader: asyncio.Task[None]

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import Processes
+from harness import Processes, plain_environment
 from hypothesis import HealthCheck, settings
+from killing import Nursery
 
 # How long one example takes depends on what else the machine does, and so can't be what a test fails by. The
 # blob printed with a failure repeats it exactly.
@@ -33,3 +34,10 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
     started = Processes(Path(tmp_path_factory.mktemp("processes")))
     yield started
     started.close()
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    """Starts commands that die at a step of one's choice."""
+    with Nursery(plain_environment()) as started:
+        yield started

@@ -28,7 +28,11 @@ Action = Literal["open", "create", "read", "write", "truncate", "sync", "remove"
 
 
 class PowerCut(Exception):
-    """The machine is off: whoever sees this would not have run any further."""
+    """The machine is off, or the process was killed: whoever sees this would not have run any further."""
+
+    def __init__(self, written_bytes: int) -> None:
+        super().__init__("no action is possible until power is restored")
+        self.written_bytes = written_bytes
 
 
 @dataclass
@@ -119,7 +123,7 @@ class FaultyFile:
         with storage_errors("write", self._path):
             try:
                 self._files.act("write")
-            except _Injected as fault:
+            except (_Injected, PowerCut) as fault:
                 written = min(fault.written_bytes, len(data) - 1)
                 self._node.write(data[: _whole_sectors(offset, written)], offset)
                 raise
@@ -191,6 +195,7 @@ class FaultyFiles:
         self._durable_names: dict[Path, _Node] = {}
         self._fault: _Fault | None = None
         self._actions_left: int | None = None
+        self._last_write_bytes = 0
 
     # -- what a FileSystem does ----------------------------------------------------------------------------
 
@@ -232,9 +237,13 @@ class FaultyFiles:
         """Whether the fault that was asked for is still to come."""
         return self._fault is not None
 
-    def cut_power(self, actions: int) -> None:
-        """After so many more actions, every action raises :class:`PowerCut` until power is back."""
+    def cut_power(self, actions: int, *, written_bytes: int = 0) -> None:
+        """After so many more actions, every action raises :class:`PowerCut` until power is back.
+
+        If the first of them is a write, up to ``written_bytes`` of it are still written.
+        """
         self._actions_left = actions
+        self._last_write_bytes = written_bytes
 
     def restore_power(self) -> None:
         """Nothing fails any more and nothing is lost: for a process that was killed while the machine ran on."""
@@ -271,8 +280,9 @@ class FaultyFiles:
     def act(self, action: Action) -> None:
         """Counts an action and fails it if it is its turn."""
         if self._actions_left is not None:
-            if self._actions_left == 0:
-                raise PowerCut
+            if self._actions_left <= 0:
+                written_bytes, self._last_write_bytes = self._last_write_bytes, 0
+                raise PowerCut(written_bytes)
             self._actions_left -= 1
         self.counts[action] = self.counts.get(action, 0) + 1
         fault = self._fault

@@ -46,6 +46,11 @@ def wait_until(
     return value
 
 
+def plain_environment() -> dict[str, str]:
+    """The environment without settings of ours."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("UNDERSTUDY_")}
+
+
 class Running(Protocol):
     """What a :class:`Process` needs of a ``subprocess.Popen``, or of something like it."""
 
@@ -163,9 +168,7 @@ class Processes:
         self._folder = folder
         self._numbers = itertools.count(1)
         self._started: list[Process] = []
-        self.environment = {
-            name: value for name, value in os.environ.items() if not name.startswith("UNDERSTUDY_")
-        }
+        self.environment = plain_environment()
 
     def start(self, *arguments: str | Path, launch: Launch = as_module) -> Process:
         """Starts ``understudy ARGUMENTS`` and does not wait for anything."""

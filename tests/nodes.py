@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from understudy.common import portal
 from understudy.common.errors import UnderstudyError
 from understudy.common.rpc import open_channel, peer_errors
 from understudy.common.verify import verify_directory
-from understudy.v1 import admin_pb2, admin_pb2_grpc
+from understudy.v1 import admin_pb2, admin_pb2_grpc, replication_pb2, replication_pb2_grpc
 
 LOAD_REALM = "/load"
 DIRECTORY = 6  # the exit code for a data directory that is in use or of the wrong role
@@ -233,3 +234,53 @@ class Load:
             except UnderstudyError as error:
                 self.errors.append(error)
                 return
+
+
+# -- peers that are not what they should be --------------------------------------------------------------------
+
+
+def ask_to_follow(address: str, hello: replication_pb2.Hello) -> replication_pb2.Answer:
+    """What the primary at ``address`` answers to ``hello``."""
+
+    async def ask() -> replication_pb2.Answer:
+        async with open_channel(address) as channel:
+            call = replication_pb2_grpc.ReplicationStub(channel).Follow()
+            await call.write(replication_pb2.FollowRequest(hello=hello))
+            response = await asyncio.wait_for(call.read(), DEADLINE_S)
+            assert isinstance(response, replication_pb2.FollowResponse)
+            return response.answer
+
+    return portal.call(ask())
+
+
+class GarbageServer:
+    """Accepts connections, says something that is no gRPC, and hangs up."""
+
+    def __init__(self) -> None:
+        self.connections = 0
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = "127.0.0.1:%d" % self._listener.getsockname()[1]
+        self._thread = threading.Thread(target=self._serve)
+
+    def __enter__(self) -> GarbageServer:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._listener.close()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                connection, _ = self._listener.accept()
+                self.connections += 1
+                with connection, contextlib.suppress(OSError):
+                    connection.sendall(b"SSH-2.0-nothing that you know\r\n" + bytes(range(256)))
+
+
+def free_address() -> str:
+    """Where nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return "127.0.0.1:%d" % taken.getsockname()[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
-from harness import Process, Processes, complaint, wait_until
+from harness import DEADLINE_S, Process, Processes, complaint, wait_until
 
 from understudy.cli.main import cli
 from understudy.cli.options import byte_size
@@ -152,11 +153,18 @@ print("ended", flush=True)
 """
 
 
-def slow_server(*arguments: str) -> subprocess.Popen[str]:
+@contextlib.contextmanager
+def slow_server(*arguments: str) -> Iterator[subprocess.Popen[str]]:
     """A server that never comes to its end, or to its start, by itself."""
-    return subprocess.Popen(
-        [sys.executable, "-c", SLOW_SERVER, *arguments], stdout=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-c", SLOW_SERVER, *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        deadline = threading.Timer(DEADLINE_S, process.kill)  # or a test that fails would read for ever
+        deadline.start()
+        try:
+            yield process
+        finally:
+            deadline.cancel()
+            process.kill()
 
 
 def next_line(process: subprocess.Popen[str]) -> str:

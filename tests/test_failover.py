@@ -185,11 +185,6 @@ def _files(path: Path) -> dict[str, bytes]:
 # -- killed on the way -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
-    """Commands that die at a step of one's choice."""
-    with Nursery(Processes(Path()).environment) as started:
-        yield started
 
 
 def test_a_promotion_killed_at_any_step_is_finished_by_the_next(
@@ -215,7 +210,7 @@ def test_a_promotion_killed_at_any_step_is_finished_by_the_next(
         if code == 0:
             break
         assert code == KILLED, process.describe()
-    assert step > 8  # two roles and an entry were published
+    assert step > 5  # two roles and an entry were published
     primary = processes.primary(copy)
     assert pairs(primary.address, "/kept") == {b"key": b"value"}
 
@@ -245,7 +240,7 @@ def test_a_running_replica_killed_at_any_step_of_its_promotion_is_promoted_by_th
         assert (found.role, found.epoch, found.lsn) == ("primary", 2, last.lsn + 1)
         if code == 0:
             break
-    assert step > 8
+    assert step > 5
     assert_sound(copy)
 
 

@@ -53,6 +53,14 @@ def test_reading_begins_behind_an_lsn(log: ChangeLog, after: int) -> None:
     assert read(log, after) == PAYLOADS[after:]
 
 
+def test_what_is_not_asked_for_is_not_read(log: ChangeLog) -> None:
+    """Segments before the first wanted entry are passed over, so that damage there does not keep the rest away."""
+    first = log.segments()[0].path
+    first.write_bytes(first.read_bytes()[: RECORDS_START + 10])
+    after = log.segments()[2].first_lsn
+    assert read(log, after) == PAYLOADS[after:]
+
+
 def test_what_is_being_written_is_not_there_yet(log: ChangeLog) -> None:
     """A record of which only a part has been written so far is not seen, whatever part that is."""
     last = log.segments()[-1].path

@@ -516,7 +516,7 @@ class CrashingLog(RuleBasedStateMachine):
 
     @rule(sizes=st.lists(st.integers(min_value=1, max_value=1800), min_size=1, max_size=6))
     def write_until_the_power_goes(self, sizes: list[int]) -> None:
-        self.files.cut_power(self.rng.randint(0, 8))
+        self.files.cut_power(self.rng.randint(0, 8), written_bytes=self.rng.randint(0, 9000))
         with contextlib.suppress(PowerCut):
             self.write(sizes)
         self.lose_power()
@@ -537,7 +537,7 @@ class CrashingLog(RuleBasedStateMachine):
 
     @rule(sizes=st.lists(st.integers(min_value=1, max_value=1800), min_size=1, max_size=6))
     def write_until_killed(self, sizes: list[int]) -> None:
-        self.files.cut_power(self.rng.randint(0, 8))
+        self.files.cut_power(self.rng.randint(0, 8), written_bytes=self.rng.randint(0, 9000))
         with contextlib.suppress(PowerCut):
             self.write(sizes)
         self.reopen()

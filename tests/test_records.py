@@ -41,6 +41,9 @@ def test_record_bytes_are_as_documented() -> None:
     data, digest = encode_record(previous, Lsn(0x0102030405060708), b"payload")
     assert digest == sha256(previous + bytes.fromhex("0807060504030201") + b"payload").digest()
     assert data == bytes.fromhex("07000000 0807060504030201") + digest + b"payload"
+    assert chain(START, [b"a"])[0][0] == bytes.fromhex(
+        "01000000 0100000000000000 fd12b7a19d2de41e2b02cb742377db9c6f15675cf41dda7702c6c515254a1170 61"
+    )
 
 
 @given(payload_lists, st.lists(st.integers(min_value=0), max_size=20))
@@ -70,8 +73,10 @@ def test_g3_any_flipped_bit_is_found_and_nothing_of_the_chunk_is_used() -> None:
 @pytest.mark.parametrize("length", [0, PAYLOAD_BYTES_MAX + 1])
 def test_g9_impossible_lengths_are_refused_before_anything_is_buffered(length: int) -> None:
     """G9: a length of zero or above the limit is damage at once, not something to wait for."""
+    header = HEADER.pack(length, 1, bytes(32))
     with pytest.raises(CorruptionError, match="entry 1 "):
-        ChainReader(START).feed(HEADER.pack(length, 1, bytes(32)))
+        ChainReader(START).feed(header)
+    assert scan_chain(header, START).damage
 
 
 def test_record_of_another_lsn_or_history_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import random
 import subprocess
@@ -403,6 +404,17 @@ def test_a_damaged_list_of_free_pages_is_corrupt(env: lmdb.Environment, env_file
     assert refused > 30
 
 
+@pytest.mark.parametrize("root", [0, 1, 1 << 20, 1 << 60])
+def test_a_root_that_no_list_of_free_pages_has_is_corrupt(
+    env: lmdb.Environment, env_file: Path, root: int
+) -> None:
+    """A damaged meta page may name any page as the root of the list."""
+    with env_file.open("rb") as file:
+        meta, _ = lmdb_pages.read_metas(file.fileno(), env_file)[1]
+        with pytest.raises(CorruptionError, match="the list of free pages"):
+            lmdb_pages.free_pages(file.fileno(), dataclasses.replace(meta, free_root=root), env_file)
+
+
 @pytest.mark.parametrize(("word", "number"), [(0, 9), (1, 1), (1, 1 << 20)])
 def test_a_record_that_no_list_of_free_pages_has_is_corrupt(tmp_path: Path, word: int, number: int) -> None:
     """Another count than there are numbers, a meta page, a page behind the last one."""
@@ -437,6 +449,15 @@ def test_a_snapshot_closed_while_it_is_read_ends_the_reads(env: lmdb.Environment
     source.close()
     assert ended.wait(DEADLINE_S)
     source.close()
+
+
+def test_another_environments_file_is_not_pinned(tmp_path: Path, env: lmdb.Environment) -> None:
+    """A file that took the open one's place is no source of its snapshots."""
+    with open_env(tmp_path / "other") as other:
+        fill(other, range(1), 10)
+    with pytest.raises(CorruptionError, match="no meta page of transaction 3"):
+        PinnedSnapshot.open(env, tmp_path / "other" / "data.mdb")
+    assert pinned_by(env) == []
 
 
 def test_a_file_that_is_not_lmdbs_is_not_pinned(env: lmdb.Environment, tmp_path: Path) -> None:
@@ -543,6 +564,49 @@ def test_a_failed_sync_leaves_no_range_in_place(
     with image.open(path) as copy:
         assert copy.missing(image.digests) == [0, *range(6, 10)]
     assert writes == [1, 2, 3, 4, 5]
+
+
+def test_closing_waits_for_the_sync_under_way(
+    tmp_path: Path, image: Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sync never goes to a descriptor that was closed and given to another file."""
+    begun, may_sync = threading.Event(), threading.Event()
+    ended: list[str] = []
+    sync = OsFile.sync
+
+    def wait_and_sync(self: OsFile) -> None:
+        begun.set()
+        assert may_sync.wait(DEADLINE_S)
+        sync(self)
+        ended.append("sync")
+
+    def close() -> None:
+        copy.close()
+        ended.append("close")
+
+    monkeypatch.setattr(OsFile, "sync", wait_and_sync)
+    monkeypatch.setattr(snapshot, "FLUSH_RANGES", 1)
+    copy = image.open(tmp_path / "data.mdb")
+    image.write(copy, 0)
+    assert begun.wait(DEADLINE_S)
+    closing = threading.Thread(target=close)
+    closing.start()
+    threading.Timer(0.05, may_sync.set).start()
+    closing.join(DEADLINE_S)
+    assert ended == ["sync", "close"]
+
+
+def test_what_is_on_its_way_to_the_disk_is_not_read_again(
+    tmp_path: Path, image: Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asking what is missing waits for the sync under way and believes it."""
+    path = tmp_path / "data.mdb"
+    monkeypatch.setattr(snapshot, "FLUSH_RANGES", 2)
+    with image.open(path) as copy:
+        image.write(copy, 0, 1, 2)
+        with path.open("r+b") as file:
+            file.write(b"not what was written")  # found by finish(), not by missing()
+        assert copy.missing(image.digests) == list(range(3, 10))
 
 
 def test_ranges_lost_in_a_power_failure_are_missing(tmp_path: Path, image: Image) -> None:

@@ -1,0 +1,64 @@
+"""A TCP proxy that flips bits in what a server sends, wherever a given word comes by."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+
+from understudy.common.rpc import split_address
+
+_READ_BYTES = 1 << 16
+
+
+class FlippingProxy:
+    """Between clients and ``target``; harmless until :attr:`flips_left` is set."""
+
+    def __init__(self, target: str, word: bytes) -> None:
+        self.flips_left = 0
+        self._target = split_address(target)
+        self._word = word
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = "127.0.0.1:%d" % self._listener.getsockname()[1]
+        self._sockets: list[socket.socket] = [self._listener]
+        self._threads = [threading.Thread(target=self._accept)]
+
+    def __enter__(self) -> FlippingProxy:
+        self._threads[0].start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for one in self._sockets:
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join()
+        for one in self._sockets:
+            one.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(self._target)
+                self._sockets += [client, server]
+                for pump in (
+                    threading.Thread(target=self._pump, args=(client, server, False)),
+                    threading.Thread(target=self._pump, args=(server, client, True)),
+                ):
+                    self._threads.append(pump)
+                    pump.start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket, flips: bool) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(_READ_BYTES):
+                sink.sendall(self._flipped(data) if flips else data)
+        with contextlib.suppress(OSError):
+            sink.shutdown(socket.SHUT_WR)
+
+    def _flipped(self, data: bytes) -> bytes:
+        at = data.find(self._word)
+        if at < 0 or not self.flips_left:
+            return data
+        self.flips_left -= 1
+        return data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1 :]

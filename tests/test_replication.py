@@ -1,0 +1,415 @@
+"""Following, end to end: bootstrap, catching up, slots, refusals, durability levels."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from concurrent import futures
+from pathlib import Path
+
+import grpc
+import pytest
+from harness import Process, Processes, wait_until
+from killing import KILLED, Nursery
+from nodes import (
+    RESET_NEEDED,
+    GarbageServer,
+    Load,
+    Pair,
+    ask_to_follow,
+    assert_equal,
+    assert_sound,
+    checkpoint,
+    free_address,
+    offline_status,
+    pairs,
+    put,
+    slot,
+    status,
+    wait_until_caught_up,
+    warnings,
+)
+
+from understudy.client import Put, connect
+from understudy.common.errors import OutcomeUnknown
+from understudy.common.follow_table import PROTOCOL_VERSION, Decision
+from understudy.common.types import START
+from understudy.v1 import replication_pb2, replication_pb2_grpc
+
+# -- bootstrap and catching up ---------------------------------------------------------------------------------
+
+
+def test_several_replicas_bootstrap_while_the_primary_takes_writes(
+    processes: Processes, tmp_path: Path
+) -> None:
+    """G2, G11: three replicas that start at once under load end equal to their primary."""
+    primary = processes.primary(tmp_path / "a")
+    put(primary.address, "/old", *((b"%04d" % number, bytes(5_000)) for number in range(1_000)))
+    checkpoint(primary.address)
+    with Load(primary.address) as load:
+        names = ("b", "c", "d")
+        replicas = [
+            processes.start(
+                *("replica", "--data-dir", tmp_path / name, "--id", name),
+                *("--primary", primary.address, "--listen", "127.0.0.1:0"),
+            )
+            for name in names
+        ]
+        addresses = [replica.address for replica in replicas]
+        load.wait_for(200)
+    assert load.errors == []
+    assert_equal(primary.address, *addresses)
+    load.check(addresses[0])
+    assert {one.id for one in status(primary.address).replicas if one.connected} == set(names)
+
+
+def test_a_bootstrap_killed_at_any_step_is_made_good_by_the_next_start(
+    processes: Processes, tmp_path: Path, nursery: Nursery
+) -> None:
+    """G2, G4: whatever step kill -9 comes before, a replica that is started again ends equal to its primary."""
+    primary = processes.primary(tmp_path / "a")
+    put(primary.address, "/kept", *((b"%d" % number, bytes([number]) * 500_000) for number in range(4)))
+    checkpoint(primary.address)
+    put(primary.address, "/kept", (b"after", b"the checkpoint"))
+    head = status(primary.address)
+    for step in itertools.count(1):
+        copy = tmp_path / f"b{step}"
+        killed = _replica_dying_at(processes, nursery, step, copy, primary)
+        wait_until(lambda: not killed.is_running or _applied(killed) >= head.lsn, what=killed.describe)  # noqa: B023
+        survived = killed.is_running
+        if survived:
+            killed.kill()
+        else:
+            assert killed.wait() == KILLED, killed.describe()
+            again = _replica_dying_at(processes, nursery, 0, copy, primary)
+            wait_until(lambda: _applied(again) >= head.lsn, what=again.describe)  # noqa: B023
+            again.kill()
+        found = offline_status(copy)
+        assert (found.role, found.lsn, found.digest) == ("replica", head.lsn, head.digest)
+        assert_sound(copy)
+        if survived:
+            break
+        shutil.rmtree(copy)
+    assert step > 20
+    replica = processes.replica(copy, primary.address, "--id", "b")
+    assert_equal(primary.address, replica.address)
+
+
+def _replica_dying_at(
+    processes: Processes, nursery: Nursery, step: int, copy: Path, primary: Process
+) -> Process:
+    return processes.start(
+        *("replica", "--data-dir", copy, "--id", "b"),
+        *("--primary", primary.address, "--listen", "127.0.0.1:0"),
+        launch=nursery.dying_at(step),
+    )
+
+
+def _applied(replica: Process) -> int:
+    """How far a replica is that may not even be ready, or be gone."""
+    address = replica.stdout.partition(" ready on ")[2].strip()
+    if address:
+        with contextlib.suppress(Exception):
+            return status(address).committed_lsn
+    return 0
+
+
+def test_a_slot_outlives_its_primary_and_shows_how_far_behind_its_replica_is(
+    processes: Processes, tmp_path: Path
+) -> None:
+    """A replica that is away is listed with its lag, also by a restarted primary, and is streamed to when it comes."""
+    pair = Pair(processes, tmp_path)
+    address = pair.primary.address
+    pair.replica.kill()
+    for number in range(5):
+        put(address, "/away", (b"key", b"%d" % number))
+    wait_until(lambda: not _replica_facts(processes, address)["connected"])
+    facts = _replica_facts(processes, address)
+    assert (facts["id"], facts["state"], facts["lag_entries"]) == ("b", "disconnected", 5)
+    assert facts["lag_bytes"] > 500
+    assert facts["lag_seconds"] > 0
+    assert pair.primary.terminate() == 0
+    processes.primary(pair.a, "--listen", address)
+    again = _replica_facts(processes, address)
+    assert again["lag_seconds"] > facts["lag_seconds"]
+    assert again | {"lag_seconds": 0} == facts | {"lag_seconds": 0}
+    replica = processes.replica(pair.b, address, "--id", "b")
+    assert_equal(address, replica.address)
+    assert "decision=BOOTSTRAP" not in replica.stderr
+    wait_until(lambda: _replica_facts(processes, address)["lag_entries"] == 0)
+    facts = _replica_facts(processes, address)
+    assert (facts["connected"], facts["state"], facts["lag_bytes"]) == (True, "streaming", 0)
+
+
+def _replica_facts(processes: Processes, address: str) -> dict[str, object]:
+    shown = json.loads(processes.run("status", "--server", address, "--json").stdout)
+    (facts,) = shown["replicas"]
+    return dict(facts)
+
+
+def test_a_replica_that_is_away_for_too_long_bootstraps_again(processes: Processes, tmp_path: Path) -> None:
+    """G9: beyond the ceiling a slot is lost and its log goes; the replica starts anew from a copy and ends equal."""
+    limits = ("--log-floor", "0", "--log-ceiling", "128MiB")
+    pair = Pair(processes, tmp_path, *limits)
+    address = pair.primary.address
+    pair.replica.kill()
+    with connect(address) as server:
+        for number in range(28):
+            server.commit("/large", [Put(b"%d" % (number % 3), bytes([number]) * (8 << 20))])
+    checkpoint(address)
+    lost = slot(address, "b")
+    assert lost is not None
+    assert lost.state == "lost"
+    assert "replica b was lost and must bootstrap again" in warnings(address)
+    put(address, "/large", (b"last", b"one"))
+    checkpoint(address)  # each prunes behind it
+    segments = sorted((pair.a / "log").glob("*.seg"))
+    assert segments[0].name != "00000000000000000001.seg"
+    assert sum(segment.stat().st_size for segment in segments) < 200 << 20
+    replica = processes.replica(pair.b, address, "--id", "b")
+    assert_equal(address, replica.address)
+    assert "decision=BOOTSTRAP" in replica.stderr
+    found = slot(address, "b")
+    assert found is not None
+    assert found.state == "streaming"
+
+
+# -- identity --------------------------------------------------------------------------------------------------
+
+
+def test_of_two_replicas_with_one_id_the_second_waits(processes: Processes, tmp_path: Path) -> None:
+    """A second replica with the id of a connected one is refused, disturbs nothing, and takes over when it is free."""
+    pair = Pair(processes, tmp_path)
+    address = pair.primary.address
+    second = processes.replica(tmp_path / "c", address, "--id", "b")
+    wait_until(lambda: "another replica with this id" in warnings(second.address))
+    put(address, "/shared", (b"key", b"value"))
+    wait_until_caught_up(address, pair.replica.address)
+    assert pair.replica.stderr.count("primary_answered") == 2  # the bootstrap, and the stream that still runs
+    assert "give each replica its own --id" in second.stderr
+    assert pair.replica.terminate() == 0
+    assert_equal(address, second.address)
+
+
+def test_an_id_is_free_again_however_its_replica_went_away(processes: Processes, tmp_path: Path) -> None:
+    """A replica that breaks off right after the answer, or is cancelled by its end, leaves its id to the next one."""
+    primary = processes.primary(tmp_path / "a")
+    receipt = put(primary.address, "/realm", (b"key", b"value"))
+    hello = replication_pb2.Hello(
+        protocol_version=PROTOCOL_VERSION, cluster=status(primary.address).cluster, replica_id="b", epoch=1
+    )
+    hello.locator.add(lsn=receipt.lsn, digest=receipt.digest)
+    for number in range(100):
+        hello.node = number.to_bytes(16, "big")
+        wait_until(lambda: ask_to_follow(primary.address, hello).decision == Decision.STREAM)
+
+
+def test_a_copied_replica_harms_nobody(processes: Processes, tmp_path: Path) -> None:
+    """G2: a replica's directory copied and started as well, as the same node, corrupts neither copy nor the primary."""
+    pair = Pair(processes, tmp_path, "--durability", "replica")
+    address = pair.primary.address
+    put(address, "/shared", (b"key", b"value"))
+    assert pair.replica.terminate() == 0
+    shutil.copytree(pair.b, tmp_path / "c", ignore=shutil.ignore_patterns("*.sock"))
+    with Load(address) as load:
+        one = processes.replica(pair.b, address, "--id", "b")
+        other = processes.replica(tmp_path / "c", address, "--id", "b")
+        load.wait_for(200)
+    assert load.errors == []
+    load.check(address)
+    assert one.is_running
+    assert other.is_running
+    one.kill()
+    assert_equal(address, other.address)
+    other.kill()
+    one = processes.replica(pair.b, address, "--id", "b")
+    assert_equal(address, one.address)
+
+
+def test_a_replica_of_another_cluster_is_refused(processes: Processes, tmp_path: Path) -> None:
+    """G3, G4: a replica that is pointed at a foreign primary ends with exit code 3, and its copy stays as it is."""
+    pair = Pair(processes, tmp_path)
+    put(pair.primary.address, "/ours", (b"key", b"value"))
+    wait_until_caught_up(pair.primary.address, pair.replica.address)
+    pair.stop()
+    before = offline_status(pair.b)
+    foreign = processes.primary(tmp_path / "foreign")
+    replica = processes.start(
+        *("replica", "--data-dir", pair.b, "--primary", foreign.address, "--listen", "127.0.0.1:0")
+    )
+    assert replica.wait() == RESET_NEEDED
+    assert "belongs to another cluster" in replica.stderr
+    assert offline_status(pair.b) == before
+    assert slot(foreign.address, "b") is None
+
+
+def test_a_primary_that_lost_entries_never_takes_them_from_its_replica(
+    processes: Processes, tmp_path: Path
+) -> None:
+    """G3, G4: ahead of a restored primary, or diverged from it at the same LSN, a replica stops and keeps its copy."""
+    pair = Pair(processes, tmp_path)
+    address = pair.primary.address
+    put(address, "/realm", (b"shared", b"by both"))
+    assert pair.primary.terminate() == 0
+    old = tmp_path / "old"
+    shutil.copytree(pair.a, old, ignore=shutil.ignore_patterns("*.sock"))
+    primary = processes.primary(pair.a, "--listen", address)
+    last = [put(address, "/realm", (b"only", b"here %d" % number)) for number in range(5)][-1]
+    wait_until_caught_up(address, pair.replica.address)
+    primary.kill()
+
+    restored = processes.primary(old, "--listen", address)
+    assert pair.replica.wait() == RESET_NEEDED
+    assert f"promote it: understudy promote {pair.b}" in pair.replica.stderr
+    assert f"understudy rewind {pair.b} --to {address}" in pair.replica.stderr
+    assert offline_status(pair.b).digest == last.digest
+
+    same = [put(address, "/realm", (b"other", b"history %d" % number)) for number in range(5)][-1]
+    assert same.lsn == last.lsn
+    arguments = ("replica", "--data-dir", pair.b, "--primary", address, "--listen", "127.0.0.1:0", "--id", "b")
+    replica = processes.start(*arguments)
+    assert replica.wait() == RESET_NEEDED
+    assert "hold different histories" in replica.stderr
+    assert offline_status(pair.b).digest == last.digest
+
+    rewound = json.loads(processes.run("rewind", pair.b, "--to", address, "--id", "b", "--json").stdout)
+    exported = Path(rewound["exported"]).read_text().splitlines()
+    assert [json.loads(line)["lsn"] for line in exported[-5:]] == list(range(last.lsn - 4, last.lsn + 1))
+    replica = processes.start(*arguments)
+    assert_equal(restored.address, replica.address)
+    assert pairs(replica.address, "/realm") == {b"shared": b"by both", b"other": b"history 4"}
+
+
+def test_a_claim_without_proof_fences_nobody(processes: Processes, tmp_path: Path) -> None:
+    """G7: whoever claims a higher epoch without its signed mark is refused, and the primary goes on."""
+    primary = processes.primary(tmp_path / "a")
+    receipt = put(primary.address, "/realm", (b"key", b"value"))
+    known = status(primary.address)
+    hello = replication_pb2.Hello(
+        protocol_version=PROTOCOL_VERSION,
+        cluster=known.cluster,
+        node=bytes(16),
+        replica_id="liar",
+        epoch=99,
+        proof=known.proof,
+    )
+    hello.locator.add(lsn=receipt.lsn, digest=receipt.digest)
+    hello.locator.add(lsn=START.lsn, digest=START.digest)
+    assert ask_to_follow(primary.address, hello).decision == Decision.UNPROVEN_EPOCH
+    assert status(primary.address).role == "primary"
+    put(primary.address, "/realm", (b"key", b"other"))
+    hello.protocol_version += 1
+    assert ask_to_follow(primary.address, hello).decision == Decision.PROTOCOL_MISMATCH
+
+
+# -- a primary that is none ------------------------------------------------------------------------------------
+
+
+def test_a_replica_waits_for_a_primary_and_says_so_once(processes: Processes, tmp_path: Path) -> None:
+    """Where nobody listens, or only something else, a replica says so once, tries on, and follows when it can."""
+    with GarbageServer() as garbage:
+        replica = processes.replica(tmp_path / "b", garbage.address)
+        wait_until(lambda: garbage.connections >= 4, what=replica.describe)
+        assert replica.stderr.count("not_following") == 1
+        assert garbage.address in warnings(replica.address)
+    primary = processes.primary(tmp_path / "a", "--listen", garbage.address)
+    assert_equal(primary.address, replica.address)
+    complaints = replica.stderr.count("not_following")
+    primary.kill()
+    wait_until(lambda: "not reachable" in warnings(replica.address))
+    primary = processes.primary(tmp_path / "a", "--listen", garbage.address)
+    put(primary.address, "/realm", (b"key", b"value"))
+    assert_equal(primary.address, replica.address)
+    assert replica.stderr.count("not_following") <= complaints + 3  # the ways in which a connection can end
+
+
+def test_a_replica_of_a_replica_follows_it_once_it_is_promoted(processes: Processes, tmp_path: Path) -> None:
+    """A replica that is pointed at another replica is told so and tries again, until that one is the primary."""
+    pair = Pair(processes, tmp_path)
+    put(pair.primary.address, "/realm", (b"key", b"value"))
+    third = processes.replica(tmp_path / "c", pair.replica.address, "--id", "c")
+    wait_until(lambda: "is not a primary" in warnings(third.address))
+    wait_until_caught_up(pair.primary.address, pair.replica.address)
+    new = pair.fail_over()
+    assert_equal(new.address, third.address)
+    assert pairs(third.address, "/realm") == {b"key": b"value"}
+
+
+def test_another_protocol_version_ends_a_replica(processes: Processes, tmp_path: Path) -> None:
+    """A primary of another protocol version is named, and following it is given up."""
+
+    class Other(replication_pb2_grpc.ReplicationServicer):
+        def Follow(self, *_: object) -> Iterator[replication_pb2.FollowResponse]:  # type: ignore[override]
+            yield replication_pb2.FollowResponse(
+                answer=replication_pb2.Answer(decision=Decision.PROTOCOL_MISMATCH)
+            )
+
+    server = grpc.server(futures.ThreadPoolExecutor(2))
+    replication_pb2_grpc.add_ReplicationServicer_to_server(Other(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        replica = processes.replica(tmp_path / "b", f"127.0.0.1:{port}")
+        assert replica.wait() == 1
+    finally:
+        server.stop(None)
+    assert "speaks another protocol version (use the same version on both sides)" in replica.stderr
+
+
+# -- durability ------------------------------------------------------------------------------------------------
+
+
+def test_a_transaction_may_ask_for_more_than_its_server(processes: Processes, tmp_path: Path) -> None:
+    """G1: at level `replica` a receipt comes only once a replica has it, at `applied` once it can be read there."""
+    primary = processes.primary(tmp_path / "a")
+    with connect(primary.address) as server:
+        local = server.commit("/realm", [Put(b"local", b"1")])
+        with pytest.raises(OutcomeUnknown) as unknown:
+            server.commit("/realm", [Put(b"replica", b"1")], durability="replica", timeout_s=0.3)
+        assert server.get("/realm", b"replica") == b"1"  # committed at the server's level
+        replica = processes.replica(tmp_path / "b", primary.address)
+        receipt = server.wait(unknown.value.number)
+        assert receipt.lsn == local.lsn + 1
+        assert status(replica.address).durable_lsn >= receipt.lsn
+        with connect(replica.address) as reader:
+            for number in range(20):
+                value = b"%d" % number
+                server.commit("/realm", [Put(b"applied", value)], durability="applied")
+                assert reader.get("/realm", b"applied") == value
+
+
+def test_a_server_at_level_replica_waits_for_one(processes: Processes, tmp_path: Path) -> None:
+    """G1, G5: without a replica nothing is acknowledged or shown, and all of it is when one comes."""
+    primary = processes.primary(tmp_path / "a", "--durability", "replica")
+    assert "0 of 1 needed replicas are connected" in warnings(primary.address)
+    with connect(primary.address) as server:
+        with pytest.raises(OutcomeUnknown) as unknown:
+            server.commit("/realm", [Put(b"key", b"value")], durability="local", timeout_s=0.3)
+        assert "/realm" not in [realm.path for realm in server.realms()]
+        replica = processes.replica(tmp_path / "b", primary.address)
+        receipt = server.wait(unknown.value.number)
+        assert status(replica.address).durable_lsn >= receipt.lsn
+        assert server.get("/realm", b"key") == b"value"
+
+
+def test_a_server_degrades_and_returns(processes: Processes, tmp_path: Path) -> None:
+    """With `--degrade-after` a server alone acknowledges at `local`, says so, and returns when a replica caught up."""
+    pair = Pair(processes, tmp_path, "--durability", "replica", "--degrade-after", "0.5")
+    address = pair.primary.address
+    put(address, "/realm", (b"with", b"replica"))
+    assert status(address).durability == "replica"
+    pair.replica.kill()
+    with connect(address) as server:
+        receipt = server.commit("/realm", [Put(b"without", b"replica")])
+        assert status(address).durability == "replica (degraded)"
+        assert "durability is degraded to local" in warnings(address)
+        with pytest.raises(OutcomeUnknown):
+            server.commit("/realm", [Put(b"more", b"asked")], durability="applied", timeout_s=0.3)
+    replica = processes.replica(pair.b, address, "--id", "b")
+    wait_until(lambda: status(address).durability == "replica")
+    assert status(replica.address).durable_lsn >= receipt.lsn
+    assert not re.search("degraded|transactions wait", warnings(address))
