@@ -42,8 +42,10 @@ def rewind(directory: Path, to: str, replica_id: str | None, as_json: bool) -> N
     from understudy.cli.logs import QUIET, configure_logs
     from understudy.cli.output import Progress, print_json
     from understudy.common.portal import new_event_loop
+    from understudy.common.rpc import split_address
     from understudy.replica.rewind import rewind as rewind_directory
 
+    split_address(to)  # before anything is touched
     configure_logs(level=QUIET)
     with (
         Progress("fetching", unit="bytes") as progress,

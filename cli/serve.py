@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -20,6 +21,10 @@ from understudy.common.portal import new_event_loop
 # The thread that writes the log asks for the interpreter again after each fdatasync, and every commit waits for
 # it. With the default of 5 ms it would often wait ten times as long as the disk took.
 SWITCH_INTERVAL_S = 0.0005
+
+# A memtable is some 100,000 tuples and no cycle. With the default thresholds, looking through all of them again and
+# again stopped everything for up to 50 ms.
+GC_THRESHOLDS = (50_000, 50, 1_000)
 
 
 class Serving(Protocol):
@@ -57,6 +62,8 @@ def serve(
     """
     configure_logs(log_format)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    gc.set_threshold(*GC_THRESHOLDS)
+    gc.freeze()
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         return runner.run(_serve(role, serving, ended))
 

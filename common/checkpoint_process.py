@@ -20,6 +20,7 @@ import struct
 import subprocess
 import sys
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
 
@@ -41,15 +42,16 @@ IDLE_S = 10.0
 # A job is a memtable, 32 MiB and one transaction; a length beyond this is no length.
 _FRAME_BYTES_MAX = 1 << 30
 
+_END_OF_JOB = b""
+
 _LENGTH = struct.Struct("<Q")
 _PARENTS_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def write_frame(file: IO[bytes], data: bytes) -> None:
-    """Writes one message with its length before it."""
+    """Writes one message with its length before it; the caller flushes."""
     file.write(_LENGTH.pack(len(data)))
     file.write(data)
-    file.flush()
 
 
 def read_frame(file: IO[bytes]) -> bytes | None:
@@ -105,8 +107,11 @@ class Checkpointer:
         """The process id, or None where none was started."""
         return self._process.pid if self._process else None
 
-    def run(self, job: CheckpointJob) -> CheckpointResult:
+    def run(self, parts: Iterable[CheckpointJob]) -> CheckpointResult:
         """Writes a checkpoint; blocks until it is durable.
+
+        Args:
+            parts: of one job; see :func:`merge`.
 
         Raises:
             DiskFull: nothing was changed; trying the same job again can help.
@@ -118,7 +123,10 @@ class Checkpointer:
             if process is None or process.stdin is None:
                 raise StorageFailed("there is no checkpoint process")
             try:
-                write_frame(process.stdin, job.SerializeToString())
+                for part in parts:
+                    write_frame(process.stdin, part.SerializeToString())
+                write_frame(process.stdin, _END_OF_JOB)
+                process.stdin.flush()
             except BrokenPipeError as error:
                 raise _ended(process) from error
             result = CheckpointResult.FromString(_answer(process, None))
@@ -202,10 +210,10 @@ def main(store: Path) -> int:
     answers = _take_standard_output()
     with contextlib.suppress(BrokenPipeError), _Writer(store) as writer:
         write_frame(answers, writer.hello().SerializeToString())
-        while not writer.failed and (frame := _next_frame(sys.stdin.buffer, writer)) is not None:
-            job = CheckpointJob.FromString(frame)
-            del frame
+        answers.flush()
+        while not writer.failed and (job := _next_job(sys.stdin.buffer, writer)) is not None:
             write_frame(answers, writer.write(job).SerializeToString())
+            answers.flush()
             del job
         return 1 if writer.failed else 0
     return 0  # the parent died, and nobody wants the answer
@@ -218,12 +226,32 @@ def _take_standard_output() -> IO[bytes]:
     return answers
 
 
-def _next_frame(jobs: IO[bytes], writer: _Writer) -> bytes | None:
+def _next_job(frames: IO[bytes], writer: _Writer) -> CheckpointJob | None:
+    """The next job, put together; None when the stream has ended."""
     poll = select.poll()
-    poll.register(jobs, select.POLLIN)
+    poll.register(frames, select.POLLIN)
     if not poll.poll(IDLE_S * 1000):
         writer.close()
-    return read_frame(jobs)
+    job = CheckpointJob()
+    while (frame := read_frame(frames)) != _END_OF_JOB:
+        if frame is None:
+            return None
+        merge(job, CheckpointJob.FromString(frame))
+    return job
+
+
+def merge(job: CheckpointJob, part: CheckpointJob) -> None:
+    """Adds the next part to a job: deltas of one realm that follow each other become one."""
+    deltas = list(part.realms)
+    last = job.realms[-1] if job.realms else None
+    for delta in deltas:
+        if last is not None and last.path == delta.path:
+            last.MergeFrom(delta)
+        else:
+            last = job.realms.add()
+            last.CopyFrom(delta)
+    del part.realms[:]
+    job.MergeFrom(part)
 
 
 class _Writer:

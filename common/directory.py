@@ -40,7 +40,7 @@ from understudy.common.errors import (
     NewerFormat,
     NotADataDirectory,
 )
-from understudy.common.files import publish, sync_directory
+from understudy.common.files import publish, storage_errors, sync_directory
 from understudy.common.types import ClusterId, NodeId, new_id
 
 FORMAT_VERSION = 1
@@ -264,21 +264,25 @@ class DataDirectory:
         note = self.incoming / _OLD_COPY_NOTE
         old_to = self.set_aside / os.fsdecode(note.read_bytes()) if note.exists() else None
         for current in (self.store, self.log):
-            new = self.incoming / current.name
-            if not new.exists():
-                continue  # moved before the crash
-            if current.exists():
-                if old_to is not None and not (old_to / current.name).exists():
-                    os.rename(current, old_to / current.name)
-                else:
-                    shutil.rmtree(current)
-            os.rename(new, current)
+            with storage_errors("replace", current):
+                self._replace(current, self.incoming / current.name, old_to)
         sync_directory(self.path)
         if old_to is not None:
             sync_directory(old_to)
             sync_directory(self.set_aside)
         self.set_role(Role.REPLICA)
         shutil.rmtree(self.incoming, ignore_errors=True)
+
+    @staticmethod
+    def _replace(current: Path, new: Path, old_to: Path | None) -> None:
+        if not new.exists():
+            return  # moved before the crash
+        if current.exists():
+            if old_to is not None and not (old_to / current.name).exists():
+                os.rename(current, old_to / current.name)
+            else:
+                shutil.rmtree(current)
+        os.rename(new, current)
 
     def _publish(self, node: NodeFile) -> None:
         publish(self.path / NODE_FILE, json.dumps(asdict(node), indent=2).encode() + b"\n")
@@ -287,12 +291,13 @@ class DataDirectory:
 
 def _new_folder(parent: Path, name: str) -> Path:
     """A folder of that name, or with a number behind it where the name is taken: another copy may be in there."""
-    parent.mkdir(exist_ok=True)
-    for number in itertools.count(1):
-        path = parent / (name if number == 1 else f"{name}-{number}")
-        with contextlib.suppress(FileExistsError):
-            path.mkdir()
-            return path
+    with storage_errors("create", parent / name):
+        parent.mkdir(exist_ok=True)
+        for number in itertools.count(1):
+            path = parent / (name if number == 1 else f"{name}-{number}")
+            with contextlib.suppress(FileExistsError):
+                path.mkdir()
+                return path
     raise AssertionError("there is always a next number")
 
 

@@ -22,6 +22,7 @@ from understudy.common.errors import DiskFull, UnderstudyError
 from understudy.common.events import log
 from understudy.common.files import FileSystem, OsFileSystem
 from understudy.common.group_writer import GroupWriter
+from understudy.common.memtable import Memtable
 from understudy.common.metrics import EngineMetrics
 from understudy.common.records import Record
 from understudy.common.state import State
@@ -71,7 +72,7 @@ class Engine:
         self.state = State(store)
         self.metrics = metrics
         self.mismatches: list[str] = []
-        self.disk_full = False
+        self._out_of_space: set[str] = set()  # what waits for space: the log, a checkpoint, or both
         self.failed: UnderstudyError | None = None
         self._checkpointer = Checkpointer()
         self._writer: GroupWriter | None = None
@@ -113,7 +114,6 @@ class Engine:
             raise
         engine = cls(directory, store, changelog, metrics or EngineMetrics())
         try:
-            engine._checkpointer.start(directory.store, directory.lock_fd)
             engine._recover()
         except BaseException:
             engine._close_files()
@@ -126,10 +126,20 @@ class Engine:
         for record in self.log.records(self.state.applied.lsn):
             self.state.apply(record)
             while self.state.frozen:
-                self._note_result(self._checkpointer.run(self.state.frozen[-1].job()))
+                self._note_result(self._run_checkpoint(self.state.frozen[-1]))
+
+    def _start_checkpointer(self) -> None:
+        # Not when opening: a promotion needs none, and must not wait for a process to start.
+        if self._checkpointer.pid is None:
+            self._checkpointer.start(self.directory.store, self.directory.lock_fd)
 
     def start(self, owner: EngineOwner) -> None:
-        """Begins to write and to checkpoint; must be called on the event loop."""
+        """Begins to write and to checkpoint; must be called on the event loop.
+
+        Raises:
+            StorageFailed, DiskFull: the checkpoint process can't be started.
+        """
+        self._start_checkpointer()
         self._owner = owner
         self._loop = asyncio.get_running_loop()
         self._writer = GroupWriter(
@@ -190,6 +200,11 @@ class Engine:
         return self.state.get(SYSTEM_REALM, HISTORY_KEY) or b""
 
     @property
+    def disk_full(self) -> bool:
+        """Whether something waits for space on the disk."""
+        return bool(self._out_of_space)
+
+    @property
     def pending_bytes(self) -> int:
         """Submitted, not yet durable."""
         return self._writer.pending_bytes if self._writer else 0
@@ -236,9 +251,10 @@ class Engine:
             if self._owner is not None:
                 self._owner.on_failure(error)
 
-    def _on_disk_full(self, full: bool) -> None:
-        if full != self.disk_full:
-            self.disk_full = full
+    def _on_disk_full(self, full: bool, what: str = "log") -> None:
+        before = self.disk_full
+        (self._out_of_space.add if full else self._out_of_space.discard)(what)
+        if self.disk_full != before:
             log.warning("disk_full" if full else "disk_has_space", directory=str(self.directory.path))
             if self._owner is not None:
                 self._owner.on_disk_full(full)
@@ -253,20 +269,25 @@ class Engine:
                 try:
                     await self._checkpoint_oldest()
                 except DiskFull:
-                    self._on_disk_full(True)
+                    self._on_disk_full(True, "checkpoint")
                     await asyncio.sleep(_CHECKPOINT_RETRY_S)
 
     async def _checkpoint_oldest(self) -> None:
         table = self.state.frozen[-1]
-        result = await asyncio.to_thread(lambda: self._checkpointer.run(table.job()))
-        if self.disk_full:
-            self._on_disk_full(False)
+        result = await asyncio.to_thread(self._run_checkpoint, table)
+        self._on_disk_full(False, "checkpoint")
         self._note_result(result)
         if self._owner is not None:
             self._owner.on_checkpoint(result)
+        for _ in table.dismantle():
+            await asyncio.sleep(0)
         await self._prune()
         async with self._checkpointed:
             self._checkpointed.notify_all()
+
+    def _run_checkpoint(self, table: Memtable) -> store_pb2.CheckpointResult:
+        self._start_checkpointer()
+        return self._checkpointer.run(table.parts())
 
     def _note_result(self, result: store_pb2.CheckpointResult) -> None:
         self.state.checkpointed()

@@ -7,8 +7,8 @@ rest. A memtable is bounded by the freeze mark that the primary sets when it pas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Final, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Final, NamedTuple, TypeVar
 
 from sortedcontainers import SortedList
 
@@ -23,6 +23,13 @@ MEMTABLE_BYTES = 32 << 20
 MEMTABLE_OPERATIONS = 64_000
 # What a change costs in memory beside its bytes: history row, receipt, dictionary entries, object headers.
 CHANGE_OVERHEAD_BYTES = 300
+# A part takes about a millisecond to make.
+PART_BYTES = 1 << 20
+_CHUNK_BYTES = PART_BYTES // 2
+_ROW_OVERHEAD_BYTES = 64
+_FREED_AT_ONCE = 2_000
+
+_Row = TypeVar("_Row")
 
 
 class Missing:
@@ -64,7 +71,7 @@ class RealmDelta:
         self.values: dict[bytes, bytes | None] = {}
         self.deleted = RangeSet()
         self.history: list[bytes] = []
-        self.receipts: dict[bytes, dict[int, Receipt]] = {}
+        self.receipts: dict[bytes, dict[int, tuple[int, Lsn, Digest]]] = {}  # version, LSN, digest; by number
         self.client_rows: dict[bytes, tuple[int, int, int]] = {}
         self._sorted_keys: SortedList[bytes] = SortedList()
         self._new_keys: list[bytes] = []
@@ -147,42 +154,91 @@ class Memtable:
         """Notes where the memtable ends; nothing is applied to it afterwards."""
         self.position, self.offset, self.time_us = position, offset, time_us
 
-    def job(self) -> store_pb2.CheckpointJob:
-        """What the checkpoint process is handed."""
-        dropped = [path for path, delta in self.realms.items() if delta is None]
-        return store_pb2.CheckpointJob(
+    def parts(self) -> Iterator[store_pb2.CheckpointJob]:
+        """What the checkpoint process is handed, in messages of bounded size that it merges in order.
+
+        In parts, because each is made by one long call that lets nobody else have the interpreter.
+        """
+        part = store_pb2.CheckpointJob(
             checkpoint=store_pb2.CheckpointRow(
                 lsn=self.position.lsn,
                 digest=self.position.digest,
                 log_offset=self.offset,
                 time_us=self.time_us,
             ),
-            realms=[_delta_message(delta) for delta in self.realms.values() if delta is not None],
             epochs=self.epochs,
             dropped_realm_ids=self.dropped_ids,
-            dropped_realms=dropped,
+            dropped_realms=[path for path, delta in self.realms.items() if delta is None],
+        )
+        weight = 0
+        for delta in self.realms.values():
+            for piece, piece_weight in _pieces(delta) if delta is not None else ():
+                if weight and weight + piece_weight > PART_BYTES:
+                    yield part
+                    part, weight = store_pb2.CheckpointJob(), 0
+                part.realms.append(piece)
+                weight += piece_weight
+        yield part
+
+    def dismantle(self) -> Iterator[None]:
+        """Frees the memtable bit by bit: freeing it at once would hold up everything else for as long."""
+        for delta in self.realms.values():
+            if delta is None:
+                continue
+            while delta.history:
+                del delta.history[-_FREED_AT_ONCE:]
+                yield
+            tables: list[dict[Any, Any]] = [delta.values, *delta.receipts.values()]
+            for table in tables:
+                while table:
+                    for _ in range(min(_FREED_AT_ONCE, len(table))):
+                        table.popitem()
+                    yield
+
+
+def _pieces(delta: RealmDelta) -> Iterator[tuple[store_pb2.RealmDelta, int]]:
+    """A delta as messages to be merged, with a weight in bytes for each."""
+
+    def piece() -> store_pb2.RealmDelta:
+        return store_pb2.RealmDelta(
+            path=delta.path,
+            id=delta.id,
+            version=delta.version,
+            head=delta.head,
+            created=delta.created,
+            history_first=delta.version - len(delta.history) + 1,
         )
 
+    first = piece()
+    for start, end in delta.deleted:
+        first.deleted_starts.append(start)
+        first.deleted_ends.append(end)
+    first.deleted_keys.extend(key for key, value in delta.values.items() if value is None)
+    for client, (number, version, time_us) in delta.client_rows.items():
+        first.clients.append(client)
+        first.client_rows.add(number=number, version=version, time_us=time_us)
+    yield first, first.ByteSize()
+    puts = ((key, value) for key, value in delta.values.items() if value is not None)
+    for chunk, weight in _chunks(puts, lambda put: len(put[0]) + len(put[1])):
+        rows = piece()
+        rows.put_keys.extend([key for key, _ in chunk])
+        rows.put_values.extend([value for _, value in chunk])
+        yield rows, weight
+    for history, weight in _chunks(delta.history, len):
+        rows = piece()
+        rows.history.extend(history)
+        yield rows, weight
 
-def _delta_message(delta: RealmDelta) -> store_pb2.RealmDelta:
-    ranges = list(delta.deleted)
-    puts = [(key, value) for key, value in delta.values.items() if value is not None]
-    return store_pb2.RealmDelta(
-        path=delta.path,
-        id=delta.id,
-        version=delta.version,
-        head=delta.head,
-        created=delta.created,
-        deleted_starts=[start for start, _ in ranges],
-        deleted_ends=[end for _, end in ranges],
-        put_keys=[key for key, _ in puts],
-        put_values=[value for _, value in puts],
-        deleted_keys=[key for key, value in delta.values.items() if value is None],
-        history=delta.history,
-        history_first=delta.version - len(delta.history) + 1,
-        clients=list(delta.client_rows),
-        client_rows=[
-            store_pb2.ClientRow(number=number, version=version, time_us=time_us)
-            for number, version, time_us in delta.client_rows.values()
-        ],
-    )
+
+def _chunks(rows: Iterable[_Row], size: Callable[[_Row], int]) -> Iterator[tuple[list[_Row], int]]:
+    """Runs of rows of about ``_CHUNK_BYTES`` together, and what they weigh."""
+    chunk: list[_Row] = []
+    weight = 0
+    for row in rows:
+        chunk.append(row)
+        weight += size(row) + _ROW_OVERHEAD_BYTES
+        if weight >= _CHUNK_BYTES:
+            yield chunk, weight
+            chunk, weight = [], 0
+    if chunk:
+        yield chunk, weight

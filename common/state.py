@@ -91,20 +91,16 @@ class State:
         delta.version = version = change.version
         delta.head = sha256(raw).digest()
         delta.history.append(_LSN.pack(lsn) + record.digest + entry.hmac + raw)
-        self._note_client(delta, change, Receipt(change.realm, version, lsn, record.digest), entry.time_us)
-        active = self.active
-        active.first_change_lsn = active.first_change_lsn or lsn
-        active.bytes += 2 * len(raw) + CHANGE_OVERHEAD_BYTES
-        active.operations += len(change.operations)
-
-    @staticmethod
-    def _note_client(delta: RealmDelta, change: log_pb2.Change, receipt: Receipt, time_us: int) -> None:
         client = change.client
         receipts = delta.receipts.get(client)
         if receipts is None:
             receipts = delta.receipts[client] = {}
-        receipts[change.number] = receipt
-        delta.client_rows[client] = (change.number, change.version, time_us)
+        receipts[change.number] = (version, lsn, record.digest)
+        delta.client_rows[client] = (change.number, version, entry.time_us)
+        active = self.active
+        active.first_change_lsn = active.first_change_lsn or lsn
+        active.bytes += 2 * len(raw) + CHANGE_OVERHEAD_BYTES
+        active.operations += len(change.operations)
 
     def _open_delta(self, path: str, lsn: Lsn) -> RealmDelta:
         head = self.realm(path)
@@ -279,7 +275,7 @@ class State:
         for table in self._layers():
             delta = table.realms.get(path)
             if delta is not None and number in delta.receipts.get(client, ()):
-                return delta.receipts[client][number]
+                return Receipt(path, *delta.receipts[client][number])
             if path in table.realms and (delta is None or delta.created):
                 return None
         row = self.store.current.realm(path)

@@ -72,7 +72,7 @@ def check_state(store: Store, *, progress: Callable[[int], None] | None = None) 
     """Reads the whole store, as it is now, and compares it with its own counts and digests.
 
     The server may go on meanwhile; the pages of this state stay in use as long. On a store that may be damaged,
-    :func:`understudy.common.store_layout.structure_problems` comes first: LMDB may crash on a bad page.
+    :func:`understudy.common.lmdb_check.check_structure` comes first: LMDB may crash on a bad page.
 
     Args:
         progress: called with the number of pairs read so far, every 10,000.

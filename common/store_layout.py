@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import lmdb
-from lmdb.verify import VerifyError, verify
 
 from understudy.common.errors import (
     CorruptionError,
@@ -28,6 +27,7 @@ from understudy.common.errors import (
     UnderstudyError,
 )
 from understudy.common.files import storage_errors
+from understudy.common.lmdb_check import check_structure
 from understudy.common.state_digest import REALM_PREFIX_BYTES
 from understudy.common.types import DIGEST_BYTES, KEY_BYTES_MAX, LSN_DIGITS, Digest, Lsn, format_lsn
 
@@ -297,22 +297,9 @@ def _check_length(env: lmdb.Environment, path: Path) -> None:
     """
     pages = env.info()["last_pgno"] + 1
     if (path / DATA_FILE).stat().st_size < pages * env.stat()["psize"]:
-        problems = structure_problems(path)
+        problems = check_structure(path)
         if problems:
             raise CorruptionError(f"the store {path} was cut off: {problems[0]}", remedy=RESTORE)
-
-
-def structure_problems(path: Path) -> list[str]:
-    """What is wrong with the structure of the environment in ``path``, down to every page; empty if nothing is.
-
-    Reads the file without LMDB, which may crash on a damaged one. Nothing may write to it meanwhile.
-    """
-    with storage_errors("read", path):
-        try:
-            problems: list[str] = verify(os.fspath(path))  # type: ignore[no-untyped-call]
-        except VerifyError as error:
-            return [str(error)]
-    return problems
 
 
 def _reserve_lock_file(path: Path) -> None:

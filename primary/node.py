@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.metadata
 import secrets
 import time
 from collections.abc import Callable
@@ -33,6 +32,7 @@ from understudy.common.types import (
     Position,
     new_id,
 )
+from understudy.common.version import VERSION
 from understudy.primary.committer import CommitPolicy, Committer, Done
 from understudy.primary.slots import SLOTS_FILE, Slot, SlotTable
 from understudy.v1 import admin_pb2, data_pb2, log_pb2, replication_pb2, store_pb2
@@ -281,7 +281,7 @@ class PrimaryNode:
             durability=self.settings.durability.name.lower() + (" (degraded)" if committer.degraded else ""),
             replicas=[self._replica_status(slot) for slot in self.slots],
             warnings=self._warnings(),
-            version=importlib.metadata.version("understudy"),
+            version=VERSION,
             proof=self.epoch_proof,
         )
 

@@ -19,7 +19,7 @@ from understudy.common.changelog import ChangeLog
 from understudy.common.directory import DataDirectory
 from understudy.common.errors import CorruptionError
 from understudy.common.events import log
-from understudy.common.files import OsFileSystem, publish, sync_tree
+from understudy.common.files import OsFileSystem, publish, storage_errors, sync_tree
 from understudy.common.snapshot import SnapshotCopy
 from understudy.common.types import ClusterId, Digest, Epoch, Lsn, Position
 from understudy.v1 import replication_pb2, replication_pb2_grpc
@@ -68,7 +68,8 @@ async def fetch(
     stub = replication_pb2_grpc.ReplicationStub(channel)
     incoming = directory.incoming
     store = incoming / "store"
-    store.mkdir(parents=True, exist_ok=True)
+    with storage_errors("create", store):
+        store.mkdir(parents=True, exist_ok=True)
     note = incoming / SNAPSHOT_FILE
     info = await stub.PinSnapshot(
         replication_pb2.PinSnapshotRequest(
@@ -110,7 +111,8 @@ def _make_log(incoming: Path, info: replication_pb2.SnapshotInfo) -> None:
     """An empty log that goes on behind the snapshot, and everything in ``incoming/`` durable."""
     folder = incoming / "log"
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    with storage_errors("create", folder):
+        folder.mkdir()
     ChangeLog.create(
         folder,
         cluster=ClusterId(info.cluster),

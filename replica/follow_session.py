@@ -27,6 +27,8 @@ SILENCE_S_MAX = 10.0  # the primary sends a heartbeat every second; so much sile
 # Received and not yet applied: a bound on memory. Beyond it nothing more is read from the connection.
 BACKLOG_BYTES_MAX = 16 << 20
 BACKOFF_S = (0.1, 5.0)
+# So few records are applied before the primary is told that they are durable: it takes less than a message costs.
+APPLIED_AT_ONCE = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,12 +181,20 @@ class FollowSession:
         self._unapplied_bytes += cut
         return [Append(data=data[:cut], last=whole[-1].position)]
 
-    def on_durable(self, position: Position, offset: int) -> list[Action]:
-        """Our log is durable up to ``position``."""
+    def on_durable(self, position: Position, offset: int, *, applies_at_once: bool) -> list[Action]:
+        """Our log is durable up to ``position``.
+
+        Args:
+            position: the last durable entry.
+            offset: the log offset behind it.
+            applies_at_once: whether what is handed out now will be applied without having to wait.
+        """
         ready = []
         while self._waiting and self._waiting[0].lsn <= position.lsn:
             ready.append(self._waiting.popleft())
         self._durable, self._durable_offset = position.lsn, offset
+        if ready and applies_at_once and len(ready) <= APPLIED_AT_ONCE:
+            return [Apply(records=ready)]  # and one message for both
         return [self._progress(), *([Apply(records=ready)] if ready else [])]
 
     def on_applied(self, record: Record) -> None:

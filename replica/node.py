@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.metadata
 import random
 import time
 from collections import deque
@@ -22,6 +21,7 @@ from understudy.common.rpc import open_channel, peer_errors
 from understudy.common.settings import ReplicaSettings
 from understudy.common.tasks import spawn
 from understudy.common.types import START, ClusterId, Digest, Lsn, Position
+from understudy.common.version import VERSION
 from understudy.replica import bootstrap
 from understudy.replica.follow_session import (
     Action,
@@ -137,8 +137,8 @@ class ReplicaNode:
                     await self._follow_once(address, backoff)
                 except UnderstudyError as error:
                     self._note_problem(address, error)
-                    if self._engine is not None and self._engine.failed is not None:
-                        return
+                if self.ended.done():
+                    return
                 await self._drain()
             await asyncio.sleep(backoff.after_failure(random.random()))
 
@@ -169,9 +169,7 @@ class ReplicaNode:
                 finally:
                     call.cancel()
 
-    async def _greet(
-        self, call: _Call, address: str, hello: replication_pb2.Hello
-    ) -> replication_pb2.Answer:
+    async def _greet(self, call: _Call, address: str, hello: replication_pb2.Hello) -> replication_pb2.Answer:
         try:
             async with asyncio.timeout(_ANSWER_S_MAX):
                 await call.write(replication_pb2.FollowRequest(hello=hello))
@@ -368,7 +366,8 @@ class ReplicaNode:
     def on_durable(self, position: Position, offset: int) -> None:
         """Tells the primary and applies; without a session (the connection was lost meanwhile) only applies."""
         if self._session is not None:
-            self._do(self._session.on_durable(position, offset))
+            applies_at_once = not self._to_apply and not self.engine.is_behind
+            self._do(self._session.on_durable(position, offset, applies_at_once=applies_at_once))
         elif self._engine is not None:
             known = self._to_apply[-1].lsn if self._to_apply else self._engine.state.applied.lsn
             self._to_apply.extend(self._engine.log.records(known, position.lsn))
@@ -410,9 +409,15 @@ class ReplicaNode:
         self._to_apply.clear()
         if old is not None:
             await old.close()
-        await asyncio.to_thread(self.directory.install, fetched.cluster, keep_old=False)
-        self._engine = await asyncio.to_thread(Engine.open, self.directory, metrics=self.metrics)
-        self._engine.start(self)
+        try:
+            await asyncio.to_thread(self.directory.install, fetched.cluster, keep_old=False)
+            self._engine = await asyncio.to_thread(Engine.open, self.directory, metrics=self.metrics)
+            self._engine.start(self)
+        except UnderstudyError as error:
+            # The next start finishes what was begun. To fetch once more here would be into the very place that an
+            # unfinished installation takes its copy from.
+            self._end(error)
+            raise
         self._submitted = self._engine.durable
         log.info("bootstrap_done", lsn=self._engine.durable.lsn, bytes=fetched.bytes_total)
 
@@ -448,7 +453,7 @@ class ReplicaNode:
             node=self.directory.node,
             upstream=self._upstream_status(),
             warnings=self._warnings(),
-            version=importlib.metadata.version("understudy"),
+            version=VERSION,
         )
         engine = self._engine
         if engine is not None:

@@ -31,7 +31,7 @@ from understudy.common.errors import (
     WrongRole,
 )
 from understudy.common.events import log
-from understudy.common.files import OsFileSystem, publish
+from understudy.common.files import OsFileSystem, publish, storage_errors
 from understudy.common.follow_table import PROTOCOL_VERSION, Decision
 from understudy.common.locator import EpochSpan, History, fork_position, make_locator
 from understudy.common.rpc import open_channel, peer_errors
@@ -269,7 +269,8 @@ def _export(directory: DataDirectory, own: _Own, common: Position) -> tuple[Path
 
     Entries that the log no longer holds are not in it; they are in the copy that is set aside.
     """
-    directory.set_aside.mkdir(exist_ok=True)
+    with storage_errors("create", directory.set_aside):
+        directory.set_aside.mkdir(exist_ok=True)
     after = Lsn(max(common.lsn, own.log.first_lsn - 1))
     head = own.history.head
     path = directory.set_aside / f"entries-{after + 1}-{head.lsn}-{head.digest.hex()[:12]}.jsonl"

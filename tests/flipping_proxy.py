@@ -16,6 +16,7 @@ class FlippingProxy:
 
     def __init__(self, target: str, word: bytes) -> None:
         self.flips_left = 0
+        self.bytes_sent = 0  # by the server
         self._target = split_address(target)
         self._word = word
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -52,7 +53,10 @@ class FlippingProxy:
     def _pump(self, source: socket.socket, sink: socket.socket, flips: bool) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(_READ_BYTES):
-                sink.sendall(self._flipped(data) if flips else data)
+                if flips:
+                    data = self._flipped(data)
+                    self.bytes_sent += len(data)
+                sink.sendall(data)
         with contextlib.suppress(OSError):
             sink.shutdown(socket.SHUT_WR)
 

@@ -1,8 +1,8 @@
-"""Commands that are killed at a step of one's choice, to see that every other start makes it good.
+"""Commands that are killed, or find the disk full, at a step of one's choice, to see that they make it good later.
 
 What a step changes on disk is what a crash between two steps leaves behind. So the functions that change files are
-wrapped, and the n-th call of any of them sends SIGKILL to its own process before it does anything. Code under test
-knows nothing of this.
+wrapped, and the n-th call of any of them sends SIGKILL to its own process, or fails, before it does anything. Code
+under test knows nothing of this.
 
 Trying one step after the other takes many processes, and most of a command's time goes into starting Python. So
 this file is also a program, the nursery: it has imported everything, and each command runs in a fork of it::
@@ -18,6 +18,7 @@ this file is also a program, the nursery: it has imported everything, and each c
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import itertools
 import json
@@ -37,6 +38,7 @@ KILLED = -signal.SIGKILL
 # Together they are all that the code under test changes files with, but for LMDB's own writes. Syncs are not among
 # them: kill -9 takes nothing from the kernel that was written.
 _STEPS = ("mkdir", "rename", "unlink", "rmdir", "ftruncate", "pwrite", "copy_file_range")
+_NEEDING_SPACE = ("mkdir", "rename", "pwrite", "copy_file_range")
 # What the commands import only when they run.
 _MODULES = ("cli.node_status", "cli.output", "primary.server", "replica.server", "replica.rewind")
 _POLL_S = 0.005
@@ -69,17 +71,17 @@ class Nursery:
             step: the first is 1.
             armed: steps are counted only once this file exists.
         """
+        return self._launch({"fault": "killed", "step": step, "armed": str(armed or "")})
 
+    def out_of_space_at(self, step: int) -> Launch:
+        """A way to start a command whose ``step``-th step, of those that need space, finds none."""
+        return self._launch({"fault": "out of space", "step": step, "armed": ""})
+
+    def _launch(self, fault: dict[str, Any]) -> Launch:
         def launch(arguments: list[str], environment: dict[str, str], stdout: Path, stderr: Path) -> Running:
             for path in (stdout, stderr):
                 path.touch()  # there to be read from the beginning
-            asked = {
-                "arguments": arguments,
-                "stdout": str(stdout),
-                "stderr": str(stderr),
-                "step": step,
-                "armed": str(armed or ""),
-            }
+            asked = fault | {"arguments": arguments, "stdout": str(stdout), "stderr": str(stderr)}
             return _Forked(self, int(self.ask(asked)))
 
         return launch
@@ -174,7 +176,7 @@ def _fork(request: dict[str, Any], run: Callable[[list[str]], int]) -> int:
         os.dup2(nothing, 0)
         os.close(nothing)
         if request["step"]:
-            die_at(request["step"], armed=request["armed"])
+            _wrap(request["fault"], request["step"], request["armed"])
         code = run(request["arguments"])
     finally:
         sys.stdout.flush()
@@ -182,8 +184,8 @@ def _fork(request: dict[str, Any], run: Callable[[list[str]], int]) -> int:
         os._exit(code)
 
 
-def die_at(step: int, *, armed: str = "") -> None:
-    """Wraps the functions that change files: the ``step``-th call of them kills this process."""
+def _wrap(fault: str, step: int, armed: str) -> None:
+    """Wraps the functions that change files: the ``step``-th call of them is where it happens."""
     numbers = itertools.count(1)
     lock = threading.Lock()
 
@@ -191,9 +193,13 @@ def die_at(step: int, *, armed: str = "") -> None:
         if armed and not os.path.exists(armed):
             return
         with lock:
-            if next(numbers) == step:
-                os.kill(os.getpid(), signal.SIGKILL)
-                signal.pause()
+            number = next(numbers)
+        if number != step:
+            return
+        if fault == "out of space":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.kill(os.getpid(), signal.SIGKILL)
+        signal.pause()
 
     def wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*arguments: Any, **keywords: Any) -> Any:
@@ -202,7 +208,7 @@ def die_at(step: int, *, armed: str = "") -> None:
 
         return counted
 
-    for name in _STEPS:
+    for name in _STEPS if fault == "killed" else _NEEDING_SPACE:
         setattr(os, name, wrapped(getattr(os, name)))
 
 

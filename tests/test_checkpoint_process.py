@@ -22,9 +22,10 @@ from store_helpers import Edit, Model, assert_equal, fill_disk, make_store, open
 from understudy.common import checkpoint_process
 from understudy.common.checkpoint_process import Checkpointer, read_frame, write_frame
 from understudy.common.errors import DiskFull, StorageFailed
+from understudy.common.lmdb_check import check_structure
 from understudy.common.store import Store
 from understudy.common.store_check import check_state
-from understudy.common.store_layout import history_key, structure_problems
+from understudy.common.store_layout import history_key
 from understudy.v1.store_pb2 import CheckpointHello, CheckpointResult
 
 
@@ -61,7 +62,7 @@ def test_jobs_are_written_and_seen(tmp_path: Path) -> None:
         for number in range(5):
             puts = {b"%d" % key: b"%d" % number for key in range(100)}
             model, job = model.step([Edit(path=f"/{number % 3}", puts=puts, changes=number + 1)])
-            result = checkpointer.run(job)
+            result = checkpointer.run([job])
             assert_equal(store.refresh(), model)
             assert result.checkpoint == store.current.checkpoint
             assert result.store_bytes == store.data_path.stat().st_size
@@ -96,7 +97,7 @@ def test_closing_is_for_every_moment(tmp_path: Path) -> None:
     checkpointer.close()
     assert checkpointer.pid is None
     with pytest.raises(StorageFailed, match="no checkpoint process"):
-        checkpointer.run(Model().step([])[1])
+        checkpointer.run([Model().step([])[1]])
 
 
 def test_closing_lets_a_checkpoint_finish(tmp_path: Path) -> None:
@@ -106,7 +107,7 @@ def test_closing_lets_a_checkpoint_finish(tmp_path: Path) -> None:
     with checkpointing(path) as checkpointer:
         answers: list[CheckpointResult] = []
         begun = threading.Event()
-        thread = threading.Thread(target=lambda: (begun.set(), answers.append(checkpointer.run(job))))
+        thread = threading.Thread(target=lambda: (begun.set(), answers.append(checkpointer.run([job]))))
         thread.start()
         begun.wait()
         wait_until(lambda: checkpointer._in_use.locked() or answers)
@@ -154,7 +155,7 @@ def test_ctrl_c_and_sigterm_are_for_the_parent_to_obey(tmp_path: Path) -> None:
         try:
             checkpointer.start(path, None)
             model, job = Model().step([Edit(path="/r", puts={b"k": b"v"})])
-            checkpointer.run(job)
+            checkpointer.run([job])
         finally:
             done.set()
             thread.join()
@@ -216,11 +217,11 @@ def test_a_job_that_does_not_follow_leaves_the_process_running(tmp_path: Path) -
     path = make_store(tmp_path)
     with Store.open(path) as store, checkpointing(path) as checkpointer:
         model, job = Model().step([Edit(path="/r")])
-        checkpointer.run(job)
+        checkpointer.run([job])
         with pytest.raises(StorageFailed, match="at LSN 2 already"):
-            checkpointer.run(job)
+            checkpointer.run([job])
         model, job = model.step([Edit(path="/r")])
-        checkpointer.run(job)
+        checkpointer.run([job])
         assert_equal(store.refresh(), model)
 
 
@@ -229,17 +230,17 @@ def test_damage_ends_the_process(tmp_path: Path) -> None:
     path = make_store(tmp_path)
     model, job = Model().step([Edit(path="/r", changes=3, change_bytes=8 << 20)])
     with checkpointing(path) as checkpointer:
-        checkpointer.run(job)
+        checkpointer.run([job])
     environment, store = open_both(path)
     with store, environment.env.begin(environment.history, write=True) as txn:
         assert txn.delete(history_key(1, 1))
     with checkpointing(path) as checkpointer:
         _, job = model.step([Edit(path="/r", changes=6, change_bytes=8 << 20)])
         with pytest.raises(StorageFailed, match=r"history of realm /r has gaps.*restore"):
-            checkpointer.run(job)
+            checkpointer.run([job])
         wait_until(lambda: not is_alive(pid_of(checkpointer)))
         with pytest.raises(StorageFailed, match="ended with exit code 1"):
-            checkpointer.run(job)
+            checkpointer.run([job])
 
 
 def test_an_idle_process_gives_its_memory_back(tmp_path: Path) -> None:
@@ -265,6 +266,8 @@ def test_an_idle_process_gives_its_memory_back(tmp_path: Path) -> None:
             wait_until(lambda: "data.mdb" not in Path(f"/proc/{child.pid}/maps").read_text())
             model, job = model.step([Edit(path="/r", puts={b"k": b"v"})])
             write_frame(child.stdin, job.SerializeToString())
+            write_frame(child.stdin, b"")
+            child.stdin.flush()
             answer = read_frame(child.stdout)
             assert answer is not None
             assert CheckpointResult.FromString(answer).error == ""
@@ -308,7 +311,7 @@ def test_a_killed_checkpoint_is_in_the_store_whole_or_not_at_all(tmp_path: Path,
         thread.join()
         taken_s = time.monotonic() - begun if answers else taken_s
         checkpointer.close()
-        assert structure_problems(path) == []
+        assert check_structure(path) == []
         with Store.open(path) as store:
             written = store.current.checkpoint.lsn == later.lsn
             assert written or not answers, "an answered checkpoint is gone"
@@ -321,7 +324,7 @@ def test_a_killed_checkpoint_is_in_the_store_whole_or_not_at_all(tmp_path: Path,
 
 def _run(checkpointer: Checkpointer, job: object, answers: list[CheckpointResult]) -> None:
     try:
-        answers.append(checkpointer.run(job))  # type: ignore[arg-type]
+        answers.append(checkpointer.run([job]))  # type: ignore[arg-type]
     except StorageFailed as error:
         assert "signal 9" in str(error)  # noqa: PT017
 
@@ -332,7 +335,7 @@ def test_a_killed_process_is_named(tmp_path: Path) -> None:
         os.kill(pid_of(checkpointer), signal.SIGKILL)
         wait_until(lambda: not is_alive(pid_of(checkpointer)))
         with pytest.raises(StorageFailed, match="ended with signal 9"):
-            checkpointer.run(Model().step([])[1])
+            checkpointer.run([Model().step([])[1]])
 
 
 # -- a full disk -------------------------------------------------------------------------------------------
@@ -347,21 +350,21 @@ def test_a_full_disk_changes_nothing_and_is_no_end(tmp_path: Path, left_bytes: i
             model, job = Model().step(
                 [Edit(path="/r", puts={b"%d" % key: bytes(1000) for key in range(1000)})]
             )
-            checkpointer.run(job)
+            checkpointer.run([job])
             later, job = model.step([Edit(path="/r", puts={b"%d" % key: bytes(1500) for key in range(1000)})])
             (disk / "spare").write_bytes(bytes(left_bytes))
             fill = fill_disk(disk)
             (disk / "spare").unlink()
             for _ in range(3):
                 with pytest.raises(DiskFull, match="free some space"):
-                    checkpointer.run(job)
+                    checkpointer.run([job])
                 assert_equal(store.refresh(), model)
                 assert check_state(store).problems == []
             fill.unlink()
-            checkpointer.run(job)
+            checkpointer.run([job])
             assert_equal(store.refresh(), later)
             assert check_state(store).problems == []
-        assert structure_problems(path) == []
+        assert check_structure(path) == []
         assert sorted(file.name for file in path.iterdir()) == ["data.mdb", "lock.mdb"]
 
 
@@ -375,4 +378,4 @@ def test_a_start_on_a_full_disk_says_so(tmp_path: Path) -> None:
             Checkpointer().start(path, None)
         fill.unlink()
         with checkpointing(path) as checkpointer:
-            checkpointer.run(Model().step([Edit(path="/r")])[1])
+            checkpointer.run([Model().step([Edit(path="/r")])[1]])

@@ -292,6 +292,7 @@ def test_wrong_usage_is_explained(processes: Processes, arguments: list[str], co
         (["primary", "--data-dir", "{tmp}/damaged"], ExitCode.CORRUPT, "node.json"),
         (["promote", "{tmp}/none"], ExitCode.DIRECTORY, "node.json"),
         (["rewind", "{tmp}/none", "--to", "127.0.0.1:1"], ExitCode.DIRECTORY, "node.json"),
+        (["rewind", "{tmp}/none", "--to", "somewhere"], ExitCode.USAGE, "HOST:PORT"),
         (["status", "{tmp}/foreign"], ExitCode.DIRECTORY, "node.json"),
         (["verify", "{tmp}/none"], ExitCode.DIRECTORY, "node.json"),
         (["log", "{tmp}/foreign"], ExitCode.DIRECTORY, "node.json"),

@@ -206,6 +206,17 @@ def test_at_level_applied_the_replica_must_show_it(store: Store) -> None:
     assert server.answered == [1, 2]
 
 
+def test_at_level_applied_k_replicas_must_show_it(store: Store) -> None:
+    """At level applied with two replicas asked for, one that shows a transaction is not enough."""
+    server = Server(store, policy(APPLIED, 2))
+    server.submit(1)
+    server.durable()
+    server.replicas((1, 1), (1, 0))
+    assert server.answered == []
+    server.replicas((1, 1), (1, 0), (1, 1))
+    assert server.answered == [1]
+
+
 def test_a_transaction_may_ask_for_more_not_for_less(store: Store) -> None:
     """A transaction that asks for more than the server's level waits for that; asking for less changes nothing."""
     server = Server(store, policy(LOCAL))
@@ -217,9 +228,10 @@ def test_a_transaction_may_ask_for_more_not_for_less(store: Store) -> None:
     assert server.answered == [3, 4, 2]
     server.replicas((4, 1))
     assert server.answered == [3, 4, 2, 1]
-    strict = Server(store, policy(REPLICA))
+    strict = Server(store, policy(APPLIED))
     strict.submit(1, level=LOCAL)
     strict.durable()
+    strict.replicas((1, 0))
     assert strict.answered == []
 
 
@@ -417,7 +429,7 @@ def test_without_degrading_transactions_wait_and_the_next_are_held_back(
     monkeypatch.setattr(committer_module, "PENDING_ENTRIES_MAX", 10)
     server = Server(store, policy(REPLICA))
     number = 0
-    while server.committer.has_room:
+    while server.committer.has_room and number < 100:
         number += 1
         server.submit(number)
         server.durable()
@@ -606,7 +618,7 @@ def test_g9_there_is_room_for_so_many_bytes(store: Store, monkeypatch: pytest.Mo
     monkeypatch.setattr(committer_module, "PENDING_BYTES_MAX", 10_000)
     server = Server(store, policy(LOCAL))
     number = 0
-    while server.committer.has_room:
+    while server.committer.has_room and number < 100:
         number += 1
         server.submit(number, operations=[log_pb2.Operation(kind=PUT, key=b"k", value=bytes(1_000))])
     assert 5 <= number <= 10
@@ -710,6 +722,20 @@ def test_a_mark_is_answered_as_a_transaction_is(store: Store) -> None:
     server.durable()
     server.replicas(5)
     assert server.answers[-1][2].version == 3
+
+
+def test_a_drop_behind_changes_still_in_flight_ends_their_realm(store: Store) -> None:
+    """A realm dropped while changes to it are under way begins anew behind them, at version 1."""
+    server = Server(store, policy(LOCAL))
+    server.submit(1)
+    server.submit(2)
+    server.committer.drop_realm("/a", lambda _: None)
+    server.submit(3)
+    server.committer.drop_realm("/a", lambda _: None)
+    server.submit(4)
+    server.durable()
+    assert [receipt.version for _, _, receipt in server.answers] == [1, 2, 1, 1]
+    assert server.count == 1
 
 
 def test_the_systems_own_realms_are_not_dropped(store: Store) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import itertools
 import json
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from nodes import (
     Pair,
     assert_equal,
     assert_sound,
+    copy_node,
     offline_status,
     pairs,
     put,
@@ -26,6 +29,7 @@ from nodes import (
 )
 
 from understudy.client import Add, Delete, DeleteRange, Put, connect
+from understudy.common.directory import DataDirectory, Role
 from understudy.common.errors import Fenced, OutcomeUnknown, UnderstudyError
 from understudy.common.log_reader import read_records
 from understudy.common.types import ClusterId, Lsn
@@ -65,7 +69,7 @@ def test_a_failover_under_load_loses_and_doubles_nothing(
 def test_an_old_primary_that_is_started_again_acknowledges_nothing_and_fences_itself(
     processes: Processes, tmp_path: Path, witness: str
 ) -> None:
-    """G7: back without a rewind it waits in vain, is fenced by who has seen the new epoch, and stays so after restart."""
+    """G7: without a rewind it waits in vain, is fenced by who has seen the new epoch, and stays so after restart."""
     pair = Pair(processes, tmp_path, "--durability", "replica")
     put(pair.primary.address, "/before", (b"key", b"value"))
     new = pair.fail_over()
@@ -159,7 +163,9 @@ def test_a_rewind_fetches_only_what_differs(processes: Processes, tmp_path: Path
     pair = Pair(processes, tmp_path)
     values = [(b"%03d" % number, bytes([number]) * 200_000) for number in range(60)]
     put(pair.primary.address, "/large", *values)
-    processes.run("verify", "--server", pair.primary.address, "--against", pair.replica.address)  # checkpoints
+    processes.run(
+        "verify", "--server", pair.primary.address, "--against", pair.replica.address
+    )  # checkpoints
     assert pair.replica.terminate() == 0
     put(pair.primary.address, "/small", (b"lost", b"by the failover"))
     new = pair.fail_over()
@@ -182,9 +188,21 @@ def _files(path: Path) -> dict[str, bytes]:
     return {str(name.relative_to(path)): name.read_bytes().rstrip(b"\0") for name in names}
 
 
+def test_a_copy_that_has_no_entries_yet_is_not_promoted(processes: Processes, tmp_path: Path) -> None:
+    """G4: rewound to a primary's first checkpoint and not yet started, a directory is no new primary's."""
+    pair = Pair(processes, tmp_path)
+    put(pair.primary.address, "/realm", (b"lost", b"by the failover"))
+    pair.replica.kill()
+    new = pair.fail_over()
+    processes.run("rewind", pair.a, "--to", new.address, "--id", "a")
+    assert offline_status(pair.a).lsn == 0
+    refused = complaint(processes.run("promote", pair.a, code=DIRECTORY))
+    assert "no entry of its primary yet" in refused
+    replica = processes.replica(pair.a, new.address, "--id", "a")
+    assert_equal(new.address, replica.address)
+
+
 # -- killed on the way -----------------------------------------------------------------------------------------
-
-
 
 
 def test_a_promotion_killed_at_any_step_is_finished_by_the_next(
@@ -196,8 +214,7 @@ def test_a_promotion_killed_at_any_step_is_finished_by_the_next(
     wait_until_caught_up(pair.primary.address, pair.replica.address)
     pair.stop()
     for step in itertools.count(1):
-        copy = tmp_path / f"b{step}"
-        shutil.copytree(pair.b, copy, ignore=shutil.ignore_patterns("*.sock"))
+        copy = copy_node(pair.b, tmp_path / f"b{step}")
         process = processes.start("promote", copy, launch=nursery.dying_at(step))
         code = process.wait()
         if code == KILLED:
@@ -225,8 +242,7 @@ def test_a_running_replica_killed_at_any_step_of_its_promotion_is_promoted_by_th
     gone = pair.primary.address
     pair.stop()
     for step in itertools.count(1):
-        copy, armed = tmp_path / f"b{step}", tmp_path / f"armed{step}"
-        shutil.copytree(pair.b, copy, ignore=shutil.ignore_patterns("*.sock"))
+        copy, armed = copy_node(pair.b, tmp_path / f"b{step}"), tmp_path / f"armed{step}"
         replica = processes.replica(copy, gone, launch=nursery.dying_at(step, armed=armed))
         armed.touch()
         asked = processes.start("promote", copy, launch=nursery.dying_at(0))
@@ -257,8 +273,7 @@ def test_a_rewind_killed_at_any_step_is_finished_by_the_next(
     put(new.address, "/text", (b"new", b"reign"))
     old_log = _files(pair.a)
     for step in itertools.count(1):
-        copy = tmp_path / f"a{step}"
-        shutil.copytree(pair.a, copy, ignore=shutil.ignore_patterns("*.sock"))
+        copy = copy_node(pair.a, tmp_path / f"a{step}")
         arguments = ("rewind", copy, "--to", new.address, "--id", "a")
         process = processes.start(*arguments, launch=nursery.dying_at(step))
         code = process.wait()
@@ -280,3 +295,60 @@ def test_a_rewind_killed_at_any_step_is_finished_by_the_next(
     replica = processes.replica(copy, new.address, "--id", "a")
     assert_equal(new.address, replica.address)
     assert pairs(replica.address, "/text") == {b"shared": b"by both", b"new": b"reign"}
+
+
+class _Cut(BaseException):
+    """Stands for a kill where a whole process would be too much."""
+
+
+@pytest.mark.parametrize("keep_old", [True, False])
+def test_an_installation_cut_off_at_any_step_is_finished_by_the_next_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep_old: bool
+) -> None:
+    """G4: a new copy is in place once the directory is opened again, and the old one where it was to be kept."""
+    for step in itertools.count(1):
+        path = tmp_path / f"{step}"
+        with DataDirectory.open(path) as directory:
+            directory.begin(Role.PRIMARY, _CLUSTER)
+            for folder, content in ((path, "old"), (directory.incoming, "new")):
+                for name in ("log", "store"):
+                    (folder / name).mkdir(parents=True)
+                    (folder / name / "content").write_text(content)
+            finished = False
+            with monkeypatch.context() as patched, contextlib.suppress(_Cut):
+                _cut_at(step, patched)
+                directory.install(_CLUSTER, keep_old=keep_old)
+                finished = True
+        with DataDirectory.open(path) as directory:
+            if directory.role is Role.PRIMARY:  # nothing was begun
+                assert _contents(path) == ["old", "old"]
+                directory.install(_CLUSTER, keep_old=keep_old)
+            assert directory.role is Role.REPLICA
+        assert _contents(path) == ["new", "new"]
+        kept = [folder for folder in path.glob("set-aside/copy-*") if any(folder.iterdir())]
+        assert [_contents(folder) for folder in kept] == ([["old", "old"]] if keep_old else [])
+        if finished:
+            break
+    assert step > 6
+
+
+_CLUSTER = ClusterId(bytes(range(16)))
+
+
+def _contents(path: Path) -> list[str]:
+    return [(path / name / "content").read_text() for name in ("log", "store")]
+
+
+def _cut_at(step: int, patched: pytest.MonkeyPatch) -> None:
+    numbers = itertools.count(1)
+
+    def cutting(function: Callable[..., object]) -> Callable[..., object]:
+        def cut(*arguments: object, **keywords: object) -> object:
+            if next(numbers) == step:
+                raise _Cut
+            return function(*arguments, **keywords)
+
+        return cut
+
+    for name in ("mkdir", "rename", "unlink", "rmdir"):
+        patched.setattr(os, name, cutting(getattr(os, name)))

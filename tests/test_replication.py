@@ -13,7 +13,8 @@ from pathlib import Path
 
 import grpc
 import pytest
-from harness import Process, Processes, wait_until
+from flipping_proxy import FlippingProxy
+from harness import Launch, Process, Processes, wait_until
 from killing import KILLED, Nursery
 from nodes import (
     RESET_NEEDED,
@@ -24,7 +25,7 @@ from nodes import (
     assert_equal,
     assert_sound,
     checkpoint,
-    free_address,
+    copy_node,
     offline_status,
     pairs,
     put,
@@ -35,7 +36,7 @@ from nodes import (
 )
 
 from understudy.client import Put, connect
-from understudy.common.errors import OutcomeUnknown
+from understudy.common.errors import ExitCode, OutcomeUnknown
 from understudy.common.follow_table import PROTOCOL_VERSION, Decision
 from understudy.common.types import START
 from understudy.v1 import replication_pb2, replication_pb2_grpc
@@ -72,20 +73,20 @@ def test_a_bootstrap_killed_at_any_step_is_made_good_by_the_next_start(
 ) -> None:
     """G2, G4: whatever step kill -9 comes before, a replica that is started again ends equal to its primary."""
     primary = processes.primary(tmp_path / "a")
-    put(primary.address, "/kept", *((b"%d" % number, bytes([number]) * 500_000) for number in range(4)))
+    put(primary.address, "/kept", *((b"%d" % number, bytes([number]) * 500_000) for number in range(2)))
     checkpoint(primary.address)
     put(primary.address, "/kept", (b"after", b"the checkpoint"))
     head = status(primary.address)
     for step in itertools.count(1):
         copy = tmp_path / f"b{step}"
-        killed = _replica_dying_at(processes, nursery, step, copy, primary)
+        killed = _replica_launched(processes, nursery.dying_at(step), copy, primary)
         wait_until(lambda: not killed.is_running or _applied(killed) >= head.lsn, what=killed.describe)  # noqa: B023
         survived = killed.is_running
         if survived:
             killed.kill()
         else:
             assert killed.wait() == KILLED, killed.describe()
-            again = _replica_dying_at(processes, nursery, 0, copy, primary)
+            again = _replica_launched(processes, nursery.dying_at(0), copy, primary)
             wait_until(lambda: _applied(again) >= head.lsn, what=again.describe)  # noqa: B023
             again.kill()
         found = offline_status(copy)
@@ -99,13 +100,40 @@ def test_a_bootstrap_killed_at_any_step_is_made_good_by_the_next_start(
     assert_equal(primary.address, replica.address)
 
 
-def _replica_dying_at(
-    processes: Processes, nursery: Nursery, step: int, copy: Path, primary: Process
-) -> Process:
+def test_a_bootstrap_that_finds_no_space_at_any_step_goes_on_or_is_made_good(
+    processes: Processes, tmp_path: Path, nursery: Nursery
+) -> None:
+    """G9: whatever step finds the disk full, the replica goes on by itself or ends and says why, and ends equal."""
+    primary = processes.primary(tmp_path / "a")
+    put(primary.address, "/kept", *((b"%d" % number, bytes([number]) * 500_000) for number in range(2)))
+    checkpoint(primary.address)
+    head = status(primary.address)
+    for step in itertools.count(1):
+        copy = tmp_path / f"b{step}"
+        replica = _replica_launched(processes, nursery.out_of_space_at(step), copy, primary)
+        wait_until(lambda: not replica.is_running or _applied(replica) >= head.lsn, what=replica.describe)  # noqa: B023
+        met = "no space left" in replica.stderr.lower()
+        if not replica.is_running:
+            assert replica.wait() in (ExitCode.FAILED, ExitCode.DIRECTORY), replica.describe()
+            assert met
+            assert "Traceback" not in replica.stderr
+            replica = _replica_launched(processes, nursery.dying_at(0), copy, primary)
+            wait_until(lambda: _applied(replica) >= head.lsn, what=replica.describe)  # noqa: B023
+        replica.kill()
+        found = offline_status(copy)
+        assert (found.role, found.lsn, found.digest) == ("replica", head.lsn, head.digest)
+        assert_sound(copy)
+        if not met:
+            break
+        shutil.rmtree(copy)
+    assert step > 10
+
+
+def _replica_launched(processes: Processes, launch: Launch, copy: Path, primary: Process) -> Process:
     return processes.start(
         *("replica", "--data-dir", copy, "--id", "b"),
         *("--primary", primary.address, "--listen", "127.0.0.1:0"),
-        launch=nursery.dying_at(step),
+        launch=launch,
     )
 
 
@@ -116,6 +144,30 @@ def _applied(replica: Process) -> int:
         with contextlib.suppress(Exception):
             return status(address).committed_lsn
     return 0
+
+
+def test_a_bootstrap_that_broke_off_goes_on_where_it_was(processes: Processes, tmp_path: Path) -> None:
+    """A throttled bootstrap killed half way fetches only the rest when it is started again, while the primary writes."""
+    primary = processes.primary(tmp_path / "a")
+    values = [(b"%02d" % number, bytes([number]) * 1_000_000) for number in range(12)]
+    put(primary.address, "/large", *values)
+    checkpoint(primary.address)
+    arguments = ("--id", "b", "--bootstrap-rate")
+    replica = processes.replica(tmp_path / "b", primary.address, *arguments, "4MiB")
+    wait_until(lambda: _fetched(replica) > 7_000_000, what=replica.describe)
+    replica.kill()
+    put(primary.address, "/large", (b"new", b"value"))
+    checkpoint(primary.address)
+    with FlippingProxy(primary.address, b"") as proxy:
+        replica = processes.replica(tmp_path / "b", proxy.address, *arguments, "1GiB")
+        assert_equal(primary.address, replica.address)
+        assert proxy.bytes_sent < 9_000_000
+        replica.kill()
+
+
+def _fetched(replica: Process) -> int:
+    found = re.search(r"bootstrapping: ([\d,]+) of", warnings(replica.address))
+    return int(found[1].replace(",", "")) if found else 0
 
 
 def test_a_slot_outlives_its_primary_and_shows_how_far_behind_its_replica_is(
@@ -214,7 +266,7 @@ def test_a_copied_replica_harms_nobody(processes: Processes, tmp_path: Path) -> 
     address = pair.primary.address
     put(address, "/shared", (b"key", b"value"))
     assert pair.replica.terminate() == 0
-    shutil.copytree(pair.b, tmp_path / "c", ignore=shutil.ignore_patterns("*.sock"))
+    copy_node(pair.b, tmp_path / "c")
     with Load(address) as load:
         one = processes.replica(pair.b, address, "--id", "b")
         other = processes.replica(tmp_path / "c", address, "--id", "b")
@@ -255,8 +307,7 @@ def test_a_primary_that_lost_entries_never_takes_them_from_its_replica(
     address = pair.primary.address
     put(address, "/realm", (b"shared", b"by both"))
     assert pair.primary.terminate() == 0
-    old = tmp_path / "old"
-    shutil.copytree(pair.a, old, ignore=shutil.ignore_patterns("*.sock"))
+    old = copy_node(pair.a, tmp_path / "old")
     primary = processes.primary(pair.a, "--listen", address)
     last = [put(address, "/realm", (b"only", b"here %d" % number)) for number in range(5)][-1]
     wait_until_caught_up(address, pair.replica.address)
@@ -270,7 +321,17 @@ def test_a_primary_that_lost_entries_never_takes_them_from_its_replica(
 
     same = [put(address, "/realm", (b"other", b"history %d" % number)) for number in range(5)][-1]
     assert same.lsn == last.lsn
-    arguments = ("replica", "--data-dir", pair.b, "--primary", address, "--listen", "127.0.0.1:0", "--id", "b")
+    arguments = (
+        "replica",
+        "--data-dir",
+        pair.b,
+        "--primary",
+        address,
+        "--listen",
+        "127.0.0.1:0",
+        "--id",
+        "b",
+    )
     replica = processes.start(*arguments)
     assert replica.wait() == RESET_NEEDED
     assert "hold different histories" in replica.stderr

@@ -16,7 +16,7 @@ from store_helpers import open_both
 
 from understudy.common import checkpoint, entries, memtable, state
 from understudy.common.checkpoint import apply_checkpoint
-from understudy.common.checkpoint_process import Checkpointer
+from understudy.common.checkpoint_process import Checkpointer, merge
 from understudy.common.errors import CorruptionError, UnknownRealm
 from understudy.common.memtable import MISSING, Memtable
 from understudy.common.operations import Add, Delete, DeleteRange, Operation, Put, Update
@@ -27,7 +27,7 @@ from understudy.common.store import Store
 from understudy.common.store_layout import Environment
 from understudy.common.types import START, Lsn
 from understudy.v1 import log_pb2
-from understudy.v1.store_pb2 import CheckpointRow
+from understudy.v1.store_pb2 import CheckpointJob, CheckpointRow
 
 CLIENTS = [b"1" * 16, b"2" * 16]
 KEYS = [b"\x00", b"a", b"aa", b"b", b"b\x00", b"c", b"\xff", b"\xff" * 480]
@@ -147,14 +147,14 @@ class StateMachine(RuleBasedStateMachine):
     @rule()
     def write_checkpoint(self) -> None:
         """In the store, while entries go on being applied."""
-        self.node.checkpointer.run(self.state.frozen[-1].job())
+        self.node.checkpointer.run(self.state.frozen[-1].parts())
         self.unnoticed += 1
 
     @precondition(lambda self: self.state.frozen)
     @rule()
     def checkpoint(self) -> None:
         if not self.unnoticed:
-            self.node.checkpointer.run(self.state.frozen[-1].job())
+            self.node.checkpointer.run(self.state.frozen[-1].parts())
         self.unnoticed = 0
         lsn = self.state.frozen[-1].position.lsn
         self.state.checkpointed()
@@ -279,7 +279,10 @@ class Layers:
         """Everything goes into the store."""
         self.freeze()
         while self.state.frozen:
-            apply_checkpoint(self._environment, self.state.frozen[-1].job())
+            job = CheckpointJob()
+            for part in self.state.frozen[-1].parts():
+                merge(job, part)
+            apply_checkpoint(self._environment, job)
             self.state.checkpointed()
 
 
@@ -492,3 +495,31 @@ def test_unknown_realms_are_named(layers: Layers) -> None:
     ):
         with pytest.raises(UnknownRealm, match=r"no realm /none.*first transaction"):
             read()
+
+
+def test_a_memtable_handed_over_in_many_parts_is_the_same_as_in_one(
+    layers: Layers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However small the parts, merged they are the one job that large parts give."""
+    for number in range(1, 40):
+        layers.commit(f"/r{number % 3}", Put(b"k%02d" % number, b"v" * number), number=number)
+    layers.commit("/r0", Delete(b"k03"), DeleteRange(b"k10", b"k20"), number=40)
+    layers.freeze()
+    [table] = layers.state.frozen
+
+    def merged() -> tuple[int, CheckpointJob]:
+        job = CheckpointJob()
+        parts = list(table.parts())
+        for part in parts:
+            merge(job, part)
+        return len(parts), job
+
+    count, whole = merged()
+    assert count == 1
+    monkeypatch.setattr(memtable, "PART_BYTES", 100)
+    monkeypatch.setattr(memtable, "_CHUNK_BYTES", 50)
+    count, pieces = merged()
+    assert count > 40
+    assert pieces == whole
+    assert list(table.dismantle())
+    assert not any(delta.values or delta.history for delta in table.realms.values() if delta)

@@ -12,6 +12,7 @@ from store_helpers import Edit, Model, assert_equal, make_store, open_both
 
 from understudy.common.checkpoint import apply_checkpoint
 from understudy.common.errors import CorruptionError, NewerFormat
+from understudy.common.lmdb_check import check_structure
 from understudy.common.store import Store
 from understudy.common.store_check import PROBLEMS_MAX, check_state
 from understudy.common.store_layout import (
@@ -20,7 +21,6 @@ from understudy.common.store_layout import (
     dropping_key,
     history_key,
     realm_prefix,
-    structure_problems,
 )
 from understudy.v1.log_pb2 import Change
 from understudy.v1.store_pb2 import CheckpointRow, RealmRow
@@ -54,7 +54,7 @@ def test_a_sound_store_has_no_problems(tmp_path: Path) -> None:
             assert (state.version, state.entries) == (realm.version, len(realm.pairs))
             assert state.state_digest == realm.state_digest
         assert read == []
-    assert structure_problems(tmp_path / "store") == []
+    assert check_structure(tmp_path / "store") == []
 
 
 def test_progress_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +132,7 @@ def branch_keys(whole: bytes) -> Iterator[int]:
 
 def problems_of(path: Path) -> list[str]:
     """What is found wrong with a store, as an operator would look for it: structure first."""
-    problems = structure_problems(path)
+    problems = check_structure(path)
     if not problems:
         try:
             with Store.open(path) as store:
