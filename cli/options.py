@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import base64
 import binascii
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from understudy.common.errors import BadKey, BadOperation, ExitCode
+from understudy.common.errors import BadKey, BadOperation, ExitCode, UsageError
+from understudy.common.sizes import parse_size
 
 _MEANINGS = {
     ExitCode.DONE: "done",
@@ -35,20 +35,13 @@ EPILOG = "\b\nExit codes:\n" + "\n".join(f"  {code.value}  {meaning}" for code, 
 _F = TypeVar("_F", bound=Callable[..., Any])
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
-_UNITS = {
-    "": 1,
-    **{name: 1000**power for power, name in enumerate(("KB", "MB", "GB", "TB"), 1)},
-    **{name: 1024**power for power, name in enumerate(("KIB", "MIB", "GIB", "TIB"), 1)},
-}
-_SIZE = re.compile(r"(\d+|\d+\.\d+(?=\s*[A-Z]))\s*([KMGT]I?B|)\Z")
-
 
 def byte_size(text: str) -> int:
     """A number of bytes: ``65536``, ``256MB``, ``1.5GiB``; click's usage error where it is none."""
-    found = _SIZE.match(text.upper())
-    if found is None:
-        raise click.BadParameter(f"{text!r} is not a size: give bytes, or for example 256MB or 1GiB.")
-    return int(float(found[1]) * _UNITS[found[2]])
+    try:
+        return parse_size(text)
+    except UsageError as error:
+        raise click.BadParameter(f"{error.message}: {error.remedy}.") from error
 
 
 def data_dir_argument(function: _F) -> _F:

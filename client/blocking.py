@@ -13,7 +13,9 @@ from understudy.common.transaction import TransactionBuilder
 from understudy.common.types import Lsn
 from understudy.v1 import admin_pb2
 
-_SCAN_BATCH = 1_000
+# Fetched from the other thread at a time.
+_BATCH_PAIRS = 1_000
+_BATCH_BYTES = 1 << 20
 
 
 class Server:
@@ -87,18 +89,20 @@ class Server:
 
         async def batch() -> list[tuple[bytes, bytes]]:
             found = []
+            size = 0
             async for pair in pairs:
                 found.append(pair)
-                if len(found) == _SCAN_BATCH:
+                size += len(pair[1])
+                if len(found) == _BATCH_PAIRS or size >= _BATCH_BYTES:
                     break
             return found
 
         try:
             while True:
                 found = portal.call(batch())
-                yield from found
-                if len(found) < _SCAN_BATCH:
+                if not found:
                     return
+                yield from found
         finally:
             portal.call(pairs.aclose())  # type: ignore[attr-defined]
 

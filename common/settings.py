@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from understudy.common.errors import UsageError
 from understudy.common.rpc import check_listen, split_address
+from understudy.common.sizes import parse_size
 from understudy.common.types import Durability
 
 ENVIRONMENT_PREFIX = "UNDERSTUDY_"
@@ -120,11 +121,7 @@ def load_settings(
     known = {field.name: field for field in dataclasses.fields(kind)}
     hints = typing.get_type_hints(kind)
     raw: dict[str, Any] = dict(_from_file(file, section, set(known))) if file else {}
-    raw |= {
-        name: environment[variable]
-        for name in known
-        if (variable := ENVIRONMENT_PREFIX + name.upper()) in environment
-    }
+    raw |= _from_environment(environment, set(known))
     raw |= {name: value for name, value in flags.items() if value is not None}
     values = {name: _convert(name, value, hints[name]) for name, value in raw.items()}
     required = [
@@ -141,6 +138,23 @@ def load_settings(
     settings = kind(**values)
     settings.validate()
     return settings
+
+
+def _from_environment(environment: Mapping[str, str], known: set[str]) -> dict[str, str]:
+    """The variables that are ours; the other process's are left alone, unknown ones refused."""
+    ours = {field.name for kind in (PrimarySettings, ReplicaSettings) for field in dataclasses.fields(kind)}
+    found = {
+        name.removeprefix(ENVIRONMENT_PREFIX).lower(): value
+        for name, value in environment.items()
+        if name.startswith(ENVIRONMENT_PREFIX)
+    }
+    for name in found:
+        if name not in ours:
+            raise UsageError(
+                f"unknown variable {ENVIRONMENT_PREFIX}{name.upper()}",
+                remedy=f"known: {', '.join(ENVIRONMENT_PREFIX + name.upper() for name in sorted(known))}",
+            )
+    return {name: value for name, value in found.items() if name in known}
 
 
 def _from_file(path: Path, section: str, known: set[str]) -> Mapping[str, Any]:
@@ -174,6 +188,10 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
             return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[
                 value.lower()
             ]
+        if hint is int and isinstance(value, str):
+            return parse_size(value)
+        if hint is int and not isinstance(value, int):
+            raise TypeError("not a whole number")
         return value if isinstance(value, hint) else hint(value)
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(

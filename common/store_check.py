@@ -7,17 +7,15 @@ before the change; of those only the form is checked.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import groupby
-from pathlib import Path
 
 import lmdb
 from google.protobuf.message import DecodeError
 
-from understudy.common.errors import CorruptionError, UnderstudyError
+from understudy.common.errors import CorruptionError
 from understudy.common.state_digest import (
     EMPTY_STATE,
     REALM_PREFIX_BYTES,
@@ -34,8 +32,7 @@ from understudy.common.store_layout import (
     history_key,
 )
 from understudy.common.types import ID_BYTES, KEY_BYTES_MAX, Digest, Lsn
-from understudy.v1.admin_pb2 import StateDigestsResponse
-from understudy.v1.log_pb2 import Change, RealmDigest
+from understudy.v1.log_pb2 import Change
 from understudy.v1.store_pb2 import CheckpointRow, ClientRow, RealmRow
 
 PROBLEMS_MAX = 100  # of one store; where there are so many, more say nothing new
@@ -265,26 +262,3 @@ class _Check:
 
 
 # -- in a process of its own -----------------------------------------------------------------------------------
-
-
-def main() -> None:
-    """Checks the store that the one argument names; a ``StateDigestsResponse`` goes to standard output."""
-    try:
-        with Store.open(Path(sys.argv[1])) as store:
-            check = check_state(store)
-    except UnderstudyError as error:
-        sys.exit(str(error))
-    response = StateDigestsResponse(
-        lsn=check.lsn, digest=check.digest, state_digest=check.state_digest, problems=check.problems
-    )
-    for path, state in sorted(check.realms.items()):
-        response.realms.append(
-            RealmDigest(
-                realm=path, version=state.version, state_digest=state.state_digest, entries=state.entries
-            )
-        )
-    sys.stdout.buffer.write(response.SerializeToString())
-
-
-if __name__ == "__main__":
-    main()

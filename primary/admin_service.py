@@ -7,6 +7,7 @@ import asyncio
 from understudy.common.admin_service import AdminService
 from understudy.common.read_service import Context
 from understudy.common.rpc import answering_errors
+from understudy.common.types import Lsn
 from understudy.primary.node import PrimaryNode
 from understudy.v1 import admin_pb2
 
@@ -22,12 +23,13 @@ class PrimaryAdminService(AdminService):
 
     async def _checkpoint(self) -> None:
         engine = self._node.engine
-        if not engine.state.active.first_change_lsn and not engine.state.frozen:
-            return  # the store holds everything
-        self._node.committer.freeze()
-        self._node.flush_soon()
+        upto = engine.state.frozen[0].position.lsn if engine.state.frozen else Lsn(0)
+        if engine.state.active.first_change_lsn:
+            upto = engine.state.applied.lsn
+            self._node.committer.freeze()
+            self._node.flush_soon()
         async with asyncio.timeout(_FREEZE_S_MAX):
-            await engine.wait_for_checkpoint(engine.state.active.first_change_lsn)
+            await engine.wait_for_checkpoint(upto)
 
     async def Fence(self, request: admin_pb2.FenceRequest, context: Context) -> admin_pb2.FenceResponse:
         """Accepts no more writes, for good: an operator says that another primary reigns."""

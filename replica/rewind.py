@@ -80,14 +80,14 @@ async def rewind(
     """
     with DataDirectory.open_existing(path) as directory:
         _check_role(directory)
-        if directory.role is Role.PRIMARY:
-            directory.set_role(Role.FENCED)  # an operator has said that another primary reigns
         async with open_channel(to) as channel:
             with peer_errors(to):
                 own = await asyncio.to_thread(_read_own, directory)
                 try:
                     answer = await _ask(channel, directory, own, replica_id or socket.gethostname(), to)
                     _check_answer(answer, to)
+                    if directory.role is Role.PRIMARY:
+                        directory.set_role(Role.FENCED)  # from here on it must not reign again
                     return await _rewind(
                         channel, directory, own, answer, replica_id or socket.gethostname(), progress
                     )

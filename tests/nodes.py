@@ -16,7 +16,7 @@ from harness import DEADLINE_S, Process, Processes, wait_until
 
 from understudy.cli.compare import compare_servers
 from understudy.cli.node_status import directory_status
-from understudy.client import Add, AsyncServer, Put, Receipt, aconnect, connect
+from understudy.client import Add, AsyncServer, Operation, Put, Receipt, aconnect, connect
 from understudy.common import portal
 from understudy.common.errors import UnderstudyError
 from understudy.common.rpc import open_channel, peer_errors
@@ -233,7 +233,7 @@ class Load:
         while not self._stopping.is_set():
             self.sent[writer] += 1
             key = b"%d/%06d" % (writer, self.sent[writer])
-            operations = [Put(key, b"value of " + key), Add(b"count/%d" % writer, 1)]
+            operations: list[Operation] = [Put(key, b"value of " + key), Add(b"count/%d" % writer, 1)]
             try:
                 self.acknowledged[key] = await server.commit(
                     LOAD_REALM, operations, timeout_s=self._timeout_s
@@ -266,7 +266,7 @@ class GarbageServer:
     def __init__(self) -> None:
         self.connections = 0
         self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = "127.0.0.1:%d" % self._listener.getsockname()[1]
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self._thread = threading.Thread(target=self._serve)
 
     def __enter__(self) -> GarbageServer:
@@ -285,9 +285,3 @@ class GarbageServer:
                 self.connections += 1
                 with connection, contextlib.suppress(OSError):
                     connection.sendall(b"SSH-2.0-nothing that you know\r\n" + bytes(range(256)))
-
-
-def free_address() -> str:
-    """Where nobody listens."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return "127.0.0.1:%d" % taken.getsockname()[1]

@@ -28,10 +28,11 @@ from nodes import (
     wait_until_caught_up,
 )
 
-from understudy.client import Add, Delete, DeleteRange, Put, connect
+from understudy.client import Add, Delete, DeleteRange, Operation, Put, connect
 from understudy.common.directory import DataDirectory, Role
 from understudy.common.errors import Fenced, OutcomeUnknown, UnderstudyError
 from understudy.common.log_reader import read_records
+from understudy.common.records import Record
 from understudy.common.types import ClusterId, Lsn
 
 # -- the story -------------------------------------------------------------------------------------------------
@@ -113,7 +114,7 @@ def _show_as_replica(processes: Processes, directory: Path, new: Process, old: P
 
 # -- what only the old primary had -----------------------------------------------------------------------------
 
-_UNIQUE = (
+_UNIQUE: tuple[tuple[str, list[Operation]], ...] = (
     ("/text", [Put(b"key", b"value"), Put("schl\u00fcssel".encode(), b"")]),
     ("/bytes", [Put(b"\xff\x00key", bytes(range(256)))]),
     ("/text", [Add(b"counter", -3), Delete(b"key"), DeleteRange(b"a", b"b\xff")]),
@@ -178,7 +179,7 @@ def test_a_rewind_fetches_only_what_differs(processes: Processes, tmp_path: Path
     assert_equal(new.address, replica.address)
 
 
-def _records(path: Path, after: int) -> list[object]:
+def _records(path: Path, after: int) -> list[Record]:
     cluster = ClusterId(offline_status(path).cluster)
     return list(read_records(path / "log", cluster, Lsn(after)))
 
@@ -191,8 +192,8 @@ def _files(path: Path) -> dict[str, bytes]:
 def test_a_copy_that_has_no_entries_yet_is_not_promoted(processes: Processes, tmp_path: Path) -> None:
     """G4: rewound to a primary's first checkpoint and not yet started, a directory is no new primary's."""
     pair = Pair(processes, tmp_path)
-    put(pair.primary.address, "/realm", (b"lost", b"by the failover"))
     pair.replica.kill()
+    put(pair.primary.address, "/realm", (b"lost", b"by the failover"))
     new = pair.fail_over()
     processes.run("rewind", pair.a, "--to", new.address, "--id", "a")
     assert offline_status(pair.a).lsn == 0

@@ -155,3 +155,25 @@ def test_beyond_this_machine_only_if_told_so(name: str, address: str) -> None:
 def test_this_machine_needs_no_permission(address: str) -> None:
     """Loopback addresses of any kind are fine."""
     assert primary({"listen": address}).listen == address
+
+
+def test_a_mistyped_variable_is_named() -> None:
+    """A variable that is nobody's setting is refused; the other process's is left alone."""
+    with pytest.raises(UsageError, match="UNDERSTUDY_DURABLITY"):
+        load_settings(PrimarySettings, {"data_dir": Path("d")}, environment={"UNDERSTUDY_DURABLITY": "replica"})
+    settings = load_settings(
+        PrimarySettings, {"data_dir": Path("d")}, environment={"UNDERSTUDY_PRIMARY": "127.0.0.1:1"}
+    )
+    assert settings.listen == PrimarySettings(data_dir=Path("d")).listen
+
+
+def test_sizes_may_have_units_wherever_they_are_given(tmp_path: Path) -> None:
+    """A variable and a TOML string may say 512MB; a fraction of a byte is refused."""
+    settings = load_settings(
+        PrimarySettings, {"data_dir": Path("d")}, environment={"UNDERSTUDY_LOG_FLOOR_BYTES": "512MB"}
+    )
+    assert settings.log_floor_bytes == 512_000_000
+    config = tmp_path / "config.toml"
+    config.write_text("[primary]\nlog_floor_bytes = 1.5\n")
+    with pytest.raises(UsageError, match="log_floor_bytes"):
+        load_settings(PrimarySettings, {"data_dir": Path("d")}, file=config, environment={})
