@@ -236,10 +236,9 @@ class Engine:
     def apply(self, record: Record, entry: log_pb2.Entry | None = None) -> log_pb2.Entry:
         """Applies the next durable entry; see :meth:`State.apply`."""
         entry = self.state.apply(record, entry)
-        kind = entry.WhichOneof("body")
-        if kind == "freeze":
+        if entry.HasField("freeze"):
             self._frozen.set()
-        elif kind == "digest_mark":
+        elif entry.HasField("digest_mark"):
             self._note_mark(entry.digest_mark)
         return entry
 

@@ -82,12 +82,26 @@ class RealmDelta:
             return self.values[key]
         return None if self.created or (self.deleted and key in self.deleted) else MISSING
 
-    def apply(self, operation: log_pb2.Operation, older: Callable[[RealmDelta, bytes], bytes | None]) -> None:
-        """Applies one operation; ``older`` gives the current value of a key that this delta does not hold."""
+    def apply(
+        self,
+        operations: Iterable[log_pb2.Operation],
+        older: Callable[[RealmDelta, bytes], bytes | None],
+    ) -> None:
+        """Applies operations; ``older`` gives the current value of a key that this delta does not hold."""
+        for operation in operations:
+            if operation.kind == PUT:  # most are, and a call costs more than the rest of it
+                key = operation.key
+                if key not in self.values:
+                    self._new_keys.append(key)
+                self.values[key] = operation.value
+            else:
+                self._apply_other(operation, older)
+
+    def _apply_other(
+        self, operation: log_pb2.Operation, older: Callable[[RealmDelta, bytes], bytes | None]
+    ) -> None:
         kind, key = operation.kind, operation.key
-        if kind == PUT:
-            self._set(key, operation.value)
-        elif kind == DELETE:
+        if kind == DELETE:
             self._set(key, None)
         elif kind == UPDATE:
             if self._current(key, older) is not None:

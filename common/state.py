@@ -63,9 +63,9 @@ class State:
             CorruptionError: the entry can't be decoded or does not follow from the state.
         """
         entry = entry or parse_entry(record.payload, record.lsn)
-        kind = entry.WhichOneof("body")
         self.offset += record.encoded_bytes
         self.time_us = entry.time_us
+        kind = "change" if entry.change else entry.WhichOneof("body")
         if kind == "change":
             self._apply_change(record, entry)
         elif kind == "freeze":
@@ -86,8 +86,7 @@ class State:
                 f"entry {lsn} does not follow: it makes version {change.version} of realm {change.realm}, "
                 f"which is at {delta.version}"
             )
-        for operation in change.operations:
-            delta.apply(operation, self._older_value)
+        delta.apply(change.operations, self._older_value)
         delta.version = version = change.version
         delta.head = sha256(raw).digest()
         delta.history.append(_LSN.pack(lsn) + record.digest + entry.hmac + raw)

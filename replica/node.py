@@ -40,6 +40,7 @@ from understudy.v1 import admin_pb2, replication_pb2, replication_pb2_grpc, stor
 
 _TICK_S = 0.25
 _ANSWER_S_MAX = 30.0  # the primary may have to read its log to answer
+_PROBLEMS_SAID_MAX = 20  # of one outage: whatever comes after so many different ones is no news
 _APPLY_SLICE = 500  # records applied before others get a turn
 
 
@@ -60,7 +61,7 @@ class ReplicaNode:
         self._upstream = ""
         self._heard_s = 0.0
         self._problem = "not yet connected"
-        self._said: dict[str, str] = {}  # the problem last logged, by address
+        self._said: dict[str, set[str]] = {}  # problems logged since we last followed, by address
         self._reign = replication_pb2.Answer()  # of the latest epoch whose primary let us follow or copy it
         self._submitted: Position | None = None
         self._to_apply: deque[Record] = deque()
@@ -144,8 +145,9 @@ class ReplicaNode:
 
     def _note_problem(self, address: str, error: UnderstudyError) -> None:
         self._problem = str(error)
-        if self._said.get(address) != self._problem:  # said once, not at every try
-            self._said[address] = self._problem
+        said = self._said.setdefault(address, set())
+        if self._problem not in said and len(said) < _PROBLEMS_SAID_MAX:  # once, not at every try
+            said.add(self._problem)
             log.warning("not_following", primary=address, error=self._problem)
 
     async def _follow_once(self, address: str, backoff: Backoff) -> None:
