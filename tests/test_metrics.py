@@ -57,7 +57,9 @@ async def _both(tmp_path: Path) -> tuple[str, str]:
             return await _scrape(metrics[0]), await _scrape(metrics[1])
 
 
-def test_every_metric_is_documented_with_its_type_and_every_documented_one_is_exported(tmp_path: Path) -> None:
+def test_every_metric_is_documented_with_its_type_and_every_documented_one_is_exported(
+    tmp_path: Path,
+) -> None:
     """Primary and replica together export exactly the names and types of the document's table."""
     primary, replica = asyncio.run(_both(tmp_path))
     assert _exported(primary) | _exported(replica) == _documented()

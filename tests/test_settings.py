@@ -160,7 +160,9 @@ def test_this_machine_needs_no_permission(address: str) -> None:
 def test_a_mistyped_variable_is_named() -> None:
     """A variable that is nobody's setting is refused; the other process's is left alone."""
     with pytest.raises(UsageError, match="UNDERSTUDY_DURABLITY"):
-        load_settings(PrimarySettings, {"data_dir": Path("d")}, environment={"UNDERSTUDY_DURABLITY": "replica"})
+        load_settings(
+            PrimarySettings, {"data_dir": Path("d")}, environment={"UNDERSTUDY_DURABLITY": "replica"}
+        )
     settings = load_settings(
         PrimarySettings, {"data_dir": Path("d")}, environment={"UNDERSTUDY_PRIMARY": "127.0.0.1:1"}
     )
