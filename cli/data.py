@@ -16,7 +16,7 @@ from understudy.cli.options import (
     timeout_option,
     value_bytes,
 )
-from understudy.common.errors import UnderstudyError
+from understudy.common.errors import OutcomeUnknown, UnderstudyError
 
 if TYPE_CHECKING:
     from understudy.client import Operation
@@ -165,12 +165,15 @@ def scan(
 
 def _commit(server: str, realm: str, operations: list[Operation], *, timeout_s: float, as_json: bool) -> None:
     from understudy.cli.output import print_json
-    from understudy.cli.writing import check_primary
+    from understudy.cli.writing import check_primary, unanswered
     from understudy.client import connect
 
     with connect(server, timeout_s=timeout_s) as connection:
         check_primary(connection.status(timeout_s=timeout_s), server)
-        receipt = connection.commit(realm, operations, timeout_s=timeout_s)
+        try:
+            receipt = connection.commit(realm, operations, timeout_s=timeout_s)
+        except OutcomeUnknown:
+            raise unanswered(connection, realm, timeout_s) from None
     if as_json:
         print_json(
             {

@@ -50,4 +50,6 @@ def promote(directory: Path, as_json: bool) -> None:
         f"promoted in {seconds_text(promotion.seconds)}: epoch {promotion.epoch} begins at LSN {promotion.lsn}, "
         f"digest {promotion.digest.hex()}"
     )
-    click.echo(f"start it with: understudy primary --data-dir {directory}")
+    click.echo(
+        f"start it with: understudy primary --data-dir {directory}, and the other options of the old primary"
+    )

@@ -5,6 +5,17 @@
 
 from understudy.client.blocking import Server, connect
 from understudy.client.direct import AsyncServer, RealmInfo, aconnect
+from understudy.common.errors import (
+    DiskFull,
+    Fenced,
+    NotPrimary,
+    OutcomeUnknown,
+    Overloaded,
+    PeerUnreachable,
+    UnderstudyError,
+    UnknownRealm,
+    UsageError,
+)
 from understudy.common.memtable import Receipt
 from understudy.common.operations import Add, Delete, DeleteRange, Operation, Put, Update
 
@@ -13,12 +24,21 @@ __all__ = [
     "AsyncServer",
     "Delete",
     "DeleteRange",
+    "DiskFull",
+    "Fenced",
+    "NotPrimary",
     "Operation",
+    "OutcomeUnknown",
+    "Overloaded",
+    "PeerUnreachable",
     "Put",
     "RealmInfo",
     "Receipt",
     "Server",
+    "UnderstudyError",
+    "UnknownRealm",
     "Update",
+    "UsageError",
     "aconnect",
     "connect",
 ]

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import grpc.aio
 
+from understudy.common.directory import Role
 from understudy.common.errors import (
     Fenced,
     ForeignCluster,
@@ -49,6 +50,7 @@ IN_FLIGHT_BYTES_MAX = 64 << 20
 _BACKOFF_S = (0.02, 1.0)
 _DEADLINE_CHECK_S = 0.02
 _BIND_S_MAX = 5.0
+_SURVEY_S_MAX = 1.0  # an address that does not answer must not keep us from one that does
 
 # Trying the same address again will not help.
 _FINAL = (NotPrimary, Fenced, ForeignCluster, ProtocolError, UsageError)
@@ -364,14 +366,58 @@ class AsyncServer:
     async def _run_forever(self) -> None:
         backoff_s = _BACKOFF_S[0]
         while True:
-            for offset in range(len(self._addresses)):
-                index = (self._current + offset) % len(self._addresses)
+            for index in await self._in_order():
                 was_bound = await self._converse(index)
                 if was_bound:
                     backoff_s = _BACKOFF_S[0]
                     break
             await asyncio.sleep(backoff_s * random.uniform(0.5, 1.5))
             backoff_s = min(2 * backoff_s, _BACKOFF_S[1])
+
+    async def _in_order(self) -> list[int]:
+        """Which addresses to try, the primary of the highest epoch first.
+
+        An old primary that does not know yet that its reign is over would take writes, too. So all are asked, and
+        who still calls itself primary in an earlier epoch is shown the later one, and fences itself.
+        """
+        if len(self._addresses) == 1:
+            return [0]
+        answers = await asyncio.gather(*(self._survey(address) for address in self._addresses))
+        known = [answer for answer in answers if answer is not None]
+        highest = max(known, key=lambda answer: answer.epoch, default=None)
+        if highest is not None and highest.epoch > self._epoch and self._cluster in (b"", highest.cluster):
+            self._cluster, self._epoch, self._proof = highest.cluster, highest.epoch, highest.proof
+        stale = [
+            index
+            for index, answer in enumerate(answers)
+            if answer is not None and answer.role == Role.PRIMARY and answer.epoch < self._epoch
+        ]
+        await asyncio.gather(*(self._show_epoch(index) for index in stale))
+
+        def rank(index: int) -> tuple[bool, int]:
+            answer = answers[index]
+            reigns = answer is not None and answer.role == Role.PRIMARY and index not in stale
+            return (not reigns, (index - self._current) % len(self._addresses))
+
+        return sorted(range(len(self._addresses)), key=rank)
+
+    async def _survey(self, address: str) -> admin_pb2.StatusResponse | None:
+        try:
+            stub = admin_pb2_grpc.AdminStub(self._channels[address])
+            return await stub.Status(admin_pb2.StatusRequest(), timeout=_SURVEY_S_MAX)
+        except grpc.aio.AioRpcError:
+            return None
+
+    async def _show_epoch(self, index: int) -> None:
+        address = self._addresses[index]
+        call = data_pb2_grpc.DataStub(self._channels[address]).Commit(timeout=_SURVEY_S_MAX)
+        try:
+            with peer_errors(address):
+                await self._bind(call)
+        except UnderstudyError as error:
+            self._last_error = error
+        finally:
+            call.cancel()
 
     async def _converse(self, index: int) -> bool:
         """Binds to one address and sends and receives until that ends; whether it was bound."""

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import ipaddress
 import os
+import socket
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
@@ -106,6 +107,30 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
+def check_free(address: str) -> None:
+    """Refuses an address that can't be listened on, before anything is made on disk.
+
+    Raises:
+        UsageError: it is in use, or not an address of this machine.
+    """
+    host, port = split_address(address)
+    try:
+        family, *_, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(where)
+            probe.listen()
+    except OSError as error:
+        raise _not_listening(address) from error
+
+
+def _not_listening(address: str) -> UsageError:
+    return UsageError(
+        f"can't listen on {address}: it is in use, or not an address of this machine",
+        remedy="choose another --listen address",
+    )
+
+
 # -- servers and channels ------------------------------------------------------------------------------------
 
 
@@ -132,10 +157,7 @@ class Listener:
         try:
             port = self.server.add_insecure_port(listen)
         except RuntimeError as error:
-            raise UsageError(
-                f"can't listen on {listen}: it is in use, or not an address of this machine",
-                remedy="choose another --listen address",
-            ) from error
+            raise _not_listening(listen) from error
         _remove_stale(control)
         with short_socket_path(control) as path:
             self.server.add_insecure_port(f"unix:{path}")
@@ -190,7 +212,7 @@ def peer_errors(address: str) -> Iterator[None]:
     try:
         yield
     except grpc.aio.AioRpcError as error:
-        raise from_rpc(error, address) from error
+        raise from_rpc(error, address) from None  # gRPC's own trace says nothing more
     except grpc.aio.UsageError as error:
         raise PeerUnreachable(f"the connection to {address} is closed") from error
     except asyncio.InvalidStateError as error:
@@ -207,8 +229,9 @@ def from_rpc(error: grpc.aio.AioRpcError, address: str) -> UnderstudyError:
         return from_code(str(code), details)
     match error.code():
         case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.DEADLINE_EXCEEDED | grpc.StatusCode.CANCELLED:
+            why = "connection refused" if "Connection refused" in details else details
             return PeerUnreachable(
-                f"{address} is not reachable: {details}", remedy="is it running, and is the address right?"
+                f"{address} is not reachable: {why}", remedy="is it running, and is the address right?"
             )
         case grpc.StatusCode.UNIMPLEMENTED:
             return ProtocolError(f"{address} does not speak this protocol: {details}")

@@ -10,7 +10,7 @@ from understudy.common.directory import DataDirectory
 from understudy.common.events import log
 from understudy.common.metrics import EngineMetrics, StatusCollector
 from understudy.common.metrics_server import serve_metrics
-from understudy.common.rpc import Listener
+from understudy.common.rpc import Listener, check_free
 from understudy.common.settings import PrimarySettings
 from understudy.primary.admin_service import PrimaryAdminService
 from understudy.primary.data_service import PrimaryDataService
@@ -45,6 +45,7 @@ async def serving_primary(settings: PrimarySettings) -> AsyncIterator[PrimarySer
         UnderstudyError: of the directory, the log, the store, or the address.
     """
     metrics = EngineMetrics()
+    check_free(settings.listen)
     async with contextlib.AsyncExitStack() as stack:
         directory = stack.enter_context(DataDirectory.open(settings.data_dir))
         node = PrimaryNode.open(directory, settings, metrics)

@@ -13,7 +13,7 @@ from understudy.common.follow_table import Decision
 from understudy.common.metrics import EngineMetrics, StatusCollector
 from understudy.common.metrics_server import serve_metrics
 from understudy.common.read_service import Context, ReadService
-from understudy.common.rpc import Listener, answering_errors
+from understudy.common.rpc import Listener, answering_errors, check_free
 from understudy.common.settings import ReplicaSettings
 from understudy.replica.node import ReplicaNode
 from understudy.v1 import admin_pb2, admin_pb2_grpc, data_pb2_grpc, replication_pb2, replication_pb2_grpc
@@ -43,6 +43,7 @@ async def serving_replica(settings: ReplicaSettings) -> AsyncIterator[ReplicaSer
         UnderstudyError: of the directory, the log, the store, or the address.
     """
     metrics = EngineMetrics()
+    check_free(settings.listen)
     async with contextlib.AsyncExitStack() as stack:
         directory = stack.enter_context(DataDirectory.open(settings.data_dir))
         node = ReplicaNode(directory, settings, metrics)
