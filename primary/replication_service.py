@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 
 import grpc.aio
 
@@ -35,7 +35,8 @@ from understudy.primary.node import PrimaryNode, now_us
 from understudy.primary.snapshots import PinBoard
 from understudy.v1 import replication_pb2, replication_pb2_grpc
 
-_DIGESTS_PER_MESSAGE = 4_096
+_DIGESTS_PER_MESSAGE = 64
+_READ_AHEAD = 4  # ranges read at a time; each trip to another thread costs as much as a tenth of reading one
 
 
 class ReplicationService(replication_pb2_grpc.ReplicationServicer):
@@ -259,11 +260,11 @@ class ReplicationService(replication_pb2_grpc.ReplicationServicer):
     ) -> AsyncIterator[replication_pb2.RangeDigests]:
         """The digests of all ranges."""
         async with answering_errors(context):
-            snapshot = self._pins.get(request.snapshot).snapshot
-            for first in range(0, snapshot.ranges, _DIGESTS_PER_MESSAGE):
-                indexes = range(first, min(first + _DIGESTS_PER_MESSAGE, snapshot.ranges))
-                digests = [await asyncio.to_thread(_digest, snapshot, index) for index in indexes]
-                self._pins.get(request.snapshot)
+            count = self._pins.get(request.snapshot).snapshot.ranges
+            for first in range(0, count, _DIGESTS_PER_MESSAGE):
+                snapshot = self._pins.get(request.snapshot).snapshot
+                indexes = range(first, min(first + _DIGESTS_PER_MESSAGE, count))
+                digests = await asyncio.to_thread(_digests, snapshot, indexes)
                 yield replication_pb2.RangeDigests(first_range=first, digests=digests)
 
     async def ReadSnapshot(
@@ -271,12 +272,16 @@ class ReplicationService(replication_pb2_grpc.ReplicationServicer):
     ) -> AsyncIterator[replication_pb2.RangeData]:
         """The ranges asked for."""
         async with answering_errors(context):
-            for index in request.ranges:
+            count = self._pins.get(request.snapshot).snapshot.ranges
+            wrong = next((index for index in request.ranges if index >= count), None)
+            if wrong is not None:
+                raise ProtocolError(f"range {wrong} of a snapshot that has {count}")
+            for first in range(0, len(request.ranges), _READ_AHEAD):
+                # Kept from expiring for as long as its ranges are taken.
                 snapshot = self._pins.get(request.snapshot).snapshot
-                if index >= snapshot.ranges:
-                    raise ProtocolError(f"range {index} of a snapshot that has {snapshot.ranges}")
-                data = await asyncio.to_thread(snapshot.read, index)
-                yield replication_pb2.RangeData(range=index, data=data, digest=snapshot.digest(data))
+                indexes = request.ranges[first : first + _READ_AHEAD]
+                for index, data in await asyncio.to_thread(_read, snapshot, indexes):
+                    yield replication_pb2.RangeData(range=index, data=data)
 
     async def ReleaseSnapshot(
         self, request: replication_pb2.ReleaseSnapshotRequest, context: Context
@@ -294,8 +299,12 @@ class ReplicationService(replication_pb2_grpc.ReplicationServicer):
             )
 
 
-def _digest(snapshot: PinnedSnapshot, index: int) -> bytes:
-    return snapshot.digest(snapshot.read(index))
+def _digests(snapshot: PinnedSnapshot, indexes: Iterable[int]) -> list[bytes]:
+    return [snapshot.digest(snapshot.read(index)) for index in indexes]
+
+
+def _read(snapshot: PinnedSnapshot, indexes: Iterable[int]) -> list[tuple[int, bytes]]:
+    return [(index, snapshot.read(index)) for index in indexes]
 
 
 def _head(hello: replication_pb2.Hello) -> Position:

@@ -17,7 +17,7 @@ import grpc.aio
 
 from understudy.common.changelog import ChangeLog
 from understudy.common.directory import DataDirectory
-from understudy.common.errors import CorruptionError
+from understudy.common.errors import CorruptionError, ProtocolError
 from understudy.common.events import log
 from understudy.common.files import OsFileSystem, publish, storage_errors, sync_tree
 from understudy.common.snapshot import SnapshotCopy
@@ -164,20 +164,33 @@ class _Fetcher:
             missing = damaged
 
     async def _fetch_batch(self, indexes: list[int]) -> list[int]:
-        damaged = []
+        """Fetches ranges; each is written while the next one comes in. Returns those that came damaged."""
+        damaged: list[int] = []
+        writing: asyncio.Task[None] | None = None
         request = replication_pb2.ReadSnapshotRequest(snapshot=self._info.snapshot, ranges=indexes)
-        async for part in self._stub.ReadSnapshot(request):
-            try:
-                await asyncio.to_thread(self._copy.write, part.range, part.data, self._expected[part.range])
-            except CorruptionError as error:
-                log.warning("range_damaged", range=part.range, error=str(error))
-                damaged.append(part.range)
-            self.bytes_fetched += len(part.data)
-            self._in_place += len(part.data)
-            if self._progress is not None:
-                self._progress(max(self._in_place, 0), self._info.file_bytes)
-            await self._throttle()
+        try:
+            async for part in self._stub.ReadSnapshot(request):
+                if writing is not None:
+                    await writing
+                writing = asyncio.create_task(self._write(part, damaged))
+                await self._throttle()
+        finally:
+            if writing is not None:
+                await writing
         return damaged
+
+    async def _write(self, part: replication_pb2.RangeData, damaged: list[int]) -> None:
+        if part.range >= len(self._expected):
+            raise ProtocolError(f"the primary sent range {part.range}, which was not asked for")
+        try:
+            await asyncio.to_thread(self._copy.write, part.range, part.data, self._expected[part.range])
+        except CorruptionError as error:
+            log.warning("range_damaged", range=part.range, error=str(error))
+            damaged.append(part.range)
+        self.bytes_fetched += len(part.data)
+        self._in_place += len(part.data)
+        if self._progress is not None:
+            self._progress(max(self._in_place, 0), self._info.file_bytes)
 
     async def finish(self) -> None:
         """Reads the whole copy back; what the disk did not keep is fetched once more."""
