@@ -104,7 +104,8 @@ class Server:
                     return
                 yield from found
         finally:
-            portal.call(pairs.aclose())  # type: ignore[attr-defined]
+            # Not waited for: the garbage collector may run this on the portal's own thread.
+            portal.post(pairs.aclose())  # type: ignore[attr-defined]
 
     def realms(self, *, timeout_s: float = TIMEOUT_S) -> list[RealmInfo]:
         """All realms, in order of their paths."""

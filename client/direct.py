@@ -12,9 +12,10 @@ import contextlib
 import itertools
 import random
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import grpc.aio
@@ -37,6 +38,7 @@ from understudy.common.follow_table import PROTOCOL_VERSION
 from understudy.common.memtable import Receipt
 from understudy.common.operations import Operation, to_protos
 from understudy.common.rpc import open_channel, peer_errors, split_address
+from understudy.common.tasks import spawn
 from understudy.common.transaction import TransactionBuilder
 from understudy.common.types import DIGEST_BYTES, Digest, Durability, Lsn, check_key, check_realm_path, new_id
 from understudy.v1 import admin_pb2, admin_pb2_grpc, data_pb2, data_pb2_grpc, replication_pb2
@@ -49,6 +51,7 @@ IN_FLIGHT_MAX = 10_000
 IN_FLIGHT_BYTES_MAX = 64 << 20
 _BACKOFF_S = (0.02, 1.0)
 _DEADLINE_CHECK_S = 0.02
+_LATE_MAX = 10_000  # outcomes that came after their deadline, kept until somebody asks
 _BIND_S_MAX = 5.0
 _SURVEY_S_MAX = 1.0  # an address that does not answer must not keep us from one that does
 
@@ -93,6 +96,7 @@ class AsyncServer:
         self._unanswered: dict[int, _Commit] = {}
         self._unanswered_bytes = 0
         self._unsent: deque[_Commit] = deque()
+        self._late: OrderedDict[int, Receipt | UnderstudyError] = OrderedDict()
         self._work = asyncio.Event()
         self._room = asyncio.Event()
         self._bound = asyncio.Event()
@@ -164,7 +168,6 @@ class AsyncServer:
         """
         self._check_open()
         message = data_pb2.Transaction(
-            number=next(self._numbers),
             realm=check_realm_path(realm),
             durability=_durability(durability),
             operations=to_protos(operations),
@@ -172,6 +175,8 @@ class AsyncServer:
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         if not self._has_room:
             await self._wait_for_room(deadline_s)
+            self._check_open()
+        message.number = next(self._numbers)  # only now: numbers must be sent in their order
         answer: asyncio.Future[Receipt] = asyncio.get_running_loop().create_future()
         commit = _Commit(message, message.ByteSize(), answer, deadline_s)
         self._unanswered[message.number] = commit
@@ -188,13 +193,19 @@ class AsyncServer:
             UsageError: this client has no unanswered transaction of that number.
             OutcomeUnknown: still no answer.
         """
+        if number in self._late:
+            outcome = self._late[number]
+            if isinstance(outcome, UnderstudyError):
+                raise outcome
+            return outcome
         commit = self._unanswered.get(number)
         if commit is None:
             raise UsageError(f"transaction {number} of this client is not unanswered")
-        if commit.answer.cancelled():  # whoever waited before was cancelled
-            commit.answer = asyncio.get_running_loop().create_future()
-        commit.deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
-        return await commit.answer
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await asyncio.shield(commit.answer)  # others may wait for it, too
+        except TimeoutError:
+            raise self._outcome_unknown(commit.message) from None
 
     async def _watch_deadlines(self) -> None:
         """One task for all transactions: a timer for each would cost more than the rest of a commit."""
@@ -205,7 +216,17 @@ class AsyncServer:
             for commit in self._unanswered.values():
                 if commit.deadline_s is not None and commit.deadline_s <= now_s:
                     late, commit.answer, commit.deadline_s = commit.answer, loop.create_future(), None
+                    commit.answer.add_done_callback(partial(self._note_late, commit.message.number))
                     _fail(late, self._outcome_unknown(commit.message))
+
+    def _note_late(self, number: int, answer: asyncio.Future[Receipt]) -> None:
+        """Keeps what came after the deadline, for :meth:`wait`."""
+        if answer.cancelled():
+            return
+        error = answer.exception()
+        self._late[number] = error if isinstance(error, UnderstudyError) else answer.result()
+        while len(self._late) > _LATE_MAX:
+            self._late.popitem(last=False)
 
     def _outcome_unknown(self, message: data_pb2.Transaction) -> OutcomeUnknown:
         why = f": {self._last_error}" if self._last_error else ""
@@ -220,7 +241,7 @@ class AsyncServer:
         return len(self._unanswered) < IN_FLIGHT_MAX and self._unanswered_bytes < IN_FLIGHT_BYTES_MAX
 
     async def _wait_for_room(self, deadline: float | None) -> None:
-        while not self._has_room:
+        while not self._has_room and not self._closed:
             self._room.clear()
             try:
                 async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()):
@@ -246,10 +267,22 @@ class AsyncServer:
         """Drops a realm and everything in it; returns the LSN.
 
         Raises:
-            UnknownRealm, NotPrimary, PeerUnreachable.
+            UnknownRealm, NotPrimary.
+            OutcomeUnknown: no answer came.
         """
         request = data_pb2.DropRealmRequest(realm=check_realm_path(realm))
-        response = await self._data(lambda stub: stub.DropRealm(request, timeout=timeout_s), timeout_s)
+        address = await self._reading_address(timeout_s)
+        try:
+            with peer_errors(address):
+                response = await data_pb2_grpc.DataStub(self._channels[address]).DropRealm(
+                    request, timeout=timeout_s
+                )
+        except PeerUnreachable as error:
+            # Not tried again: by now somebody may have begun a new realm of that name.
+            raise OutcomeUnknown(
+                f"{realm} may or may not have been dropped: {error.message}",
+                remedy="look before you repeat it",
+            ) from None
         return Lsn(response.lsn)
 
     # -- reading -------------------------------------------------------------------------------------------
@@ -360,8 +393,13 @@ class AsyncServer:
 
     def _run(self) -> None:
         if self._runner is None or self._runner.done():
-            self._runner = asyncio.create_task(self._run_forever())
-            self._watcher = asyncio.create_task(self._watch_deadlines())
+            self._runner = spawn(self._run_forever(), self._on_crash)
+        if self._watcher is None:
+            self._watcher = spawn(self._watch_deadlines(), self._on_crash)
+
+    def _on_crash(self, error: UnderstudyError) -> None:
+        for commit in self._unanswered.values():
+            _fail(commit.answer, error)
 
     async def _run_forever(self) -> None:
         backoff_s = _BACKOFF_S[0]
@@ -525,6 +563,8 @@ class AsyncServer:
             what = f"the client was closed before transaction {number} was answered"
             _fail(commit.answer, OutcomeUnknown(what, number=number))
         self._unanswered.clear()
+        self._unanswered_bytes = 0
+        self._room.set()
 
 
 async def _ended(call: _Stream) -> UnderstudyError | grpc.aio.AioRpcError:

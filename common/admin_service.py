@@ -44,10 +44,13 @@ class AdminService(admin_pb2_grpc.AdminServicer):
                 raise Unavailable(
                     f"this node is at LSN {engine.state.applied.lsn}, before {request.at_least_lsn}"
                 )
-            async with asyncio.timeout(CHECK_S_MAX):
-                await engine.wait_for_checkpoint(Lsn(request.at_least_lsn))
-                async with self._checking:
-                    return await recompute_digests(engine)
+            try:
+                async with asyncio.timeout(CHECK_S_MAX):
+                    await engine.wait_for_checkpoint(Lsn(request.at_least_lsn))
+                    async with self._checking:
+                        return await recompute_digests(engine)
+            except TimeoutError:
+                raise Unavailable(f"the check took longer than {CHECK_S_MAX:.0f} s") from None
         raise AssertionError("aborted")
 
     async def _checkpoint(self) -> None:

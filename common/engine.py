@@ -22,12 +22,11 @@ from understudy.common.errors import DiskFull, UnderstudyError
 from understudy.common.events import log
 from understudy.common.files import FileSystem, OsFileSystem
 from understudy.common.group_writer import GroupWriter
-from understudy.common.memtable import Memtable
 from understudy.common.metrics import EngineMetrics
 from understudy.common.records import Record
 from understudy.common.state import State
 from understudy.common.store import Store
-from understudy.common.tasks import spawn
+from understudy.common.tasks import Signal, spawn
 from understudy.common.types import SYSTEM_REALM, Digest, Epoch, Lsn, Position
 from understudy.v1 import log_pb2, store_pb2
 
@@ -79,7 +78,7 @@ class Engine:
         self._owner: EngineOwner | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._frozen = asyncio.Event()
-        self._checkpointed = asyncio.Condition()
+        self._checkpointed = Signal()
         self._task: asyncio.Task[None] | None = None
         self._own_digests: collections.OrderedDict[int, bytes] = collections.OrderedDict()
         self._marked_digests: collections.OrderedDict[int, log_pb2.DigestMark] = collections.OrderedDict()
@@ -126,7 +125,8 @@ class Engine:
         for record in self.log.records(self.state.applied.lsn):
             self.state.apply(record)
             while self.state.frozen:
-                self._note_result(self._run_checkpoint(self.state.frozen[-1]))
+                self._start_checkpointer()
+                self._note_result(self._checkpointer.run(self.state.frozen[-1].parts()))
 
     def _start_checkpointer(self) -> None:
         # Not when opening: a promotion needs none, and must not wait for a process to start.
@@ -157,9 +157,19 @@ class Engine:
 
         def hand_over(*args: _P.args, **kwargs: _P.kwargs) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
-                loop.call_soon_threadsafe(lambda: callback(*args, **kwargs))
+                loop.call_soon_threadsafe(lambda: self._guard(lambda: callback(*args, **kwargs)))
 
         return hand_over
+
+    def _guard(self, step: Callable[[], None]) -> None:
+        """Runs a step that nobody waits for; what goes wrong in it must not be lost."""
+        try:
+            step()
+        except UnderstudyError as error:
+            self.fail(error)
+        except Exception as error:
+            log.error("step_failed", exc_info=error)
+            self.fail(UnderstudyError(f"internal error: {error!r}"))
 
     async def close(self) -> None:
         """Finishes what was submitted and lets go of everything but the directory."""
@@ -246,6 +256,7 @@ class Engine:
         """Notes the first failure and tells the owner."""
         if self.failed is None:
             self.failed = error
+            self._checkpointed.notify()
             log.error("storage_failed", error=str(error))
             if self._owner is not None:
                 self._owner.on_failure(error)
@@ -273,7 +284,7 @@ class Engine:
 
     async def _checkpoint_oldest(self) -> None:
         table = self.state.frozen[-1]
-        result = await asyncio.to_thread(self._run_checkpoint, table)
+        result = await asyncio.to_thread(lambda: self._checkpointer.run(table.parts()))
         self._on_disk_full(False, "checkpoint")
         self._note_result(result)
         if self._owner is not None:
@@ -281,12 +292,7 @@ class Engine:
         for _ in table.dismantle():
             await asyncio.sleep(0)
         await self._prune()
-        async with self._checkpointed:
-            self._checkpointed.notify_all()
-
-    def _run_checkpoint(self, table: Memtable) -> store_pb2.CheckpointResult:
-        self._start_checkpointer()
-        return self._checkpointer.run(table.parts())
+        self._checkpointed.notify()
 
     def _note_result(self, result: store_pb2.CheckpointResult) -> None:
         self.state.checkpointed()
@@ -306,13 +312,11 @@ class Engine:
 
     async def wait_for_room(self) -> None:
         """Returns once checkpoints have caught up."""
-        async with self._checkpointed:
-            await self._checkpointed.wait_for(lambda: not self.is_behind or self.failed is not None)
+        await self._checkpointed.wait_for(lambda: not self.is_behind or self.failed is not None)
 
     async def wait_for_checkpoint(self, lsn: Lsn) -> None:
         """Returns once the store holds everything up to ``lsn``, the LSN of a freeze mark or below it."""
-        async with self._checkpointed:
-            await self._checkpointed.wait_for(lambda: self.checkpoint.lsn >= lsn or self.failed is not None)
+        await self._checkpointed.wait_for(lambda: self.checkpoint.lsn >= lsn or self.failed is not None)
 
     # -- comparing digests -------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 from sortedcontainers import SortedList
 
+from understudy.common.errors import CorruptionError
 from understudy.common.operations import ADD, DELETE, DELETE_RANGE, PUT, UPDATE, added
 from understudy.common.ranges import RangeSet
 from understudy.common.types import START, Digest, Lsn, Position
@@ -110,6 +111,11 @@ class RealmDelta:
             self._set(key, added(self._current(key, older), operation.amount))
         elif kind == DELETE_RANGE:
             self._delete_range(key, operation.end)
+        else:  # never skipped: every node must come to the same state
+            raise CorruptionError(
+                f"an operation on {self.path} is of kind {kind}, which this version does not know",
+                remedy="upgrade Understudy on this node",
+            )
 
     def _set(self, key: bytes, value: bytes | None) -> None:
         if key not in self.values:

@@ -135,7 +135,7 @@ def check_operations(operations: Sequence[log_pb2.Operation]) -> None:
             raise BadOperation(f"unknown operation kind {kind}", remedy="upgrade this server")
         elif not 1 <= len(key) <= KEY_BYTES_MAX:
             check_key(key)
-        size += len(key) + len(operation.value) + OPERATION_OVERHEAD_BYTES
+        size += len(key) + len(operation.value) + len(operation.end) + OPERATION_OVERHEAD_BYTES
     if size > TRANSACTION_BYTES_MAX:
         raise TransactionTooLarge(
             f"a transaction of {size:,} bytes",

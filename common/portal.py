@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 _T = TypeVar("_T")
 
+_THREAD = "understudy-portal"
+
 _lock = threading.Lock()
 _loop: asyncio.AbstractEventLoop | None = None
 
@@ -31,12 +33,24 @@ def _started() -> asyncio.AbstractEventLoop:
     with _lock:
         if _loop is None or _loop.is_closed():
             _loop = new_event_loop()
-            threading.Thread(target=_loop.run_forever, name="understudy-portal", daemon=True).start()
+            threading.Thread(target=_loop.run_forever, name=_THREAD, daemon=True).start()
         return _loop
 
 
+def post(coroutine: Coroutine[Any, Any, None]) -> None:
+    """Runs ``coroutine`` on the portal's loop some time soon."""
+    asyncio.run_coroutine_threadsafe(coroutine, _started())
+
+
 def call(coroutine: Coroutine[Any, Any, _T]) -> _T:
-    """Runs ``coroutine`` on the portal's loop and waits; an interrupt here cancels it there."""
+    """Runs ``coroutine`` on the portal's loop and waits; an interrupt here cancels it there.
+
+    Raises:
+        RuntimeError: called on that loop, which would wait for itself.
+    """
+    if threading.current_thread().name == _THREAD:
+        coroutine.close()
+        raise RuntimeError("a blocking call from the event loop that would have to answer it")
     future: concurrent.futures.Future[_T] = asyncio.run_coroutine_threadsafe(coroutine, _started())
     try:
         return future.result()

@@ -85,7 +85,7 @@ class ReplicaSettings:
         if self.metrics is not None:
             check_listen(self.metrics, insecure=self.insecure)
         for address in self.primary.split(","):
-            split_address(address)
+            split_address(address.strip())
         if not self.id.isprintable() or not 1 <= len(self.id) <= REPLICA_ID_MAX:
             raise UsageError(
                 f"bad replica id {self.id!r}", remedy=f"give 1 to {REPLICA_ID_MAX} printable characters"

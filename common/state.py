@@ -28,7 +28,7 @@ from understudy.v1 import log_pb2, replication_pb2, store_pb2
 
 _LSN = struct.Struct("<Q")
 # How far back a retried transaction's receipt is looked for among a realm's changes.
-RECEIPT_SEARCH_VERSIONS = 100_000
+RECEIPT_SEARCH_VERSIONS = 50_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,8 @@ class State:
         self.time_us: int = checkpoint.time_us
         self.epochs: list[store_pb2.EpochRow] = store.current.epochs()
         self.realm_count: int = checkpoint.realms
+        self._searched: tuple[int, int, bytes] | None = None  # whose receipts `_found` has
+        self._found: dict[int, Receipt] = {}
 
     # -- applying ------------------------------------------------------------------------------------------
 
@@ -73,7 +75,7 @@ class State:
         elif kind == "epoch_start":
             self._start_epoch(record, entry)
         elif kind == "realm_dropped":
-            self._drop(entry.realm_dropped.realm)
+            self._drop(entry.realm_dropped.realm, record.lsn)
         self.applied = record.position
         return entry
 
@@ -129,11 +131,12 @@ class State:
         self.epochs.append(row)
         self.active.epochs.append(row)
 
-    def _drop(self, path: str) -> None:
+    def _drop(self, path: str, lsn: Lsn) -> None:
         head = self.realm(path)
         if head is None:
             return
         self.realm_count -= 1
+        self.active.first_change_lsn = self.active.first_change_lsn or lsn
         delta = self.active.realms.get(path)
         if delta is None or not delta.created:
             self.active.dropped_ids.append(head.id)
@@ -286,13 +289,21 @@ class State:
     def _search_history(
         self, path: str, row: store_pb2.RealmRow, last: store_pb2.ClientRow, client: bytes, number: int
     ) -> Receipt | Missing | None:
+        """Looks among the realm's past changes; all of this client's are noted, since the next are asked for next."""
         oldest = max(row.history_first, last.version - RECEIPT_SEARCH_VERSIONS)
-        for past in self.store.current.history(row.id, last.version, reverse=True):
-            if past.version < oldest:
-                break
-            change = log_pb2.Change.FromString(past.change)
-            if change.client == client and change.number <= number:
-                # A lower number: this one was refused, and later ones were not.
-                found = change.number == number
-                return Receipt(path, past.version, past.lsn, past.digest) if found else None
-        return None if oldest <= 1 else MISSING
+        key = (self.store.current.checkpoint.lsn, row.id, client)
+        if self._searched != key:
+            self._searched = key
+            self._found = {}
+            for past in self.store.current.history(row.id, last.version, reverse=True):
+                if past.version < oldest:
+                    break
+                change = log_pb2.Change.FromString(past.change)
+                if change.client == client:
+                    self._found[change.number] = Receipt(path, past.version, past.lsn, past.digest)
+        receipt = self._found.get(number)
+        if receipt is not None:
+            return receipt
+        # Between two that are known it was refused; below all of them, nobody knows any more.
+        known_from = min(self._found, default=number + 1)
+        return None if oldest <= 1 or number > known_from else MISSING

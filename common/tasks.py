@@ -1,4 +1,4 @@
-"""Background tasks that can't die unnoticed."""
+"""Background tasks that can't die unnoticed, and a signal to wait on."""
 
 from __future__ import annotations
 
@@ -30,3 +30,20 @@ def spawn(work: Coroutine[Any, Any, None], on_crash: Callable[[UnderstudyError],
     task = asyncio.create_task(work, name=getattr(work, "__qualname__", None))
     task.add_done_callback(done)
     return task
+
+
+class Signal:
+    """Wakes whoever waits for a condition when it may have become true. For one event loop."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+
+    def notify(self) -> None:
+        """Lets everybody who waits look again."""
+        self._event.set()
+        self._event = asyncio.Event()
+
+    async def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Returns once ``condition`` holds."""
+        while not condition():
+            await self._event.wait()

@@ -103,10 +103,10 @@ def check_realm_path(path: str) -> RealmPath:
         BadRealmPath: with what is wrong with it.
     """
     remedy = "a realm path is / and segments of A-Z a-z 0-9 _ . - without a leading dot, such as /inventory"
-    if not path.startswith("/"):
-        raise BadRealmPath(f"bad realm path {path!r}: it does not begin with /", remedy=remedy)
     if len(path.encode("utf-8", "surrogatepass")) > REALM_PATH_BYTES_MAX:
         raise BadRealmPath(f"bad realm path: longer than {REALM_PATH_BYTES_MAX} bytes", remedy=remedy)
+    if not path.startswith("/"):
+        raise BadRealmPath(f"bad realm path {path!r}: it does not begin with /", remedy=remedy)
     for segment in path[1:].split("/"):
         # `~` stands alone as a segment: the user's own id.
         if segment != "~" and not _SEGMENT.match(segment):

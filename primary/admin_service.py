@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from understudy.common.admin_service import AdminService
+from understudy.common.errors import Unavailable
 from understudy.common.read_service import Context
 from understudy.common.rpc import answering_errors
 from understudy.common.types import Lsn
@@ -28,8 +29,13 @@ class PrimaryAdminService(AdminService):
             upto = engine.state.applied.lsn
             self._node.committer.freeze()
             self._node.flush_soon()
-        async with asyncio.timeout(_FREEZE_S_MAX):
-            await engine.wait_for_checkpoint(upto)
+        try:
+            async with asyncio.timeout(_FREEZE_S_MAX):
+                await engine.wait_for_checkpoint(upto)
+        except TimeoutError:
+            raise Unavailable(
+                f"no checkpoint within {_FREEZE_S_MAX:.0f} s", remedy="are enough replicas connected?"
+            ) from None
 
     async def Fence(self, request: admin_pb2.FenceRequest, context: Context) -> admin_pb2.FenceResponse:
         """Accepts no more writes, for good: an operator says that another primary reigns."""

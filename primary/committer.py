@@ -19,11 +19,12 @@ from understudy.common.errors import (
     Fenced,
     NotPermitted,
     ReceiptExpired,
+    TransactionTooLarge,
     UnderstudyError,
 )
 from understudy.common.memtable import Missing, Receipt
 from understudy.common.operations import check_operations
-from understudy.common.records import Record, encode_record
+from understudy.common.records import PAYLOAD_BYTES_MAX, Record, encode_record
 from understudy.common.state import State
 from understudy.common.types import (
     Durability,
@@ -43,6 +44,8 @@ CHECKPOINT_AGE_S = 60.0
 # A degraded server returns to its level when its replicas are as close as this: under load none is ever quite at
 # the head, and what is missing is waited for.
 CAUGHT_UP_ENTRIES = 1_000
+
+_LEVELS = frozenset((0, *Durability))  # 0: the server's own
 
 Done = Callable[[Receipt], None]
 Clock = Callable[[], int]  # microseconds since 1970
@@ -150,6 +153,8 @@ class Committer:
             _check_path(path)
         if number < 1:
             raise BadOperation("a transaction needs a number from 1 on")
+        if transaction.durability not in _LEVELS:
+            raise BadOperation(f"unknown durability {transaction.durability}", remedy="upgrade this server")
         level = Durability(max(transaction.durability, self._policy.durability))
         if self._answer_again(path, client, number, level, done):
             return
@@ -202,7 +207,6 @@ class Committer:
         if head is None:
             applied = self._applier.state.realm(path)
             head = _Head(applied.version, applied.head, 0) if applied else _Head(0, b"", 0)
-            self._heads[path] = head
         change = log_pb2.Change(
             realm=path,
             version=head.version + 1,
@@ -214,6 +218,7 @@ class Committer:
         digest = entries.change_digest(change)
         payload = entries.change_entry(self._now_us(), change, entries.sign(self._key, digest))
         record = self._append(payload)
+        self._heads[path] = head
         head.version += 1
         head.digest = digest
         head.in_flight += 1
@@ -252,6 +257,10 @@ class Committer:
         self._pending[-1].client = (path, b"")
 
     def _append(self, payload: bytes) -> Record:
+        if len(payload) > PAYLOAD_BYTES_MAX:  # no reader would take it for an entry
+            raise TransactionTooLarge(
+                f"an entry of {len(payload):,} bytes", remedy=f"at most {PAYLOAD_BYTES_MAX:,} are allowed"
+            )
         lsn = Lsn(self.position.lsn + 1)
         data, digest = encode_record(self.position.digest, lsn, payload)
         self.position = Position(lsn, digest)
@@ -348,6 +357,8 @@ class Committer:
             self._freezing = False
         if pending.client is not None:
             self._land(pending)
+        # Its bytes are in the memtable now: what is left is to answer, which can take as long as a replica is away.
+        pending.record = Record(record.lsn, record.digest, b"")
         self._answering[pending.level].append(pending)
 
     def _land(self, pending: _Pending) -> None:

@@ -112,6 +112,8 @@ class PrimaryDataService(ReadService):
             if message.WhichOneof("message") != "transactions":
                 raise ProtocolError("transactions come after the first message, nothing else")
             self._refuse_if_fenced()
+            message.DiscardUnknownFields()  # nothing enters the log that was not looked at
+            await node.wait_for_room()  # others may have filled it while this one was read
             arrived_s = time.monotonic()
             for transaction in message.transactions.transactions:
                 answers.owed += 1

@@ -16,6 +16,7 @@ from understudy.common.errors import OutcomeUnknown, UnderstudyError, UsageError
 from understudy.common.memtable import Receipt
 from understudy.common.operations import Operation, to_protos
 from understudy.common.read_service import PAGE_BYTES, PAGE_PAIRS
+from understudy.common.scan import Scan
 from understudy.common.settings import PrimarySettings
 from understudy.common.transaction import TransactionBuilder
 from understudy.common.types import Durability, Lsn, check_key, check_realm_path, new_id
@@ -134,11 +135,7 @@ class Primary:
             await self._node.wait_for_room()
             transaction.number = next(self._numbers)
             self._node.submit(self._client, transaction, done)
-            either: list[asyncio.Future[Any]] = [answer, self._node.failed]
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        if not answer.done():
-            raise self._node.failed.result()
-        return answer.result()
+            return await self._node.answered(answer)
 
     @contextlib.asynccontextmanager
     async def _in_time(self, transaction: data_pb2.Transaction, timeout_s: float | None) -> Any:
@@ -203,28 +200,33 @@ class Primary:
     ) -> Iterator[tuple[bytes, bytes]]:
         """Pairs from ``start`` to before ``end``, in key order, all as of one LSN."""
 
-        async def opened() -> Any:
-            return self._node.engine.state.scan(check_realm_path(realm), start, end, reverse=reverse)
+        left = limit
+        scan: Scan | None = None
+
+        async def page() -> tuple[list[bytes], list[bytes], bool]:
+            nonlocal scan
+            if (
+                scan is None
+            ):  # opened together with its first page: until that is made, the state must not change
+                scan = self._node.engine.state.scan(check_realm_path(realm), start, end, reverse=reverse)
+            return scan.page(
+                bytes_max=PAGE_BYTES, pairs_max=PAGE_PAIRS if left is None else min(left, PAGE_PAIRS)
+            )
 
         async def closed() -> None:
-            scan.close()
+            if scan is not None:
+                scan.close()
 
-        async def page(pairs_max: int) -> tuple[list[bytes], list[bytes], bool]:
-            result: tuple[list[bytes], list[bytes], bool] = scan.page(
-                bytes_max=PAGE_BYTES, pairs_max=pairs_max
-            )
-            return result
-
-        left = limit
-        scan = self._call(opened())
         try:
             at_end = left == 0
             while not at_end and left != 0:
-                keys, values, at_end = self._call(page(PAGE_PAIRS if left is None else min(left, PAGE_PAIRS)))
+                keys, values, at_end = self._call(page())
                 left = None if left is None else left - len(keys)
                 yield from zip(keys, values, strict=True)
         finally:
-            self._call(closed())
+            portal.post(
+                closed()
+            )  # not waited for: the garbage collector may run this on the portal's own thread
 
     def status(self) -> admin_pb2.StatusResponse:
         """The same account that ``understudy status`` shows."""

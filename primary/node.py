@@ -7,12 +7,20 @@ import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from understudy.common import entries
 from understudy.common.changelog import ChangeLog
 from understudy.common.directory import DataDirectory, Role
 from understudy.common.engine import HISTORY_KEY, Engine
-from understudy.common.errors import DiskFull, Fenced, UnderstudyError, WrongRole
+from understudy.common.errors import (
+    DiskFull,
+    Fenced,
+    Unavailable,
+    UnderstudyError,
+    UnknownRealm,
+    WrongRole,
+)
 from understudy.common.events import log
 from understudy.common.files import OsFileSystem
 from understudy.common.memtable import Receipt
@@ -64,6 +72,8 @@ class PrimaryNode:
             history_key=engine.history_key,
             clock_us=now_us,
         )
+        # What no caller waits beyond: fenced, failed, or closed.
+        self.over: asyncio.Future[UnderstudyError] = asyncio.get_running_loop().create_future()
         self.listeners: set[asyncio.Event] = set()  # of the followers' senders
         self.streams: set[asyncio.Task[None]] = set()  # clients' commit streams
         self._progress: dict[str, tuple[Lsn, Lsn]] = {}  # of replicas seen by this process
@@ -96,8 +106,11 @@ class PrimaryNode:
         if self._ticker is not None:
             self._ticker.cancel()
             await asyncio.gather(self._ticker, return_exceptions=True)
-        self.flush()
-        await self.engine.close()
+        self._end_reign(Unavailable("this primary was closed"))
+        try:
+            self.flush()
+        finally:
+            await self.engine.close()
         self.slots.save()
 
     async def _tick_forever(self) -> None:
@@ -122,7 +135,8 @@ class PrimaryNode:
         Raises:
             UnknownRealm, Fenced, DiskFull.
         """
-        self.engine.state.count(path)  # raises UnknownRealm
+        if self.engine.state.realm(path) is None:
+            raise UnknownRealm(f"no realm {path}")
         answer: asyncio.Future[Receipt] = asyncio.get_running_loop().create_future()
 
         def done(receipt: Receipt) -> None:
@@ -131,7 +145,15 @@ class PrimaryNode:
 
         self.committer.drop_realm(path, done)
         self.flush_soon()
-        return await answer
+        return await self.answered(answer)
+
+    async def answered(self, answer: asyncio.Future[Receipt]) -> Receipt:
+        """The receipt, or why there will be none."""
+        either: list[asyncio.Future[Any]] = [answer, self.over]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            raise self.over.result()
+        return answer.result()
 
     def flush_soon(self) -> None:
         """Hands what was taken in to the writer once everything that is ready now has been taken in."""
@@ -187,6 +209,11 @@ class PrimaryNode:
         """Ends the process by way of :attr:`failed`."""
         if not self.failed.done():
             self.failed.set_result(error)
+        self._end_reign(error)
+
+    def _end_reign(self, error: UnderstudyError) -> None:
+        if not self.over.done():
+            self.over.set_result(error)
         self._room.set()
 
     def _guarded(self, step: Callable[[], None]) -> None:
@@ -216,7 +243,7 @@ class PrimaryNode:
         """A replica is further than it was."""
         slot.durable_lsn, slot.durable_offset, slot.applied_lsn = durable, durable_offset, applied
         slot.seen_us = now_us()
-        slot.lost = False
+        slot.lost = durable_offset < self.engine.log.first_offset
         self.slots.touch(time.monotonic())
         self._progress[slot.id] = (durable, applied)
         self._report_replicas()
@@ -241,6 +268,8 @@ class PrimaryNode:
         self.committer.fence(epoch)  # first: whatever the disk says, nothing is acknowledged from here on
         for stream in self.streams:
             stream.cancel()
+        if self.committer.refusal is not None:
+            self._end_reign(self.committer.refusal)
         self._record_fence()
         self._after_progress()
 
@@ -313,10 +342,14 @@ class PrimaryNode:
             return 0.0
         if upto + 1 < self.engine.log.first_lsn:
             return (now_us() - slot.seen_us) / 1e6
-        record = next(self.engine.log.records(upto, Lsn(upto + 1)), None)
-        if record is None:
-            return 0.0
-        return max(now_us() - entries.parse_entry(record.payload, record.lsn).time_us, 0) / 1e6
+        try:
+            [record] = self.engine.log.records(upto, Lsn(upto + 1))
+            return max(now_us() - entries.parse_entry(record.payload, record.lsn).time_us, 0) / 1e6
+        except (
+            UnderstudyError,
+            ValueError,
+        ):  # pruned just now, or storage has failed: status must still tell
+            return max(now_us() - slot.seen_us, 0) / 1e6
 
     def _warnings(self) -> list[str]:
         found = list(self.engine.mismatches)

@@ -28,13 +28,20 @@ from understudy.common.locator import LOCATOR_POSITIONS_MAX, EpochSpan, History,
 from understudy.common.read_service import Context
 from understudy.common.rpc import answering_errors
 from understudy.common.snapshot import PinnedSnapshot
-from understudy.common.types import Digest, Epoch, Lsn, Position
+from understudy.common.types import ID_BYTES, Digest, Epoch, Lsn, Position
 from understudy.primary import slots
-from understudy.primary.follower_session import FollowerSession, GiveUp, Progress, SendRecords
+from understudy.primary.follower_session import (
+    SILENCE_S_MAX,
+    FollowerSession,
+    GiveUp,
+    Progress,
+    SendRecords,
+)
 from understudy.primary.node import PrimaryNode, now_us
 from understudy.primary.snapshots import PinBoard
 from understudy.v1 import replication_pb2, replication_pb2_grpc
 
+_ADDRESS_BYTES_MAX = 300
 _DIGESTS_PER_MESSAGE = 64
 _READ_AHEAD = 4  # ranges read at a time; each trip to another thread costs as much as a tenth of reading one
 
@@ -61,6 +68,8 @@ class ReplicationService(replication_pb2_grpc.ReplicationServicer):
             await self._replace_own(hello)
             decision, common = await self._decide(hello)
             bound = log.bind(replica=hello.replica_id, peer=context.peer())
+            if decision == Decision.STREAM:
+                self._check_slots(hello.replica_id)
             bound.info("follow_asked", decision=Decision.Name(decision), lsn=_head(hello).lsn)
             if decision == Decision.FENCED and not self._node.is_fenced:
                 self._node.fence(Epoch(hello.epoch))
@@ -206,7 +215,11 @@ class ReplicationService(replication_pb2_grpc.ReplicationServicer):
             )
             # Before the write: the replica's progress may come in before the write returns.
             session.on_sending(len(data), now_s=time.monotonic())
-            await context.write(replication_pb2.FollowResponse(chunk=chunk))
+            try:
+                async with asyncio.timeout(SILENCE_S_MAX):
+                    await context.write(replication_pb2.FollowResponse(chunk=chunk))
+            except TimeoutError:
+                raise ProtocolError(f"it has taken nothing for {SILENCE_S_MAX:.0f} s") from None
         reader.result()  # raises what ended it
 
     async def _read_progress(
@@ -246,6 +259,13 @@ class ReplicationService(replication_pb2_grpc.ReplicationServicer):
                 raise self._node.committer.refusal
             replica_id = _checked_id(request.replica_id)
             self._check_slots(replica_id)
+            if len(request.node) != ID_BYTES:
+                raise ProtocolError(f"a node id has {ID_BYTES} bytes, not {len(request.node)}")
+            following = self._following.get(replica_id)
+            if following is not None and following[0] != request.node:
+                raise ProtocolError(
+                    f"another replica follows as {replica_id!r}", remedy="give each its own --id"
+                )
             pin = self._pins.pin(replica_id, request.resume)
             row = pin.checkpoint
             self._node.forget_progress(replica_id)
@@ -295,7 +315,8 @@ class ReplicationService(replication_pb2_grpc.ReplicationServicer):
     def _check_slots(self, replica_id: str) -> None:
         if self._node.slots.get(replica_id) is None and len(self._node.slots) >= slots.SLOTS_MAX:
             raise ProtocolError(
-                f"{slots.SLOTS_MAX} replicas are known already", remedy="remove slots that are no longer used"
+                f"{slots.SLOTS_MAX} replicas are known already",
+                remedy="stop this primary and remove those that are gone from its slots.json",
             )
 
 
@@ -315,6 +336,8 @@ def _head(hello: replication_pb2.Hello) -> Position:
 
 def _checked(hello: replication_pb2.Hello) -> replication_pb2.Hello:
     _checked_id(hello.replica_id)
+    if len(hello.node) != ID_BYTES or len(hello.address) > _ADDRESS_BYTES_MAX:
+        raise ProtocolError(f"a node id has {ID_BYTES} bytes, an address at most {_ADDRESS_BYTES_MAX}")
     if len(hello.locator) > LOCATOR_POSITIONS_MAX or (hello.cluster and not hello.locator):
         raise ProtocolError(f"a locator has 1 to {LOCATOR_POSITIONS_MAX} positions, not {len(hello.locator)}")
     return hello

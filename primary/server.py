@@ -12,6 +12,7 @@ from understudy.common.metrics import EngineMetrics, StatusCollector
 from understudy.common.metrics_server import serve_metrics
 from understudy.common.rpc import Listener, check_free
 from understudy.common.settings import PrimarySettings
+from understudy.common.tasks import spawn
 from understudy.primary.admin_service import PrimaryAdminService
 from understudy.primary.data_service import PrimaryDataService
 from understudy.primary.node import PrimaryNode
@@ -64,7 +65,7 @@ async def serving_primary(settings: PrimarySettings) -> AsyncIterator[PrimarySer
         if settings.metrics is not None:
             metrics.registry.register(StatusCollector(node.status))
             stack.enter_context(serve_metrics(settings.metrics, metrics.registry))
-        expiry = asyncio.create_task(_expire_forever(pins))
+        expiry = spawn(_expire_forever(pins), node.engine.fail)
         stack.callback(expiry.cancel)
         log.info("serving", role="primary", address=listener.address, lsn=node.engine.durable.lsn)
         yield PrimaryServer(node, listener)

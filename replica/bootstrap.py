@@ -17,10 +17,11 @@ import grpc.aio
 
 from understudy.common.changelog import ChangeLog
 from understudy.common.directory import DataDirectory
-from understudy.common.errors import CorruptionError, ProtocolError
+from understudy.common.errors import CorruptionError, ForeignCluster, ProtocolError
 from understudy.common.events import log
 from understudy.common.files import OsFileSystem, publish, storage_errors, sync_tree
 from understudy.common.snapshot import SnapshotCopy
+from understudy.common.store import Store
 from understudy.common.types import ClusterId, Digest, Epoch, Lsn, Position
 from understudy.v1 import replication_pb2, replication_pb2_grpc
 
@@ -78,6 +79,10 @@ async def fetch(
             resume=note.read_bytes() if note.exists() else b"",
         )
     )
+    if (
+        directory.has_copy and info.cluster != directory.cluster
+    ):  # whoever answers now is not who was asked before
+        raise ForeignCluster("the snapshot offered belongs to another cluster than this copy")
     publish(note, info.snapshot)
     target = store / "data.mdb"
     with SnapshotCopy.open(target, snapshot=info.snapshot, file_bytes=info.file_bytes) as copy:
@@ -88,6 +93,7 @@ async def fetch(
         else:
             await fetcher.fetch(await asyncio.to_thread(copy.missing, expected))
         await fetcher.finish()
+    await asyncio.to_thread(_check_store, store, info)
     await asyncio.to_thread(_make_log, incoming, info)
     await stub.ReleaseSnapshot(replication_pb2.ReleaseSnapshotRequest(snapshot=info.snapshot))
     return Fetched(
@@ -105,6 +111,24 @@ async def _digests(
     async for part in stub.DigestSnapshot(replication_pb2.DigestSnapshotRequest(snapshot=info.snapshot)):
         found += part.digests
     return found
+
+
+def _check_store(path: Path, info: replication_pb2.SnapshotInfo) -> None:
+    """Opens what was fetched: it must be the store, of that cluster and at that position, that was offered.
+
+    Raises:
+        CorruptionError, DirectoryError: it is not.
+    """
+    with Store.open(path, cluster=ClusterId(info.cluster)) as store:
+        found = store.current.checkpoint
+        if (found.lsn, found.digest, found.log_offset) != (
+            info.position.lsn,
+            info.position.digest,
+            info.log_offset,
+        ):
+            raise CorruptionError(
+                f"the snapshot was offered at LSN {info.position.lsn} and is at {found.lsn}"
+            )
 
 
 def _make_log(incoming: Path, info: replication_pb2.SnapshotInfo) -> None:

@@ -15,6 +15,7 @@ from understudy.common.errors import (
     Fenced,
     ForeignCluster,
     NotPrimary,
+    PeerUnreachable,
     ProtocolError,
     UnderstudyError,
 )
@@ -209,7 +210,7 @@ class FollowSession:
     def on_tick(self, *, now_s: float) -> list[Action]:
         """Time has passed."""
         if now_s - self._heard_s > SILENCE_S_MAX:
-            return [ComeAgain(reason=NotPrimary(f"nothing heard for {SILENCE_S_MAX:.0f} s"))]
+            return [ComeAgain(reason=PeerUnreachable(f"nothing heard from it for {SILENCE_S_MAX:.0f} s"))]
         if now_s - self._told_s >= PROGRESS_S:
             self._told_s = now_s
             return [self._progress()]

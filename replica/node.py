@@ -11,7 +11,14 @@ import grpc.aio
 
 from understudy.common.directory import DataDirectory, Role
 from understudy.common.engine import Engine
-from understudy.common.errors import Fenced, PeerUnreachable, Unavailable, UnderstudyError, WrongRole
+from understudy.common.errors import (
+    Fenced,
+    PeerUnreachable,
+    ProtocolError,
+    Unavailable,
+    UnderstudyError,
+    WrongRole,
+)
 from understudy.common.events import log
 from understudy.common.follow_table import PROTOCOL_VERSION, Decision
 from understudy.common.locator import make_locator
@@ -19,8 +26,8 @@ from understudy.common.metrics import EngineMetrics
 from understudy.common.records import Record
 from understudy.common.rpc import open_channel, peer_errors
 from understudy.common.settings import ReplicaSettings
-from understudy.common.tasks import spawn
-from understudy.common.types import START, ClusterId, Digest, Lsn, Position
+from understudy.common.tasks import Signal, spawn
+from understudy.common.types import ID_BYTES, START, ClusterId, Digest, Lsn, Position
 from understudy.common.version import VERSION
 from understudy.replica import bootstrap
 from understudy.replica.follow_session import (
@@ -60,13 +67,14 @@ class ReplicaNode:
         self._session: FollowSession | None = None
         self._upstream = ""
         self._heard_s = 0.0
+        self._silence: UnderstudyError | None = None  # why the ticker has ended the call
         self._problem = "not yet connected"
         self._said: dict[str, set[str]] = {}  # problems logged since we last followed, by address
         self._reign = replication_pb2.Answer()  # of the latest epoch whose primary let us follow or copy it
         self._submitted: Position | None = None
         self._to_apply: deque[Record] = deque()
         self._wake_applier = asyncio.Event()
-        self._drained = asyncio.Condition()
+        self._drained = Signal()
         self._progress: SendProgress | None = None
         self._wake_sender = asyncio.Event()
         self._bootstrap_progress: tuple[int, int] | None = None
@@ -131,7 +139,7 @@ class ReplicaNode:
 
     async def _follow_forever(self) -> None:
         backoff = Backoff()
-        addresses = self.settings.primary.split(",")
+        addresses = [address.strip() for address in self.settings.primary.split(",")]
         while not self.ended.done():
             for address in addresses:
                 try:
@@ -180,6 +188,11 @@ class ReplicaNode:
             raise PeerUnreachable(f"{address} did not answer within {_ANSWER_S_MAX:.0f} s") from None
         if not isinstance(response, replication_pb2.FollowResponse):
             raise PeerUnreachable(f"{address} closed the connection")
+        if response.answer.decision not in Decision.values() or len(response.answer.cluster) not in (
+            0,
+            ID_BYTES,
+        ):
+            raise ProtocolError(f"{address} gave an answer that this version does not know")
         log.info("primary_answered", primary=address, decision=Decision.Name(response.answer.decision))
         return response.answer
 
@@ -234,7 +247,9 @@ class ReplicaNode:
         hello.epoch = engine.epoch
         if engine.state.epochs:
             hello.proof.CopyFrom(engine.state.epochs[-1].proof)
-        for position in make_locator(engine.durable, lookup, engine.state.store.current.marks()):
+        with engine.state.store.hold() as snapshot:  # this runs beside the loop, which may replace it
+            marks = snapshot.marks()
+        for position in make_locator(engine.durable, lookup, marks):
             hello.locator.add(lsn=position.lsn, digest=position.digest)
         return hello
 
@@ -243,6 +258,7 @@ class ReplicaNode:
         now_s = time.monotonic()
         self._session = FollowSession(after=engine.durable, offset=answer.start_offset, now_s=now_s)
         self._upstream, self._heard_s, self._problem = address, now_s, ""
+        self._silence = None
         self._said.pop(address, None)
         sender = asyncio.create_task(self._send_progress_forever(call))  # ends as the call does
         ticker = spawn(self._tick_forever(call), self._end)
@@ -250,13 +266,17 @@ class ReplicaNode:
             while isinstance(response := await call.read(), replication_pb2.FollowResponse):
                 self._take_chunk(self._session, response.chunk)
                 while not self._session.has_room:
-                    async with self._drained:
-                        await self._drained.wait_for(
-                            lambda: (
-                                self._session is None or self._session.has_room or engine.failed is not None
-                            )
-                        )
+                    await self._drained.wait_for(
+                        lambda: self._session is None or self._session.has_room or engine.failed is not None
+                    )
+                    if engine.failed is not None:
+                        raise engine.failed
             raise PeerUnreachable(f"{address} ended the stream")
+        except asyncio.CancelledError:
+            # A call that the ticker has cancelled ends in the same way as a task that its owner has.
+            if self._silence is not None:
+                raise self._silence from None
+            raise
         finally:
             self._session = None
             for task in (sender, ticker):
@@ -315,7 +335,7 @@ class ReplicaNode:
                 return
             for action in self._session.on_tick(now_s=time.monotonic()):
                 if isinstance(action, ComeAgain):
-                    log.warning("primary_silent", reason=str(action.reason))
+                    self._silence = action.reason
                     call.cancel()
                     return
                 self._do([action])
@@ -334,8 +354,7 @@ class ReplicaNode:
             except UnderstudyError as error:
                 engine.fail(error)
                 return
-            async with self._drained:
-                self._drained.notify_all()
+            self._drained.notify()
             await asyncio.sleep(0)
 
     def _apply_slice(self, engine: Engine) -> None:
@@ -355,13 +374,12 @@ class ReplicaNode:
         engine = self._engine
         if engine is None:
             return
-        async with self._drained:
-            await self._drained.wait_for(
-                lambda: (
-                    engine.failed is not None
-                    or (engine.durable == self._submitted and engine.state.applied == engine.durable)
-                )
+        await self._drained.wait_for(
+            lambda: (
+                engine.failed is not None
+                or (engine.durable == self._submitted and engine.state.applied == engine.durable)
             )
+        )
 
     # -- what the engine tells -----------------------------------------------------------------------------
 
@@ -384,6 +402,7 @@ class ReplicaNode:
     def on_failure(self, error: UnderstudyError) -> None:
         """Ends the process."""
         self._end(error)
+        self._drained.notify()
 
     def retain_from(self) -> Lsn:
         """The newest ``log_floor_bytes``, so that others can follow us after a promotion."""
@@ -434,12 +453,25 @@ class ReplicaNode:
         started_s = time.monotonic()
         engine = self.engine
         await self._stop_following()
-        await self._drain()
-        if engine.failed is not None:
-            raise engine.failed
-        promotion = begin_reign(engine, started_s=started_s)
+        try:
+            await self._drain()
+            if engine.failed is not None:
+                raise engine.failed
+            promotion = begin_reign(engine, started_s=started_s)
+        except BaseException as error:
+            self._promotion_failed(error)
+            raise
         self._submitted = engine.durable
         return promotion
+
+    def _promotion_failed(self, error: BaseException) -> None:
+        """Goes on as the replica that this still is; what is half promoted ends, and is promoted anew."""
+        if self.directory.role is Role.REPLICA:
+            self._follower = spawn(self._follow_forever(), self._end)
+        else:
+            self._end(
+                error if isinstance(error, UnderstudyError) else UnderstudyError("promotion was cut off")
+            )
 
     def leave(self) -> None:
         """Ends the process after a promotion."""

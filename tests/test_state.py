@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ClassVar
 
@@ -61,17 +61,14 @@ def all_of(scan: Scan) -> list[tuple[bytes, bytes]]:
 
 
 class Node:
-    """Store and checkpoint process, shared by all examples: each works on realms of its own."""
+    """State, log and store; ``write`` puts the oldest frozen memtable into the store."""
 
-    def __init__(self, folder: Path) -> None:
-        Store.create(folder / "store", CLUSTER, CheckpointRow(digest=START.digest))
-        self.store = Store.open(folder / "store", cluster=CLUSTER)
-        self.checkpointer = Checkpointer()
-        self.checkpointer.start(folder / "store", None)
+    def __init__(self, store: Store, write: Callable[[Memtable], object]) -> None:
+        self.store = store
+        self.write = write
         self.author = Author()
         self.records: list[Record] = []  # since the last checkpoint
-        self.state = State(self.store)
-        self.examples = itertools.count()
+        self.state = State(store)
 
     def apply(self, record: Record) -> None:
         self.records.append(record)
@@ -79,27 +76,55 @@ class Node:
 
     def restart(self) -> None:
         """As an engine opens: the store's checkpoint, and the log behind it."""
+        self.store.refresh()
         self.state = State(self.store)
         self.records = [record for record in self.records if record.lsn > self.state.applied.lsn]
         for record in self.records:
             self.state.apply(record)
 
-    def close(self) -> None:
-        self.checkpointer.close()
-        self.store.close()
+
+def write_here(environment: Environment, table: Memtable) -> None:
+    """Writes a checkpoint in this process."""
+    job = CheckpointJob()
+    for part in table.parts():
+        merge(job, part)
+    apply_checkpoint(environment, job)
+
+
+@contextlib.contextmanager
+def node_in_one_process() -> Iterator[Node]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "store"
+        Store.create(path, CLUSTER, CheckpointRow(digest=START.digest))
+        environment, store = open_both(path)
+        with store:
+            yield Node(store, lambda table: write_here(environment, table))
+
+
+@contextlib.contextmanager
+def node_with_checkpoint_process() -> Iterator[Node]:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        path = Path(folder) / "store"
+        Store.create(path, CLUSTER, CheckpointRow(digest=START.digest))
+        store = stack.enter_context(Store.open(path))
+        checkpointer = Checkpointer()
+        stack.callback(checkpointer.close)
+        checkpointer.start(path, None)
+        yield Node(store, lambda table: checkpointer.run(table.parts()))
 
 
 class StateMachine(RuleBasedStateMachine):
     """Random transactions, drops, marks, checkpoints, scans and restarts."""
 
-    node: Node
+    opened: ClassVar[Callable[[], contextlib.AbstractContextManager[Node]]]
 
     def __init__(self) -> None:
         super().__init__()
-        prefix = next(self.node.examples)
-        self.paths = [f"/{prefix}/{name}" for name in "abc"]
+        self.paths = ["/a", "/b", "/c"]
         self.scans: list[tuple[Scan, Iterator[tuple[bytes, bytes]]]] = []
-        self.unnoticed = 0  # checkpoints that are in the store and not yet known to the state
+        self.unnoticed = False  # a checkpoint is in the store and not yet known to the state
+        self._stack = contextlib.ExitStack()
+        self.node = self._stack.enter_context(type(self).opened())
 
     @property
     def author(self) -> Author:
@@ -112,13 +137,7 @@ class StateMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         for scan, _ in self.scans:
             scan.close()
-        if sys.exc_info()[0] is not None:
-            TestState.begin_anew()  # after a failure, so that the same steps fail again
-            return
-        for path in self.paths:
-            self.node.apply(self.author.drop(path))
-        while self.state.frozen:
-            self.checkpoint()
+        self._stack.close()
 
     # -- what happens ------------------------------------------------------------------------------------
 
@@ -152,24 +171,29 @@ class StateMachine(RuleBasedStateMachine):
     @rule()
     def write_checkpoint(self) -> None:
         """In the store, while entries go on being applied."""
-        self.node.checkpointer.run(self.state.frozen[-1].parts())
-        self.unnoticed += 1
+        self.node.write(self.state.frozen[-1])
+        self.unnoticed = True
 
     @precondition(lambda self: self.state.frozen)
     @rule()
     def checkpoint(self) -> None:
         if not self.unnoticed:
-            self.node.checkpointer.run(self.state.frozen[-1].parts())
-        self.unnoticed = 0
+            self.node.write(self.state.frozen[-1])
+        self.unnoticed = False
         lsn = self.state.frozen[-1].position.lsn
         self.state.checkpointed()
         assert self.node.store.current.checkpoint.lsn == lsn
         self.node.records = [record for record in self.node.records if record.lsn > lsn]
 
     @rule()
+    def checkpoint_all(self) -> None:
+        self.freeze()
+        while self.state.frozen:
+            self.checkpoint()
+
+    @rule()
     def restart(self) -> None:
-        self.unnoticed = 0
-        self.node.store.refresh()
+        self.unnoticed = False
         self.node.restart()
 
     @rule(realm=st.integers(0, 2), start=bounds, end=bounds, reverse=st.booleans(), pairs=st.integers(1, 3))
@@ -245,27 +269,22 @@ class StateMachine(RuleBasedStateMachine):
                 assert self.state.receipt(path, client, number) == known.receipts.get((client, number))
 
 
-class TestState(StateMachine.TestCase):  # type: ignore[valid-type, misc]
-    """The machine as a test; one store for all its examples."""
+class InOneProcess(StateMachine):
+    """Checkpoints are written here: fast, for many examples."""
 
-    settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+    opened = node_in_one_process
 
-    folder: ClassVar[tempfile.TemporaryDirectory[str]]
 
-    @classmethod
-    def setUpClass(cls) -> None:
-        cls.folder = tempfile.TemporaryDirectory()
-        StateMachine.node = Node(Path(cls.folder.name))
+class WithCheckpointProcess(StateMachine):
+    """Checkpoints are written as a server does it."""
 
-    @classmethod
-    def tearDownClass(cls) -> None:
-        StateMachine.node.close()
-        cls.folder.cleanup()
+    opened = node_with_checkpoint_process
 
-    @classmethod
-    def begin_anew(cls) -> None:
-        cls.tearDownClass()
-        cls.setUpClass()
+
+TestState = InOneProcess.TestCase
+TestState.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+TestStateWithCheckpointProcess = WithCheckpointProcess.TestCase
+TestStateWithCheckpointProcess.settings = settings(max_examples=8, stateful_step_count=30, deadline=None)
 
 
 # -- scans ---------------------------------------------------------------------------------------------------
@@ -291,10 +310,7 @@ class Layers:
         """Everything goes into the store."""
         self.freeze()
         while self.state.frozen:
-            job = CheckpointJob()
-            for part in self.state.frozen[-1].parts():
-                merge(job, part)
-            apply_checkpoint(self._environment, job)
+            write_here(self._environment, self.state.frozen[-1])
             self.state.checkpointed()
 
 
@@ -429,8 +445,10 @@ def test_a_realm_made_again_in_memory_begins_with_nothing(layers: Layers) -> Non
     layers.freeze()
     layers.state.apply(layers.author.drop("/a"))
     layers.commit("/a", Add(b"n", 1), Add(b"m", 1), Update(b"stored", b"2"), Update(b"frozen", b"2"))
-    assert all_of(layers.state.scan("/a")) == [(b"m", b"1"), (b"n", b"1")]
-    assert layers.state.count("/a") == 2
+    for _ in range(2):
+        assert all_of(layers.state.scan("/a")) == [(b"m", b"1"), (b"n", b"1")]
+        assert layers.state.count("/a") == 2
+        layers.checkpoint()
 
 
 def test_counting_takes_the_newest_word_on_each_key(layers: Layers) -> None:
@@ -440,8 +458,10 @@ def test_counting_takes_the_newest_word_on_each_key(layers: Layers) -> None:
     layers.commit("/a", Delete(b"a"), Delete(b"b"), Put(b"c", b"2"), Put(b"e", b"2"), Put(b"f", b"2"))
     layers.freeze()
     layers.commit("/a", Put(b"a", b"3"), Delete(b"c"), Delete(b"e"), Put(b"f", b"3"), Delete(b"none"))
-    assert all_of(layers.state.scan("/a")) == [(b"a", b"3"), (b"d", b"1"), (b"f", b"3")]
-    assert layers.state.count("/a") == 3
+    for _ in range(2):
+        assert all_of(layers.state.scan("/a")) == [(b"a", b"3"), (b"d", b"1"), (b"f", b"3")]
+        assert layers.state.count("/a") == 3
+        layers.checkpoint()
 
 
 # -- the memtable's size -------------------------------------------------------------------------------------
