@@ -43,9 +43,10 @@ async def serving_replica(settings: ReplicaSettings) -> AsyncIterator[ReplicaSer
         UnderstudyError: of the directory, the log, the store, or the address.
     """
     metrics = EngineMetrics()
-    check_free(settings.listen)
     async with contextlib.AsyncExitStack() as stack:
         directory = stack.enter_context(DataDirectory.open(settings.data_dir))
+        if directory.is_new:
+            check_free(settings.listen)  # before anything is made there
         node = ReplicaNode(directory, settings, metrics)
         stack.push_async_callback(node.close)
         node.prepare()

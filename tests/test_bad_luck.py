@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from flipping_proxy import FlippingProxy
+from faulty_proxy import FaultyProxy
 from harness import Processes, as_program, wait_until
 from killing import Nursery
 from nodes import (
@@ -216,7 +216,7 @@ def test_a_flipped_bit_on_the_wire_is_asked_for_again(processes: Processes, tmp_
     primary = processes.primary(tmp_path / "a")
     put(primary.address, "/realm", *((b"%d" % number, word * 10_000) for number in range(8)))
     checkpoint(primary.address)
-    with FlippingProxy(primary.address, word) as proxy:
+    with FaultyProxy(primary.address, word) as proxy:
         proxy.flips_left = 2
         replica = processes.replica(tmp_path / "b", proxy.address)
         wait_until_caught_up(primary.address, replica.address)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from faulty_proxy import FaultyProxy
 from harness import Process, Processes, complaint, wait_until
 from killing import KILLED, Nursery
 from nodes import (
@@ -61,6 +62,24 @@ def test_a_failover_under_load_loses_and_doubles_nothing(
     assert_equal(primary.address, replica.address)
     load.check(replica.address)
     processes.run("verify", "--server", primary.address, "--against", replica.address)
+
+
+def test_a_transaction_whose_answer_was_lost_is_applied_once(processes: Processes, tmp_path: Path) -> None:
+    """G6: committed but unanswered when the primary died, a transaction gets its first receipt from the new one."""
+    pair = Pair(processes, tmp_path, "--durability", "replica")
+    with (
+        FaultyProxy(pair.primary.address) as proxy,
+        connect(f"{proxy.address},{pair.replica.address}") as client,
+    ):
+        first = client.commit("/realm", [Add(b"counter", 1)])
+        proxy.is_mute = True
+        with pytest.raises(OutcomeUnknown) as unknown:
+            client.commit("/realm", [Add(b"counter", 1)], timeout_s=0.3)
+        wait_until(lambda: status(pair.replica.address).durable_lsn == first.lsn + 1)
+        new = pair.fail_over()
+        assert client.wait(unknown.value.number).lsn == first.lsn + 1
+        assert client.commit("/realm", [Add(b"counter", 1)]).version == 3
+    assert pairs(new.address, "/realm") == {b"counter": b"3"}
 
 
 # -- one reign -------------------------------------------------------------------------------------------------

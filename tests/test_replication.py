@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import json
@@ -14,7 +15,7 @@ from typing import Any
 
 import grpc
 import pytest
-from flipping_proxy import FlippingProxy
+from faulty_proxy import FaultyProxy
 from harness import Launch, Process, Processes, wait_until
 from killing import KILLED, Nursery
 from nodes import (
@@ -36,7 +37,8 @@ from nodes import (
     warnings,
 )
 
-from understudy.client import Put, connect
+from understudy.client import Put, aconnect, connect
+from understudy.common import portal
 from understudy.common.errors import ExitCode, OutcomeUnknown
 from understudy.common.follow_table import PROTOCOL_VERSION, Decision
 from understudy.common.types import START
@@ -159,7 +161,7 @@ def test_a_bootstrap_that_broke_off_goes_on_where_it_was(processes: Processes, t
     replica.kill()
     put(primary.address, "/large", (b"new", b"value"))
     checkpoint(primary.address)
-    with FlippingProxy(primary.address, b"") as proxy:
+    with FaultyProxy(primary.address) as proxy:
         replica = processes.replica(tmp_path / "b", proxy.address, *arguments, "1GiB")
         assert_equal(primary.address, replica.address)
         assert proxy.bytes_sent < total - 7_000_000
@@ -445,11 +447,22 @@ def test_a_transaction_may_ask_for_more_than_its_server(processes: Processes, tm
         receipt = server.wait(unknown.value.number)
         assert receipt.lsn == local.lsn + 1
         assert status(replica.address).durable_lsn >= receipt.lsn
-        with connect(replica.address) as reader:
-            for number in range(20):
-                value = b"%d" % number
-                server.commit("/realm", [Put(b"applied", value)], durability="applied")
-                assert reader.get("/realm", b"applied") == value
+    portal.call(_write_and_read(primary.address, replica.address))
+
+
+async def _write_and_read(primary: str, replica: str) -> None:
+    """At level `applied`, what was acknowledged can be read on the replica at once, however much is on its way."""
+    async with aconnect(primary) as writer, aconnect(replica) as reader:
+        for number in range(10):
+            operations = [Put(b"%d" % key, b"%d" % number) for key in range(50)]
+            commits = [
+                asyncio.ensure_future(writer.commit("/realm", operations, durability="applied"))
+                for _ in range(300)
+            ]
+            receipt = await commits[-1]
+            answer = await reader.status()
+            assert answer.committed_lsn >= receipt.lsn
+            await asyncio.gather(*commits)
 
 
 def test_a_server_at_level_replica_waits_for_one(processes: Processes, tmp_path: Path) -> None:

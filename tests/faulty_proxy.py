@@ -1,4 +1,4 @@
-"""A TCP proxy that flips bits in what a server sends, wherever a given word comes by."""
+"""A TCP proxy that flips bits in what a server sends, wherever a given word comes by, or keeps it all back."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from understudy.common.rpc import split_address
 _READ_BYTES = 1 << 16
 
 
-class FlippingProxy:
-    """Between clients and ``target``; harmless until :attr:`flips_left` is set."""
+class FaultyProxy:
+    """Between clients and ``target``; harmless until it is told otherwise."""
 
-    def __init__(self, target: str, word: bytes) -> None:
-        self.flips_left = 0
+    def __init__(self, target: str, word: bytes = b"") -> None:
+        self.flips_left = 0  # so many times a bit is flipped where ``word`` comes by
+        self.is_mute = False  # while it is, nothing of what the server sends arrives
         self.bytes_sent = 0  # by the server
         self._target = split_address(target)
         self._word = word
@@ -24,7 +25,7 @@ class FlippingProxy:
         self._sockets: list[socket.socket] = [self._listener]
         self._threads = [threading.Thread(target=self._accept)]
 
-    def __enter__(self) -> FlippingProxy:
+    def __enter__(self) -> FaultyProxy:
         self._threads[0].start()
         return self
 
@@ -50,13 +51,14 @@ class FlippingProxy:
                     self._threads.append(pump)
                     pump.start()
 
-    def _pump(self, source: socket.socket, sink: socket.socket, flips: bool) -> None:
+    def _pump(self, source: socket.socket, sink: socket.socket, from_server: bool) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(_READ_BYTES):
-                if flips:
-                    data = self._flipped(data)
+                if not from_server:
+                    sink.sendall(data)
+                elif not self.is_mute:
                     self.bytes_sent += len(data)
-                sink.sendall(data)
+                    sink.sendall(self._flipped(data))
         with contextlib.suppress(OSError):
             sink.shutdown(socket.SHUT_WR)
 
