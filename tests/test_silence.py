@@ -23,9 +23,7 @@ from understudy.v1 import log_pb2
 
 
 async def _until_connected(node: ReplicaNode, *, connected: bool) -> None:
-    async with asyncio.timeout(30):
-        while node.status().upstream.connected is not connected:
-            await asyncio.sleep(0.02)
+    await asyncio.to_thread(wait_until, lambda: node.status().upstream.connected is connected)
 
 
 def test_a_replica_comes_again_after_its_primary_was_silent(
@@ -71,9 +69,7 @@ def test_wait_tells_the_receipt_of_an_answer_that_came_meanwhile(tmp_path: Path)
                 data_dir=tmp_path / "r", primary=primary.address, listen="127.0.0.1:0", id="r"
             )
             async with serving_replica(settings):
-                async with asyncio.timeout(30):
-                    while primary.status().committed_lsn < 3:
-                        await asyncio.sleep(0.02)
+                await asyncio.to_thread(wait_until, lambda: primary.status().committed_lsn >= 3)
 
         asyncio.run(follow())
         wait_until(lambda: client.get("/realm", b"key") == b"value")
