@@ -215,11 +215,6 @@ class Engine:
         return bool(self._out_of_space)
 
     @property
-    def pending_bytes(self) -> int:
-        """Submitted, not yet durable."""
-        return self._writer.pending_bytes if self._writer else 0
-
-    @property
     def is_behind(self) -> bool:
         """Whether checkpoints can't keep up, so that nothing more should be applied for now."""
         return len(self.state.frozen) >= FROZEN_MAX

@@ -187,8 +187,8 @@ class Overloaded(Unavailable):
 class OutcomeUnknown(UnderstudyError):
     """A deadline passed before the answer came.
 
-    ``number`` identifies the transaction; the client goes on trying until it is closed, and
-    ``wait`` with this number gives the receipt once there is one.
+    ``number`` identifies the transaction; a client goes on trying until it is closed, and its ``wait`` with this
+    number gives the receipt once there is one. 0 where nothing can be waited for.
     """
 
     exit_code = ExitCode.UNREACHABLE

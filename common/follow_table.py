@@ -102,8 +102,8 @@ class Row:
         )
 
 
-# A peer that proves a higher epoch is heard whatever our own role and whatever else is wrong with it, so that
-# an old primary learns of its end as early as can be. Nothing of a foreign cluster can fence us.
+# A peer that proves a higher epoch is heard whatever else is wrong with it, so that an old primary learns of its
+# end as early as can be. Nothing of a foreign cluster can fence us.
 TABLE: Final = (
     Row(decision=Decision.PROTOCOL_MISMATCH, protocol=Protocol.OTHER, reign=None, cluster=None, claim=None, slot=None),
     Row(decision=Decision.FOREIGN_CLUSTER, reign=None, cluster=Cluster.FOREIGN, claim=None, slot=None),

@@ -38,7 +38,6 @@ class Fetched:
     """A complete copy in ``incoming/``."""
 
     cluster: ClusterId
-    position: Position
     bytes_fetched: int
     bytes_total: int
 
@@ -98,7 +97,6 @@ async def fetch(
     await stub.ReleaseSnapshot(replication_pb2.ReleaseSnapshotRequest(snapshot=info.snapshot))
     return Fetched(
         cluster=ClusterId(info.cluster),
-        position=Position(Lsn(info.position.lsn), Digest(info.position.digest)),
         bytes_fetched=fetcher.bytes_fetched,
         bytes_total=info.file_bytes,
     )
