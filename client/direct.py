@@ -48,7 +48,7 @@ MESSAGE_TRANSACTIONS_MAX = 256
 MESSAGE_BYTES_TARGET = 1 << 20
 # Sent and not answered: what must be kept for sending again, and what a server may be asked to hold for us.
 IN_FLIGHT_MAX = 10_000
-IN_FLIGHT_BYTES_MAX = 64 << 20
+IN_FLIGHT_BYTES_MAX = 16 << 20
 _BACKOFF_S = (0.02, 1.0)
 _DEADLINE_CHECK_S = 0.02
 _LATE_MAX = 10_000  # outcomes that came after their deadline, kept until somebody asks

@@ -37,7 +37,7 @@ from understudy.common.types import (
 from understudy.v1 import data_pb2, log_pb2
 
 # Made, not yet committed: a bound on memory, and on what a failover can leave unacknowledged.
-PENDING_BYTES_MAX = 48 << 20
+PENDING_BYTES_MAX = 16 << 20
 PENDING_ENTRIES_MAX = 50_000
 # A memtable with changes in it is written out after this long even when it is small, to keep recovery short.
 CHECKPOINT_AGE_S = 60.0

@@ -26,7 +26,7 @@ from understudy.common.types import Lsn, Position
 PROGRESS_S = 1.0  # told at least so often, so that the primary knows we are there
 SILENCE_S_MAX = 10.0  # the primary sends a heartbeat every second; so much silence means it is gone
 # Received and not yet applied: a bound on memory. Beyond it nothing more is read from the connection.
-BACKLOG_BYTES_MAX = 16 << 20
+BACKLOG_BYTES_MAX = 8 << 20
 BACKOFF_S = (0.1, 5.0)
 # So few records are applied before the primary is told that they are durable: it takes less than a message costs.
 APPLIED_AT_ONCE = 16

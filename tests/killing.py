@@ -38,6 +38,7 @@ KILLED = -signal.SIGKILL
 # Together they are all that the code under test changes files with, but for LMDB's own writes. Syncs are not among
 # them: kill -9 takes nothing from the kernel that was written.
 _STEPS = ("mkdir", "rename", "unlink", "rmdir", "ftruncate", "pwrite", "copy_file_range")
+_STEPS_AFTER_FAILURE = 5
 _NEEDING_SPACE = ("mkdir", "rename", "pwrite", "copy_file_range")
 # What the commands import only when they run.
 _MODULES = ("cli.node_status", "cli.output", "primary.server", "replica.server", "replica.rewind")
@@ -74,7 +75,10 @@ class Nursery:
         return self._launch({"fault": "killed", "step": step, "armed": str(armed or "")})
 
     def out_of_space_at(self, step: int) -> Launch:
-        """A way to start a command whose ``step``-th step, of those that need space, finds none."""
+        """A way to start a command whose ``step``-th step, of those that need space, finds none.
+
+        If it goes on, it is killed a few steps later.
+        """
         return self._launch({"fault": "out of space", "step": step, "armed": ""})
 
     def _launch(self, fault: dict[str, Any]) -> Launch:
@@ -194,10 +198,10 @@ def _wrap(fault: str, step: int, armed: str) -> None:
             return
         with lock:
             number = next(numbers)
-        if number != step:
-            return
-        if fault == "out of space":
+        if fault == "out of space" and number == step:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if number != (step if fault == "killed" else step + _STEPS_AFTER_FAILURE):
+            return
         os.kill(os.getpid(), signal.SIGKILL)
         signal.pause()
 

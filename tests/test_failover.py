@@ -19,6 +19,7 @@ from nodes import (
     DIRECTORY,
     Load,
     Pair,
+    ask_to_follow,
     assert_equal,
     assert_sound,
     copy_node,
@@ -32,9 +33,11 @@ from nodes import (
 from understudy.client import Add, Delete, DeleteRange, Operation, Put, connect
 from understudy.common.directory import DataDirectory, Role
 from understudy.common.errors import Fenced, OutcomeUnknown, UnderstudyError
+from understudy.common.follow_table import PROTOCOL_VERSION, Decision
 from understudy.common.log_reader import read_records
 from understudy.common.records import Record
 from understudy.common.types import ClusterId, Lsn
+from understudy.v1 import replication_pb2
 
 # -- the story -------------------------------------------------------------------------------------------------
 
@@ -129,6 +132,31 @@ def _show_as_replica(processes: Processes, directory: Path, new: Process, old: P
     new.kill()
     wait_until(lambda: status(old.address).role == "fenced", what=replica.describe)
     assert "is fenced" in "\n".join(status(replica.address).warnings)
+
+
+def test_clients_leave_a_primary_that_is_fenced_while_it_runs(processes: Processes, tmp_path: Path) -> None:
+    """G6, G7: promoted away from a primary that still runs, what waits there is applied once, by the new one."""
+    pair = Pair(processes, tmp_path, "--durability", "replica")
+    with connect(pair.addresses) as client:
+        client.commit("/realm", [Add(b"counter", 1)])
+        processes.run("promote", pair.b)
+        new = processes.primary(pair.b, "--listen", pair.replica.address)
+        with pytest.raises(OutcomeUnknown) as unknown:
+            client.commit("/realm", [Add(b"counter", 1)], timeout_s=0.3)
+        known = status(new.address)
+        hello = replication_pb2.Hello(
+            protocol_version=PROTOCOL_VERSION,
+            cluster=known.cluster,
+            node=known.node,
+            replica_id="witness",
+            epoch=known.epoch,
+            proof=known.proof,
+        )
+        hello.locator.add(lsn=known.lsn, digest=known.digest)
+        assert ask_to_follow(pair.primary.address, hello).decision == Decision.FENCED
+        assert status(pair.primary.address).role == "fenced"
+        assert client.wait(unknown.value.number).version == 2
+    assert pairs(new.address, "/realm") == {b"counter": b"2"}
 
 
 # -- what only the old primary had -----------------------------------------------------------------------------

@@ -224,6 +224,18 @@ def test_g3_counting_up_to_the_same_lsn_again_is_no_identity(common: int) -> Non
     assert Pair(restored.longer(500, b"and on"), old, common).relation is Relation.FORKED
 
 
+def test_g3_a_mark_kept_of_pruned_history_tells_a_fork() -> None:
+    """G3: where the log no longer reaches back to a peer's head, one mark that it contradicts makes it forked, and
+    its copy is not replaced.
+    """
+    shared = begun(100)
+    theirs = shared.longer(60, b"theirs")
+    ours = shared.longer(900, b"ours")
+    marked = theirs.locator[3].lsn
+    assert Pair(ours.pruned(800, (50, marked)), theirs, 100).relation is Relation.FORKED
+    assert Pair(ours.pruned(800, (50,)), theirs, 100).relation is Relation.PRUNED  # nothing left that tells
+
+
 def test_a_peer_at_the_very_edge_of_our_log_is_streamed_to() -> None:
     """The log need not hold a peer's last entry, only the ones behind it."""
     past = begun(100)

@@ -153,48 +153,45 @@ class StateMachine(RuleBasedStateMachine):
         number = (known.last_number(client) if known else 0) + 1 + skipped
         self.node.apply(self.author.change(path, what, client=client, number=number))
 
-    @rule(realm=st.integers(0, 2))
-    def drop(self, realm: int) -> None:
-        self.node.apply(self.author.drop(self.paths[realm]))
+    @rule(
+        what=st.sampled_from(
+            ["freeze", "write", "checkpoint", "checkpoint all", "other marks", "drop", "restart"]
+        ),
+        realm=st.integers(0, 2),
+    )
+    def mark(self, what: str, realm: int) -> None:
+        """Whatever else happens: one rule for all, so that half of the steps are transactions."""
+        if what == "freeze" and len(self.state.frozen) < 3:
+            self.node.apply(self.author.freeze())
+        elif what == "write" and self.state.frozen and not self.unnoticed:
+            self._write()  # in the store, while entries go on being applied
+        elif what == "checkpoint" and self.state.frozen:
+            self._checkpoint()
+        elif what == "checkpoint all":
+            self.node.apply(self.author.freeze())
+            while self.state.frozen:
+                self._checkpoint()
+        elif what == "other marks":
+            self.node.apply(self.author.digest_mark())
+            self.node.apply(self.author.epoch_start())
+        elif what == "drop":
+            self.node.apply(self.author.drop(self.paths[realm]))
+        elif what == "restart":
+            self.unnoticed = False
+            self.node.restart()
 
-    @precondition(lambda self: len(self.state.frozen) < 3)
-    @rule()
-    def freeze(self) -> None:
-        self.node.apply(self.author.freeze())
-
-    @rule()
-    def other_marks(self) -> None:
-        self.node.apply(self.author.digest_mark())
-        self.node.apply(self.author.epoch_start())
-
-    @precondition(lambda self: self.state.frozen and not self.unnoticed)
-    @rule()
-    def write_checkpoint(self) -> None:
-        """In the store, while entries go on being applied."""
+    def _write(self) -> None:
         self.node.write(self.state.frozen[-1])
         self.unnoticed = True
 
-    @precondition(lambda self: self.state.frozen)
-    @rule()
-    def checkpoint(self) -> None:
+    def _checkpoint(self) -> None:
         if not self.unnoticed:
-            self.node.write(self.state.frozen[-1])
+            self._write()
         self.unnoticed = False
         lsn = self.state.frozen[-1].position.lsn
         self.state.checkpointed()
         assert self.node.store.current.checkpoint.lsn == lsn
         self.node.records = [record for record in self.node.records if record.lsn > lsn]
-
-    @rule()
-    def checkpoint_all(self) -> None:
-        self.freeze()
-        while self.state.frozen:
-            self.checkpoint()
-
-    @rule()
-    def restart(self) -> None:
-        self.unnoticed = False
-        self.node.restart()
 
     @rule(realm=st.integers(0, 2), start=bounds, end=bounds, reverse=st.booleans(), pairs=st.integers(1, 3))
     def open_scan(self, realm: int, start: bytes, end: bytes, reverse: bool, pairs: int) -> None:
