@@ -85,8 +85,9 @@ class NodeFile:
                     f"{path.parent} was written by a newer version of Understudy (format {raw['format']})",
                     remedy=f"this version reads format {FORMAT_VERSION}; upgrade it",
                 )
-            return cls(role=Role(raw["role"]), cluster=raw["cluster"], node=str(uuid.UUID(raw["node"])))
-        except (ValueError, KeyError, TypeError) as error:
+            cluster = str(uuid.UUID(raw["cluster"])) if raw["cluster"] else ""
+            return cls(role=Role(raw["role"]), cluster=cluster, node=str(uuid.UUID(raw["node"])))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:  # the last is UUID's, of no text
             raise CorruptionError(
                 f"{path} can't be read: {error}", remedy="restore this node from its peer or a backup"
             ) from error
@@ -263,6 +264,10 @@ class DataDirectory:
     def _finish_install(self) -> None:
         note = self.incoming / _OLD_COPY_NOTE
         old_to = self.set_aside / os.fsdecode(note.read_bytes()) if note.exists() else None
+        if old_to is not None:
+            # A power loss may have kept the note and not the folder.
+            with storage_errors("create", old_to):
+                old_to.mkdir(parents=True, exist_ok=True)
         for current in (self.store, self.log):
             with storage_errors("replace", current):
                 self._replace(current, self.incoming / current.name, old_to)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from understudy.common.errors import (
     AheadOfPrimary,
+    CorruptionError,
     Diverged,
     Fenced,
     ForeignCluster,
@@ -166,15 +167,19 @@ class FollowSession:
         """Log bytes have come, or a heartbeat.
 
         Raises:
-            CorruptionError: they do not continue what came before.
+            CorruptionError: they do not continue what came before, or are no whole records up to the head.
         """
         self._heard_s = now_s
         self.head_lsn, self.head_offset, self.clock_us = head_lsn, head_offset, clock_us
         self._received_offset += len(records)
         whole = self._reader.feed(records)
+        if self._received_offset == head_offset and self._reader.pending_bytes:
+            # A length that was changed on the way would have us wait for bytes that nobody is going to send.
+            raise CorruptionError(f"entry {self._reader.position.lsn + 1} is damaged: the log ends within it")
         if not whole:
             self._tail += records
-            return []
+            # Tells that it has come: an entry larger than the primary's window needs room for its next part.
+            return [self._progress()] if records else []
         data = self._tail + records
         cut = len(data) - self._reader.pending_bytes
         self._tail = data[cut:]

@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import itertools
 import json
+import os
 import re
 import shutil
+import signal
 from collections.abc import Iterator
 from concurrent import futures
 from pathlib import Path
@@ -28,6 +30,7 @@ from nodes import (
     assert_equal,
     assert_sound,
     checkpoint,
+    children,
     copy_node,
     offline_status,
     pairs,
@@ -38,8 +41,7 @@ from nodes import (
     warnings,
 )
 
-from understudy.client import Put, aconnect, connect
-from understudy.common import portal
+from understudy.client import Put, connect
 from understudy.common.directory import DataDirectory
 from understudy.common.errors import ExitCode, OutcomeUnknown
 from understudy.common.follow_table import PROTOCOL_VERSION, Decision
@@ -496,22 +498,28 @@ def test_a_transaction_may_ask_for_more_than_its_server(processes: Processes, tm
         receipt = server.wait(unknown.value.number)
         assert receipt.lsn == local.lsn + 1
         assert status(replica.address).durable_lsn >= receipt.lsn
-    portal.call(_write_and_read(primary.address, replica.address))
 
 
-async def _write_and_read(primary: str, replica: str) -> None:
-    """At level `applied`, what was acknowledged can be read on the replica at once, however much is on its way."""
-    async with aconnect(primary) as writer, aconnect(replica) as reader:
-        for number in range(10):
-            operations = [Put(b"%d" % key, b"%d" % number) for key in range(50)]
-            commits = [
-                asyncio.ensure_future(writer.commit("/realm", operations, durability="applied"))
-                for _ in range(300)
-            ]
-            receipt = await commits[-1]
-            answer = await reader.status()
-            assert answer.committed_lsn >= receipt.lsn
-            await asyncio.gather(*commits)
+def test_level_applied_waits_until_a_replica_shows_it(processes: Processes, tmp_path: Path) -> None:
+    """What a replica has on disk but can't show, its checkpoints being stuck, is not answered at level `applied`."""
+    pair = Pair(processes, tmp_path)
+    address = pair.primary.address
+    (checkpointer,) = children(pair.replica)
+    os.kill(checkpointer, signal.SIGSTOP)
+    try:
+        for number in range(2):  # as many memtables as may wait
+            put(address, "/realm", (b"key", b"%d" % number))
+            checkpoint(address)
+        with connect(address) as server:
+            receipt = server.commit("/realm", [Put(b"key", b"durable")], durability="replica")
+            with pytest.raises(OutcomeUnknown) as unknown:
+                server.commit("/realm", [Put(b"key", b"applied")], durability="applied", timeout_s=0.3)
+            assert status(pair.replica.address).committed_lsn < receipt.lsn
+            os.kill(checkpointer, signal.SIGCONT)
+            server.wait(unknown.value.number)
+            assert pairs(pair.replica.address, "/realm") == {b"key": b"applied"}
+    finally:
+        os.kill(checkpointer, signal.SIGCONT)
 
 
 def test_a_server_at_level_replica_waits_for_one(processes: Processes, tmp_path: Path) -> None:
