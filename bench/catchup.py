@@ -99,7 +99,7 @@ def _catch_up(bench: Bench, primary: Node, directory: Path) -> tuple[float, floa
 
 def _streaming_since(replica: Node) -> float:
     """When the primary let it stream, by the wall clock, from its log."""
-    answers = [event for event in replica.events("primary_answered") if event["decision"] == "STREAM"]
+    answers = replica.events("following")
     if not answers or len(replica.events("bootstrap_begins")):
         raise BenchFailed("the replica was to catch up by streaming, and did not")
     return datetime.datetime.fromisoformat(answers[0]["timestamp"]).timestamp()

@@ -7,8 +7,9 @@ One thread writes; others may read and prune at the same time. What makes that s
 only when everything before it is durable, and bytes before it never change; the tuple of segments is
 replaced, never modified; and one lock keeps a file from being closed or removed while it is read or opened.
 
-An error of the storage is final: the log is poisoned, and every later call raises :class:`StorageFailed`. No
-sync is ever repeated, because the kernel may have dropped the pages and would report success.
+A failed write or sync is final: the log is poisoned, and every later call raises :class:`StorageFailed`. No sync
+is ever repeated, because the kernel may have dropped the pages and would report success. A failed read concerns
+only who asked for it.
 """
 
 from __future__ import annotations
@@ -214,7 +215,7 @@ class ChangeLog:
             StorageFailed.
             ValueError: the records do not follow.
         """
-        with self._guard():
+        with self._changing():
             first_lsn = HEADER.unpack_from(data)[1]
             if first_lsn != self.end.lsn + 1 or last.lsn < first_lsn:
                 raise ValueError(f"records {first_lsn} to {last.lsn} do not follow entry {self.end.lsn}")
@@ -287,25 +288,25 @@ class ChangeLog:
             CorruptionError: a file is shorter than it was.
             StorageFailed.
         """
-        with self._guard():
-            with self._lock:
-                segment, behind = self._segment_at(offset)
-                length = min(bytes_max, behind - offset)
-                if length <= 0:
-                    return b""
-                place = segment.byte_of(offset)
-                if self._writer is not None and segment is self._writer.segment:
-                    data = self._writer.file.read_at(length, place)
-                    file = None
-                else:
-                    file = self._files.open(segment.path)
-            if file is not None:
-                # Removing it meanwhile does no harm: it is open.
-                with contextlib.closing(file):
-                    data = file.read_at(length, place)
-            if len(data) < length:
-                raise CorruptionError(f"{segment.path}: ends at byte {place + len(data)}, too early")
-            return data
+        self._check_failed()
+        with self._lock:
+            segment, behind = self._segment_at(offset)
+            length = min(bytes_max, behind - offset)
+            if length <= 0:
+                return b""
+            place = segment.byte_of(offset)
+            if self._writer is not None and segment is self._writer.segment:
+                data = self._writer.file.read_at(length, place)
+                file = None
+            else:
+                file = self._files.open(segment.path)
+        if file is not None:
+            # Removing it meanwhile does no harm: it is open.
+            with contextlib.closing(file):
+                data = file.read_at(length, place)
+        if len(data) < length:
+            raise CorruptionError(f"{segment.path}: ends at byte {place + len(data)}, too early")
+        return data
 
     def records(self, after: Lsn, upto: Lsn | None = None) -> Iterator[Record]:
         """The entries behind ``after`` up to ``upto`` or the end as of the first one taken, chain checked.
@@ -362,20 +363,20 @@ class ChangeLog:
         return found.offset if found else None
 
     def _find(self, lsn: Lsn) -> _End | None:
-        with self._guard():
-            end, segments = self._end, self._segments
-            if lsn == end.position.lsn:
-                return end
-            at = bisect_right(segments, lsn, key=lambda segment: segment.header.before.lsn) - 1
-            if at < 0 or lsn > end.position.lsn:
-                return None
-            segment = segments[at]
-            if lsn == segment.header.before.lsn:
-                return _End(segment.header.before, segment.header.first_offset)
-            try:
-                return _End(*segment.find(lsn, self.read))
-            except UsageError:
-                return None  # removed meanwhile
+        self._check_failed()
+        end, segments = self._end, self._segments
+        if lsn == end.position.lsn:
+            return end
+        at = bisect_right(segments, lsn, key=lambda segment: segment.header.before.lsn) - 1
+        if at < 0 or lsn > end.position.lsn:
+            return None
+        segment = segments[at]
+        if lsn == segment.header.before.lsn:
+            return _End(segment.header.before, segment.header.first_offset)
+        try:
+            return _End(*segment.find(lsn, self.read))
+        except UsageError:
+            return None  # removed meanwhile
 
     def _segment_at(self, offset: int) -> tuple[Segment, int]:
         """The segment that holds the byte at ``offset``, and the log offset behind that segment."""
@@ -401,7 +402,7 @@ class ChangeLog:
             StorageFailed.
         """
         removed: list[Path] = []
-        with self._guard(), self._prune_lock:
+        with self._changing(), self._prune_lock:
             while len(self._segments) > 1 and self._segments[1].header.first_lsn <= keep_from:
                 with self._lock:
                     oldest, self._segments = self._segments[0], self._segments[1:]
@@ -416,11 +417,15 @@ class ChangeLog:
     # -- failure -------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _guard(self) -> Iterator[None]:
-        if self._failed is not None:
-            raise StorageFailed(f"the change-log failed before: {self._failed.message}") from self._failed
+    def _changing(self) -> Iterator[None]:
+        """Around what changes files: where that fails, nobody knows what they hold. A failed read changes nothing."""
+        self._check_failed()
         try:
             yield
         except StorageFailed as error:
             self._failed = error
             raise
+
+    def _check_failed(self) -> None:
+        if self._failed is not None:
+            raise StorageFailed(f"the change-log failed before: {self._failed.message}") from self._failed

@@ -12,6 +12,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -34,6 +35,7 @@ from understudy.common.errors import (
 from understudy.common.types import MESSAGE_BYTES_MAX
 
 CODE_METADATA = "understudy-code"
+FIRST_MESSAGE_S_MAX = 10.0
 STREAMS_MAX = 1_000  # a connection: more concurrent calls than that wait
 
 _OPTIONS: tuple[tuple[str, int], ...] = (
@@ -191,6 +193,19 @@ def short_socket_path(path: Path) -> Iterator[str]:
 def open_channel(target: str) -> grpc.aio.Channel:
     """A channel to ``HOST:PORT`` or ``unix:PATH``; it connects when first used."""
     return grpc.aio.insecure_channel(target, options=_CHANNEL_OPTIONS)
+
+
+async def first_message(context: grpc.aio.ServicerContext) -> Any:  # type: ignore[type-arg]
+    """The first message of a stream, or ``grpc.aio.EOF``. A stream on which nobody speaks must not be held for ever.
+
+    Raises:
+        ProtocolError: none came within :data:`FIRST_MESSAGE_S_MAX`.
+    """
+    try:
+        async with asyncio.timeout(FIRST_MESSAGE_S_MAX):
+            return await context.read()
+    except TimeoutError:
+        raise ProtocolError(f"no first message came for {FIRST_MESSAGE_S_MAX:g} s") from None
 
 
 # -- errors --------------------------------------------------------------------------------------------------

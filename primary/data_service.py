@@ -19,7 +19,7 @@ from understudy.common.errors import (
 from understudy.common.follow_table import PROTOCOL_VERSION
 from understudy.common.memtable import Receipt
 from understudy.common.read_service import Context, ReadService
-from understudy.common.rpc import answering_errors
+from understudy.common.rpc import answering_errors, first_message
 from understudy.common.types import ID_BYTES, Epoch, check_realm_path, is_system_realm
 from understudy.primary.node import PrimaryNode
 from understudy.v1 import data_pb2
@@ -41,7 +41,7 @@ class PrimaryDataService(ReadService):
             await self._commit(context)
 
     async def _commit(self, context: Context) -> None:
-        first = await context.read()
+        first = await first_message(context)
         if first is grpc.aio.EOF:
             return
         bind = _bound(first)

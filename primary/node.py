@@ -57,10 +57,10 @@ def now_us() -> int:
 class PrimaryNode:
     """A primary's moving parts. Everything runs on the loop that :meth:`start` is called on."""
 
-    def __init__(self, engine: Engine, settings: PrimarySettings) -> None:
+    def __init__(self, engine: Engine, settings: PrimarySettings, slots: SlotTable) -> None:
         self.engine = engine
         self.settings = settings
-        self.slots = SlotTable(engine.directory.path / SLOTS_FILE)
+        self.slots = slots
         self.failed: asyncio.Future[UnderstudyError] = asyncio.get_running_loop().create_future()
         self.committer = Committer(
             engine,
@@ -94,7 +94,8 @@ class PrimaryNode:
         if directory.is_new or directory.role is Role.CREATING:
             create_cluster(directory)
         _check_role(directory)
-        return cls(Engine.open(directory, metrics=metrics), settings)
+        slots = SlotTable(directory.path / SLOTS_FILE)
+        return cls(Engine.open(directory, metrics=metrics), settings, slots)
 
     async def start(self) -> None:
         """Begins to work."""

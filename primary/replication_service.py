@@ -26,7 +26,7 @@ from understudy.common.follow_table import (
 )
 from understudy.common.locator import LOCATOR_POSITIONS_MAX, EpochSpan, History, last_common, relate
 from understudy.common.read_service import Context
-from understudy.common.rpc import answering_errors
+from understudy.common.rpc import answering_errors, first_message
 from understudy.common.snapshot import PinnedSnapshot
 from understudy.common.types import ID_BYTES, Digest, Epoch, Lsn, Position
 from understudy.primary import slots
@@ -59,33 +59,51 @@ class ReplicationService(replication_pb2_grpc.ReplicationServicer):
     async def Follow(self, _: object, context: Context) -> None:  # type: ignore[override]
         """One replica, until either side goes away."""
         async with answering_errors(context):
-            first = await context.read()
+            first = await first_message(context)
             if first is grpc.aio.EOF:
                 return
             if first.WhichOneof("message") != "hello":
                 raise ProtocolError("the first message of a Follow is a hello")
             hello = _checked(first.hello)
-            await self._replace_own(hello)
-            decision, common = await self._decide(hello)
-            bound = log.bind(replica=hello.replica_id, peer=context.peer())
-            if decision == Decision.STREAM:
-                self._check_slots(hello.replica_id)
-            bound.info("follow_asked", decision=Decision.Name(decision), lsn=_head(hello).lsn)
-            if decision == Decision.FENCED and not self._node.is_fenced:
-                self._node.fence(Epoch(hello.epoch))
-            offset = self._start_offset(hello) if decision == Decision.STREAM else 0
-            await context.write(self._answer(decision, common, offset))
-            if decision == Decision.STREAM:
-                await self._stream(hello, offset, context)
+            async with self._seat(hello) as seat:
+                decision, common = await self._decide(hello, seat)
+                bound = log.bind(replica=hello.replica_id, peer=context.peer())
+                if decision == Decision.STREAM:
+                    self._check_slots(hello.replica_id)
+                bound.info("follow_asked", decision=Decision.Name(decision), lsn=_head(hello).lsn)
+                if decision == Decision.FENCED and not self._node.is_fenced:
+                    self._node.fence(Epoch(hello.epoch))
+                offset = self._start_offset(hello) if decision == Decision.STREAM else 0
+                await context.write(self._answer(decision, common, offset))
+                if decision == Decision.STREAM:
+                    await self._stream(hello, offset, context)
 
-    async def _replace_own(self, hello: replication_pb2.Hello) -> None:
-        """Ends an older connection of the same copy: it is half-open, or the replica would not ask again."""
-        known = self._following.get(hello.replica_id)
-        if known is not None and known[0] == hello.node:
+    @contextlib.asynccontextmanager
+    async def _seat(self, hello: replication_pb2.Hello) -> AsyncIterator[Slot]:
+        """The replica id's seat, held from before the decision until the stream ends.
+
+        An older connection of the same process is half-open, or it would not ask again: it gives way. Another
+        process does not, even if its copy says that it is the same node: it may be a copied directory, and the
+        two would drive each other out for ever. One that was killed is gone at the latest when its silence is
+        noticed.
+        """
+        while (known := self._following.get(hello.replica_id)) and known[0] == hello.run:
             known[1].cancel()
             await asyncio.wait([known[1]])
+        if known is not None:
+            yield Slot.TAKEN
+            return
+        task = asyncio.current_task()
+        assert task is not None
+        self._following[hello.replica_id] = (hello.run, task)
+        try:
+            yield Slot.FREE
+        finally:
+            del self._following[hello.replica_id]
 
-    async def _decide(self, hello: replication_pb2.Hello) -> tuple[Decision.ValueType, Position | None]:
+    async def _decide(
+        self, hello: replication_pb2.Hello, seat: Slot
+    ) -> tuple[Decision.ValueType, Position | None]:
         engine = self._node.engine
         history = self._history()
         locator = [Position(Lsn(one.lsn), Digest(one.digest)) for one in hello.locator]
@@ -94,14 +112,13 @@ class ReplicationService(replication_pb2_grpc.ReplicationServicer):
             # Looking up digests reads the log: not on the loop.
             relation = await asyncio.to_thread(relate, locator, Epoch(hello.epoch), history)
             common = await asyncio.to_thread(last_common, locator, history.lookup)
-        known = self._following.get(hello.replica_id)
         decision = decide(
             FollowFacts(
                 protocol=Protocol.SAME if hello.protocol_version == PROTOCOL_VERSION else Protocol.OTHER,
                 reign=Reign.FENCED if self._node.is_fenced else Reign.PRIMARY,
                 cluster=self._cluster(hello),
                 claim=self._claim(hello),
-                slot=Slot.FREE if known is None or known[0] == hello.node else Slot.TAKEN,
+                slot=seat,
                 relation=relation,
             )
         )
@@ -171,9 +188,6 @@ class ReplicationService(replication_pb2_grpc.ReplicationServicer):
         lsn = _head(hello).lsn
         slot = node.slots.claim(replica_id, hello.node, lsn=lsn, offset=offset, now_us=now_us())
         slot.address = hello.address
-        task = asyncio.current_task()
-        assert task is not None
-        self._following[replica_id] = (hello.node, task)
         node.forget_progress(replica_id)
         node.slots.connect(replica_id)
         session = FollowerSession(lsn=lsn, offset=offset, now_s=time.monotonic())
@@ -186,9 +200,7 @@ class ReplicationService(replication_pb2_grpc.ReplicationServicer):
             reader.cancel()
             # Before anything is awaited: a peer that goes away cancels this call, and that may come just then.
             node.listeners.discard(wake)
-            if self._following.get(replica_id, (b"", None))[1] is task:
-                del self._following[replica_id]
-                node.slots.disconnect(replica_id)
+            node.slots.disconnect(replica_id)
             log.info("follow_ended", replica=replica_id, durable_lsn=slot.durable_lsn)
             await asyncio.gather(reader, return_exceptions=True)
 
@@ -261,8 +273,7 @@ class ReplicationService(replication_pb2_grpc.ReplicationServicer):
             self._check_slots(replica_id)
             if len(request.node) != ID_BYTES:
                 raise ProtocolError(f"a node id has {ID_BYTES} bytes, not {len(request.node)}")
-            following = self._following.get(replica_id)
-            if following is not None and following[0] != request.node:
+            if self._node.slots.is_connected(replica_id):
                 raise ProtocolError(
                     f"another replica follows as {replica_id!r}", remedy="give each its own --id"
                 )
@@ -336,8 +347,10 @@ def _head(hello: replication_pb2.Hello) -> Position:
 
 def _checked(hello: replication_pb2.Hello) -> replication_pb2.Hello:
     _checked_id(hello.replica_id)
-    if len(hello.node) != ID_BYTES or len(hello.address) > _ADDRESS_BYTES_MAX:
-        raise ProtocolError(f"a node id has {ID_BYTES} bytes, an address at most {_ADDRESS_BYTES_MAX}")
+    if {len(hello.node), len(hello.run)} != {ID_BYTES} or len(hello.address) > _ADDRESS_BYTES_MAX:
+        raise ProtocolError(
+            f"ids of node and run have {ID_BYTES} bytes, an address at most {_ADDRESS_BYTES_MAX}"
+        )
     if len(hello.locator) > LOCATOR_POSITIONS_MAX or (hello.cluster and not hello.locator):
         raise ProtocolError(f"a locator has 1 to {LOCATOR_POSITIONS_MAX} positions, not {len(hello.locator)}")
     return hello

@@ -36,7 +36,7 @@ from understudy.common.follow_table import PROTOCOL_VERSION, Decision
 from understudy.common.locator import EpochSpan, History, fork_position, make_locator
 from understudy.common.rpc import open_channel, peer_errors
 from understudy.common.store import Store
-from understudy.common.types import Digest, Epoch, Lsn, Position
+from understudy.common.types import Digest, Epoch, Lsn, Position, new_id
 from understudy.replica import bootstrap
 from understudy.v1 import replication_pb2, replication_pb2_grpc
 
@@ -157,6 +157,7 @@ async def _ask(
         protocol_version=PROTOCOL_VERSION,
         cluster=directory.cluster,
         node=directory.node,
+        run=new_id(),
         replica_id=replica_id,
         epoch=own.history.epoch,
         proof=own.proof,

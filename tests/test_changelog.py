@@ -367,6 +367,18 @@ def test_g1_failed_write_or_sync_poisons_for_good(action: str, code: int) -> Non
     assert nth > 1
 
 
+def test_a_failed_read_concerns_only_its_reader(small: None) -> None:
+    """G9: a sector of an old segment that can't be read fails the call that needs it; writing goes on."""
+    files = FaultyFiles()
+    log, positions = filled(files)
+    files.fail("read", 1, errno.EIO)
+    with pytest.raises(StorageFailed):
+        list(log.records(Lsn(0)))
+    write(log, b"goes on")
+    assert log.end.lsn == len(positions)
+    assert [record.payload for record in log.records(Lsn(0))] == [*PAYLOADS, b"goes on"]
+
+
 def write_rest(log: ChangeLog, files: FaultyFiles, payloads: list[bytes]) -> int:
     """Writes one batch, after each full disk with what is left of it; how often the disk was full."""
     made = chain(log.end, payloads)

@@ -148,6 +148,7 @@ def test_clients_leave_a_primary_that_is_fenced_while_it_runs(processes: Process
             protocol_version=PROTOCOL_VERSION,
             cluster=known.cluster,
             node=known.node,
+            run=bytes(16),
             replica_id="witness",
             epoch=known.epoch,
             proof=known.proof,

@@ -237,7 +237,7 @@ def test_a_replica_that_is_away_for_too_long_bootstraps_again(processes: Process
     assert sum(segment.stat().st_size for segment in segments) < 200 << 20
     replica = processes.replica(pair.b, address, "--id", "b")
     assert_equal(address, replica.address)
-    assert "decision=BOOTSTRAP" in replica.stderr
+    assert "bootstrap_begins" in replica.stderr
     found = slot(address, "b")
     assert found is not None
     assert found.state == "streaming"
@@ -255,7 +255,7 @@ def test_of_two_replicas_with_one_id_the_second_waits(processes: Processes, tmp_
     assert "bootstrap_begins" not in second.stderr
     put(address, "/shared", (b"key", b"value"))
     wait_until_caught_up(address, pair.replica.address)
-    assert pair.replica.stderr.count("primary_answered") == 2  # the bootstrap, and the stream that still runs
+    assert pair.replica.stderr.count("event=following") == 1  # the one that still runs
     assert "give each replica its own --id" in second.stderr
     assert pair.replica.terminate() == 0
     assert_equal(address, second.address)
@@ -271,11 +271,7 @@ async def _go_away_at_each_moment(path: Path) -> None:
         node = PrimaryNode.open(directory, PrimarySettings(data_dir=path), EngineMetrics())
         await node.start()
         service = ReplicationService(node, PinBoard(node.engine))
-        hello = replication_pb2.Hello(
-            protocol_version=PROTOCOL_VERSION, cluster=directory.cluster, replica_id="b", epoch=1
-        )
-        for position in (node.engine.durable, START):
-            hello.locator.add(lsn=position.lsn, digest=position.digest)
+        hello = _hello_at_head(node, directory)
         for moment in range(12):
             hello.node = moment.to_bytes(16, "big")
             context = _Context(hello)
@@ -293,12 +289,51 @@ async def _go_away_at_each_moment(path: Path) -> None:
         await node.close()
 
 
+def test_of_two_that_ask_in_the_same_moment_one_gets_the_id(tmp_path: Path) -> None:
+    """Two replicas that say hello with one id before either was answered do not both stream."""
+    asyncio.run(_ask_together(tmp_path / "a"))
+
+
+async def _ask_together(path: Path) -> None:
+    with DataDirectory.open(path) as directory:
+        node = PrimaryNode.open(directory, PrimarySettings(data_dir=path), EngineMetrics())
+        await node.start()
+        service = ReplicationService(node, PinBoard(node.engine))
+        calls, contexts = [], []
+        for run in range(5):
+            hello = _hello_at_head(node, directory)
+            hello.node = hello.run = run.to_bytes(16, "big")
+            contexts.append(_Context(hello))
+            calls.append(asyncio.create_task(service.Follow(None, contexts[-1])))  # type: ignore[arg-type]
+        await contexts[0].streams.wait()
+        await asyncio.gather(*calls[1:])
+        decisions = [context.said[0].answer.decision for context in contexts]
+        assert decisions == [Decision.STREAM, *[Decision.DUPLICATE_ID] * 4]
+        calls[0].cancel()
+        await asyncio.gather(calls[0], return_exceptions=True)
+        await node.close()
+
+
+def _hello_at_head(node: PrimaryNode, directory: DataDirectory) -> replication_pb2.Hello:
+    hello = replication_pb2.Hello(
+        protocol_version=PROTOCOL_VERSION,
+        cluster=directory.cluster,
+        run=bytes(16),
+        replica_id="b",
+        epoch=1,
+    )
+    for position in (node.engine.durable, START):
+        hello.locator.add(lsn=position.lsn, digest=position.digest)
+    return hello
+
+
 class _Context:
     """gRPC's side of a stream whose peer says hello, then nothing, and then is gone."""
 
     def __init__(self, hello: replication_pb2.Hello) -> None:
         self.streams = asyncio.Event()
         self.gone = asyncio.Event()
+        self.said: list[replication_pb2.FollowResponse] = []
         self._hello: replication_pb2.Hello | None = hello
 
     async def read(self) -> object:
@@ -309,15 +344,16 @@ class _Context:
         await self.gone.wait()
         return grpc.aio.EOF
 
-    async def write(self, message: object) -> None:
-        """Goes nowhere."""
+    async def write(self, message: replication_pb2.FollowResponse) -> None:
+        """Notes what would go out."""
+        self.said.append(message)
 
     def peer(self) -> str:
         return "nobody"
 
 
 def test_a_copied_replica_harms_nobody(processes: Processes, tmp_path: Path) -> None:
-    """G2: a replica's directory copied and started as well, as the same node, corrupts neither copy nor the primary."""
+    """G2: a replica's directory copied and started as well, as the same node, waits until the first one is gone."""
     pair = Pair(processes, tmp_path, "--durability", "replica")
     address = pair.primary.address
     put(address, "/shared", (b"key", b"value"))
@@ -325,12 +361,15 @@ def test_a_copied_replica_harms_nobody(processes: Processes, tmp_path: Path) -> 
     copy_node(pair.b, tmp_path / "c")
     with Load(address) as load:
         one = processes.replica(pair.b, address, "--id", "b")
+        wait_until(lambda: status(one.address).upstream.connected)
         other = processes.replica(tmp_path / "c", address, "--id", "b")
+        wait_until(lambda: "another replica with this id" in warnings(other.address))
         load.wait_for(200)
     assert load.errors == []
     load.check(address)
     assert one.is_running
-    assert other.is_running
+    assert one.stderr.count("event=following") == 1  # not driven out
+    assert "event=following" not in other.stderr
     one.kill()
     assert_equal(address, other.address)
     other.kill()
@@ -410,6 +449,7 @@ def test_a_claim_without_proof_fences_nobody(processes: Processes, tmp_path: Pat
         protocol_version=PROTOCOL_VERSION,
         cluster=known.cluster,
         node=bytes(16),
+        run=bytes(16),
         replica_id="liar",
         epoch=99,
         proof=known.proof,

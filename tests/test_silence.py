@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import pytest
 from harness import Processes, wait_until
 
 from understudy.client import OutcomeUnknown, Put, connect
-from understudy.common import portal
+from understudy.common import portal, rpc
 from understudy.common.errors import TransactionTooLarge
 from understudy.common.operations import PUT, check_operations
 from understudy.common.settings import ReplicaSettings
@@ -47,6 +50,29 @@ def test_a_replica_comes_again_after_its_primary_was_silent(
             await _until_connected(replica.node, connected=True)
 
     asyncio.run(story())
+
+
+@pytest.mark.parametrize("method", ["Data/Commit", "Replication/Follow"])
+def test_a_stream_on_which_nobody_speaks_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """G9: whoever opens a stream and says nothing is not waited for without end."""
+    monkeypatch.setattr(rpc, "FIRST_MESSAGE_S_MAX", 0.2)
+    with (
+        Primary.open(tmp_path / "p", listen="127.0.0.1:0") as primary,
+        grpc.insecure_channel(primary.address) as channel,
+    ):
+        silent = threading.Event()
+
+        def says_nothing() -> Iterator[bytes]:
+            silent.wait(30)
+            yield from ()
+
+        call = channel.stream_stream(f"/understudy.v1.{method}")(says_nothing(), timeout=20)
+        with pytest.raises(grpc.RpcError) as ended:
+            next(call)
+        assert "no first message came" in ended.value.details()
+        silent.set()
 
 
 def test_bytes_that_an_operation_has_no_use_for_count_as_well() -> None:

@@ -134,6 +134,7 @@ class Hello(_message.Message):
     LOCATOR_FIELD_NUMBER: _builtins.int
     PROOF_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
+    RUN_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     cluster: _builtins.bytes
     """16 bytes; empty when the copy is empty"""
@@ -144,6 +145,8 @@ class Hello(_message.Message):
     epoch: _builtins.int
     address: _builtins.str
     """where this replica listens"""
+    run: _builtins.bytes
+    """16 bytes: new with each start of the replica's process"""
     @_builtins.property
     def locator(self) -> _containers.RepeatedCompositeFieldContainer[Global___Position]:
         """own head first, then earlier positions, receding exponentially"""
@@ -163,10 +166,11 @@ class Hello(_message.Message):
         locator: _abc.Iterable[Global___Position] | None = ...,
         proof: Global___EpochProof | None = ...,
         address: _builtins.str = ...,
+        run: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["proof", b"proof"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "cluster", b"cluster", "epoch", b"epoch", "locator", b"locator", "node", b"node", "proof", b"proof", "protocol_version", b"protocol_version", "replica_id", b"replica_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "cluster", b"cluster", "epoch", b"epoch", "locator", b"locator", "node", b"node", "proof", b"proof", "protocol_version", b"protocol_version", "replica_id", b"replica_id", "run", b"run"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

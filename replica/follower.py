@@ -1,0 +1,349 @@
+"""Following: asks the primary, and then takes its stream into the copy; comes again after every end of it.
+
+The shell around :mod:`~understudy.replica.follow_session`: gRPC, clock and chance.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import Callable
+
+import grpc.aio
+
+from understudy.common.errors import Fenced, PeerUnreachable, ProtocolError, UnderstudyError
+from understudy.common.events import log
+from understudy.common.follow_table import PROTOCOL_VERSION, Decision
+from understudy.common.locator import make_locator
+from understudy.common.records import Record
+from understudy.common.rpc import open_channel, peer_errors
+from understudy.common.settings import ReplicaSettings
+from understudy.common.tasks import spawn
+from understudy.common.types import ID_BYTES, START, Digest, Lsn, Position, new_id
+from understudy.replica import bootstrap
+from understudy.replica.copy import Copy
+from understudy.replica.follow_session import (
+    Action,
+    Append,
+    Apply,
+    Backoff,
+    Bootstrap,
+    ComeAgain,
+    FollowSession,
+    SendProgress,
+    Stop,
+    on_answer,
+)
+from understudy.v1 import admin_pb2, replication_pb2, replication_pb2_grpc
+
+_TICK_S = 0.25
+_ANSWER_S_MAX = 30.0  # the primary may have to read its log to answer
+_PROBLEMS_SAID_MAX = 20  # of one outage: whatever comes after so many different ones is no news
+
+_Call = grpc.aio.StreamStreamCall[replication_pb2.FollowRequest, replication_pb2.FollowResponse]
+
+
+class Follower:
+    """Follows whichever of the addresses answers as a primary."""
+
+    def __init__(
+        self, copy: Copy, settings: ReplicaSettings, *, on_end: Callable[[UnderstudyError], None]
+    ) -> None:
+        self.address = ""  # where this replica serves
+        self.problem = "not yet connected"
+        self.bootstrap_progress: tuple[int, int] | None = None  # bytes in place, bytes in all
+        self._copy = copy
+        self._settings = settings
+        self._on_end = on_end
+        self._addresses = [address.strip() for address in settings.primary.split(",")]
+        self._run = new_id()
+        self._session: FollowSession | None = None
+        self._upstream = ""
+        self._heard_s = 0.0
+        self._silence: UnderstudyError | None = None  # why the ticker has ended the call
+        self._said: dict[str, set[str]] = {}  # problems logged since we last followed, by address
+        self._reign = replication_pb2.Answer()  # of the latest epoch whose primary let us follow or copy it
+        self._progress: SendProgress | None = None
+        self._wake_sender = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begins to follow."""
+        self._task = spawn(self._follow_forever(), self._on_end)
+
+    async def stop(self) -> None:
+        """Follows no more; what was received is still on its way to the log."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether a primary streams to us right now."""
+        return self._session is not None
+
+    def status(self) -> admin_pb2.UpstreamStatus:
+        """Whom it follows, and how far behind it is."""
+        session, engine = self._session, self._copy.opened
+        status = admin_pb2.UpstreamStatus(
+            address=self._upstream or self._settings.primary, connected=session is not None
+        )
+        if session is None or engine is None:
+            status.lag_seconds = time.monotonic() - self._heard_s if self._heard_s else 0.0
+            return status
+        status.lag_entries = max(session.head_lsn - engine.durable.lsn, 0)
+        status.lag_bytes = max(session.head_offset - engine.log.end_offset, 0)
+        if engine.state.applied.lsn < session.head_lsn:
+            status.lag_seconds = max(session.clock_us - engine.state.time_us, 0) / 1e6
+        return status
+
+    # -- asking --------------------------------------------------------------------------------------------
+
+    async def _follow_forever(self) -> None:
+        backoff = Backoff()
+        while True:
+            for address in self._addresses:
+                try:
+                    error = await self._follow_once(address, backoff)
+                except UnderstudyError as trouble:
+                    self._note_problem(address, trouble)
+                else:
+                    if error is not None:
+                        self._on_end(error)
+                        return
+                with contextlib.suppress(UnderstudyError):  # the copy has failed, and the process ends
+                    await self._copy.drain()
+            await asyncio.sleep(backoff.after_failure(random.random()))
+
+    def _note_problem(self, address: str, error: UnderstudyError) -> None:
+        self.problem = str(error)
+        said = self._said.setdefault(address, set())
+        if self.problem not in said and len(said) < _PROBLEMS_SAID_MAX:  # once, not at every try
+            said.add(self.problem)
+            log.warning("not_following", primary=address, error=self.problem)
+
+    async def _follow_once(self, address: str, backoff: Backoff) -> UnderstudyError | None:
+        """Follows until the connection ends; returns why this replica must not go on at all, if so.
+
+        Raises:
+            UnderstudyError: why not, or no longer; ask again later.
+        """
+        async with open_channel(address) as channel:
+            with peer_errors(address):
+                call: _Call = replication_pb2_grpc.ReplicationStub(channel).Follow()
+                try:
+                    answer = await self._greet(call, address, await self._hello())
+                    await self._check_reign(channel, answer, address)
+                    match on_answer(
+                        answer.decision, directory=str(self._copy.directory.path), address=address
+                    ):
+                        case None:
+                            await self._stream(call, answer, address, backoff)
+                        case Bootstrap():
+                            await self._bootstrap(channel, address)
+                            backoff.reset()
+                        case ComeAgain(reason=reason):
+                            raise reason
+                        case Stop(error=error):
+                            return error
+                finally:
+                    call.cancel()
+        return None
+
+    async def _greet(self, call: _Call, address: str, hello: replication_pb2.Hello) -> replication_pb2.Answer:
+        try:
+            async with asyncio.timeout(_ANSWER_S_MAX):
+                await call.write(replication_pb2.FollowRequest(hello=hello))
+                response = await call.read()
+        except TimeoutError:
+            raise PeerUnreachable(f"{address} did not answer within {_ANSWER_S_MAX:.0f} s") from None
+        if not isinstance(response, replication_pb2.FollowResponse):
+            raise PeerUnreachable(f"{address} closed the connection")
+        answer = response.answer
+        if answer.decision not in Decision.values() or len(answer.cluster) not in (0, ID_BYTES):
+            raise ProtocolError(f"{address} gave an answer that this version does not know")
+        return answer
+
+    async def _check_reign(
+        self, channel: grpc.aio.Channel, answer: replication_pb2.Answer, address: str
+    ) -> None:
+        """Follows no primary of an earlier epoch than one met before: it would take us for its quorum (G7).
+
+        Our own log may not have the new epoch's mark yet. So the old primary is shown what we were shown, and
+        fences itself.
+
+        Raises:
+            Fenced: it is of an earlier epoch.
+        """
+        reign = self._reign
+        if answer.decision not in (Decision.STREAM, Decision.BOOTSTRAP):
+            return
+        if answer.cluster != reign.cluster or answer.epoch >= reign.epoch:
+            self._reign = answer
+            return
+        hello = await self._hello()
+        hello.cluster, hello.epoch = reign.cluster, reign.epoch
+        hello.proof.CopyFrom(reign.proof)
+        if not hello.locator:
+            hello.locator.add(lsn=START.lsn, digest=START.digest)
+        call: _Call = replication_pb2_grpc.ReplicationStub(channel).Follow()
+        try:
+            await self._greet(call, address, hello)
+        finally:
+            call.cancel()
+        raise Fenced(f"{address} is in epoch {answer.epoch}, and epoch {reign.epoch} has begun elsewhere")
+
+    async def _hello(self) -> replication_pb2.Hello:
+        return await asyncio.to_thread(self._make_hello) if self._copy.opened else self._make_hello()
+
+    def _make_hello(self) -> replication_pb2.Hello:
+        directory, engine = self._copy.directory, self._copy.opened
+        hello = replication_pb2.Hello(
+            protocol_version=PROTOCOL_VERSION,
+            node=directory.node,
+            run=self._run,
+            replica_id=self._settings.id,
+            address=self.address,
+        )
+        if engine is None:
+            return hello
+
+        def lookup(lsn: Lsn) -> Digest | None:
+            position = engine.log.position_at(lsn)
+            return position.digest if position else None
+
+        hello.cluster = directory.cluster
+        hello.epoch = engine.epoch
+        if engine.state.epochs:
+            hello.proof.CopyFrom(engine.state.epochs[-1].proof)
+        with engine.state.store.hold() as snapshot:  # this runs beside the loop, which may replace it
+            marks = snapshot.marks()
+        for position in make_locator(engine.durable, lookup, marks):
+            hello.locator.add(lsn=position.lsn, digest=position.digest)
+        return hello
+
+    # -- streaming -----------------------------------------------------------------------------------------
+
+    async def _stream(
+        self, call: _Call, answer: replication_pb2.Answer, address: str, backoff: Backoff
+    ) -> None:
+        session = FollowSession(
+            after=self._copy.engine.durable, offset=answer.start_offset, now_s=time.monotonic()
+        )
+        self._begin(session, address)
+        sender = asyncio.create_task(self._send_progress_forever(call))  # ends as the call does
+        ticker = spawn(self._tick_forever(session, call), self._on_end)
+        try:
+            while isinstance(response := await call.read(), replication_pb2.FollowResponse):
+                self._take_chunk(session, response.chunk)
+                backoff.reset()  # only now: one who sends nothing that can be used is not to be asked at once
+                if not session.has_room:
+                    await self._copy.wait_until(lambda: session.has_room)
+            raise PeerUnreachable(f"{address} ended the stream")
+        except asyncio.CancelledError:
+            # A call that the ticker has cancelled ends in the same way as a task that its owner has.
+            if self._silence is not None:
+                raise self._silence from None
+            raise
+        finally:
+            self._session = self._copy.listener = None
+            for task in (sender, ticker):
+                task.cancel()
+            await asyncio.gather(sender, ticker, return_exceptions=True)
+
+    def _begin(self, session: FollowSession, address: str) -> None:
+        self._session, self._copy.listener = session, self
+        self._upstream, self._heard_s, self.problem = address, time.monotonic(), ""
+        self._silence = None
+        self._said.pop(address, None)
+        log.info("following", primary=address, lsn=session.head_lsn)
+
+    def _take_chunk(self, session: FollowSession, chunk: replication_pb2.Chunk) -> None:
+        self._heard_s = time.monotonic()
+        self._do(
+            session.on_chunk(
+                chunk.records,
+                head_lsn=Lsn(chunk.head_lsn),
+                head_offset=chunk.head_offset,
+                clock_us=chunk.clock_us,
+                now_s=self._heard_s,
+            )
+        )
+
+    def _do(self, actions: list[Action]) -> None:
+        for action in actions:
+            match action:
+                case Append(data=data, last=last):
+                    self._copy.submit(data, last)
+                case Apply(records=records):
+                    self._copy.apply(records)
+                case SendProgress():
+                    self._progress = action
+                    self._wake_sender.set()
+                case _:
+                    raise AssertionError(f"not for the shell: {action}")
+
+    async def _send_progress_forever(self, call: _Call) -> None:
+        while True:
+            await self._wake_sender.wait()
+            self._wake_sender.clear()
+            told, self._progress = self._progress, None
+            if told is not None:
+                progress = replication_pb2.Progress(
+                    received_offset=told.received_offset,
+                    durable_lsn=told.durable_lsn,
+                    durable_offset=told.durable_offset,
+                    applied_lsn=told.applied_lsn,
+                )
+                await call.write(replication_pb2.FollowRequest(progress=progress))
+
+    async def _tick_forever(self, session: FollowSession, call: _Call) -> None:
+        while True:
+            await asyncio.sleep(_TICK_S)
+            for action in session.on_tick(now_s=time.monotonic()):
+                if isinstance(action, ComeAgain):
+                    self._silence = action.reason
+                    call.cancel()
+                    return
+                self._do([action])
+
+    # -- what the copy tells -------------------------------------------------------------------------------
+
+    def on_durable(self, position: Position, offset: int, *, applies_at_once: bool) -> None:
+        """Tells the primary, and has applied what may be."""
+        if self._session is not None:
+            self._do(self._session.on_durable(position, offset, applies_at_once=applies_at_once))
+
+    def on_applied(self, record: Record) -> None:
+        """Makes room for more."""
+        if self._session is not None:
+            self._session.on_applied(record)
+
+    def on_applied_all(self) -> None:
+        """Tells the primary."""
+        if self._session is not None:
+            self._do(self._session.on_applied_all())
+
+    # -- bootstrap -----------------------------------------------------------------------------------------
+
+    async def _bootstrap(self, channel: grpc.aio.Channel, address: str) -> None:
+        """Fetches a copy beside the present one, then puts it in its place."""
+        self.problem = f"fetching a copy from {address}"
+        log.info("bootstrap_begins", primary=address)
+
+        def on_progress(done: int, total: int) -> None:
+            self.bootstrap_progress = (done, total)
+
+        fetched = await bootstrap.fetch(
+            channel,
+            self._copy.directory,
+            replica_id=self._settings.id,
+            rate=self._settings.bootstrap_rate,
+            progress=on_progress,
+        )
+        self.bootstrap_progress = None
+        await self._copy.replace(fetched.cluster)
+        log.info("bootstrap_done", lsn=self._copy.engine.durable.lsn, bytes=fetched.bytes_total)
