@@ -1,4 +1,4 @@
-"""Reads a change-log without owning it, for `log`, `status` and `verify`: nothing is changed, no lock is needed.
+"""Reads a change-log for `log`, `status` and `verify`: nothing is changed, and the directory need not be owned.
 
 A process may be writing meanwhile. Its records appear here as soon as they are whole, which can be before they are
 durable; what is not whole yet looks like a batch that a crash cut short, and reading ends before it. Segments may

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
+import grpc.aio
 import pytest
+from harness import wait_until
+from nodes import ask_to_follow
 
 from understudy.client import Put, aconnect
+from understudy.common.errors import DiskFull
+from understudy.common.follow_table import PROTOCOL_VERSION, Decision
 from understudy.common.settings import PrimarySettings, ReplicaSettings
-from understudy.primary.server import serving_primary
+from understudy.common.types import START
+from understudy.primary.server import PrimaryServer, serving_primary
+from understudy.replica import node as replica_node
+from understudy.replica.node import ReplicaNode
 from understudy.replica.server import serving_replica
+from understudy.v1 import replication_pb2, replication_pb2_grpc
+
+
+async def _until_connected(node: ReplicaNode) -> None:
+    await asyncio.to_thread(wait_until, lambda: node.status().upstream.connected)
 
 
 async def _split(tmp_path: Path, old_first: bool) -> None:
@@ -41,3 +55,85 @@ def test_a_client_given_both_addresses_writes_to_the_later_epoch_and_fences_the_
 ) -> None:
     """G7: whichever address comes first, the transaction goes to the promoted server and the old one is fenced."""
     asyncio.run(_split(tmp_path, old_first))
+
+
+class _LetsInAndIsGone(replication_pb2_grpc.ReplicationServicer):
+    """A primary that dies between its answer and its first chunk."""
+
+    def __init__(self, answer: replication_pb2.Answer) -> None:
+        self._answer = answer
+
+    async def Follow(self, _: object, context: Any) -> None:  # type: ignore[override]
+        await context.read()
+        await context.write(replication_pb2.FollowResponse(answer=self._answer))
+
+
+async def _answer_of(primary: PrimaryServer) -> replication_pb2.Answer:
+    """What it answers to a replica that has everything."""
+    engine = primary.node.engine
+    hello = replication_pb2.Hello(
+        protocol_version=PROTOCOL_VERSION,
+        cluster=engine.directory.cluster,
+        node=bytes(16),
+        run=bytes(16),
+        replica_id="c",
+        epoch=engine.epoch,
+    )
+    for position in (engine.durable, START):
+        hello.locator.add(lsn=position.lsn, digest=position.digest)
+    return await asyncio.to_thread(ask_to_follow, primary.address, hello)
+
+
+async def _meet_the_new_and_then_the_old(tmp_path: Path) -> None:
+    def settings(name: str, primary: str) -> ReplicaSettings:
+        return ReplicaSettings(data_dir=tmp_path / name, primary=primary, listen="127.0.0.1:0", id=name)
+
+    async with serving_primary(PrimarySettings(data_dir=tmp_path / "a", listen="127.0.0.1:0")) as old:
+        async with serving_replica(settings("c", old.address)) as replica:
+            await _until_connected(replica.node)
+        async with serving_replica(settings("b", old.address)) as replica:
+            await _until_connected(replica.node)
+            await replica.node.promote()
+        async with serving_primary(PrimarySettings(data_dir=tmp_path / "b", listen="127.0.0.1:0")) as new:
+            answer = await _answer_of(new)
+        assert answer.decision == Decision.STREAM
+        short_lived = grpc.aio.server()
+        replication_pb2_grpc.add_ReplicationServicer_to_server(_LetsInAndIsGone(answer), short_lived)
+        port = short_lived.add_insecure_port("127.0.0.1:0")
+        await short_lived.start()
+        async with serving_replica(settings("c", f"127.0.0.1:{port},{old.address}")) as replica:
+            await asyncio.to_thread(wait_until, lambda: old.node.is_fenced)
+            assert replica.node.engine.epoch == 1
+        await short_lived.stop(0)
+
+
+def test_a_replica_that_has_met_the_new_primary_stands_surety_for_the_old_one_no_more(tmp_path: Path) -> None:
+    """G7: though no entry of the new epoch has come yet, the old primary is not followed, and is told of its end."""
+    asyncio.run(_meet_the_new_and_then_the_old(tmp_path))
+
+
+async def _fail_to_promote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving_primary(PrimarySettings(data_dir=tmp_path / "a", listen="127.0.0.1:0")) as primary:
+        settings = ReplicaSettings(
+            data_dir=tmp_path / "b", primary=primary.address, listen="127.0.0.1:0", id="b"
+        )
+        async with serving_replica(settings) as replica, aconnect(primary.address) as client:
+            await _until_connected(replica.node)
+
+            def begin_reign(*_: object, **__: object) -> None:
+                raise DiskFull("no space left")
+
+            with monkeypatch.context() as patched:
+                patched.setattr(replica_node, "begin_reign", begin_reign)
+                with pytest.raises(DiskFull):
+                    await replica.node.promote()
+            receipt = await client.commit("/realm", [Put(b"key", b"value")], durability="applied")
+            assert replica.node.engine.state.applied.lsn >= receipt.lsn
+            assert not replica.node.ended.done()
+
+
+def test_a_replica_whose_promotion_failed_goes_on_following(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G9: a promotion that can't begin, the disk being full, leaves a replica that follows."""
+    asyncio.run(_fail_to_promote(tmp_path, monkeypatch))
