@@ -16,8 +16,8 @@ from stage import Bench, copy_synced, data_file
 
 RATIO = 0.6
 _METHOD = """
-From the replica's log event that its bootstrap begins to the one that it is done: pinning, digests of all ranges,
-fetching, checking, fsync, reading back, installing and opening the copy. Then the same file with `cp`, fsync of the
+From the replica's log event that its bootstrap begins to the one that it is done: pinning, fetching, checking each
+range by its digest, fsync, reading back, installing and opening the copy. Then the same file with `cp`, fsync of the
 copy and of its directory included. The two take turns, and so does who begins. No caches are dropped: the file that
 is read is in memory for both. The primary takes no writes meanwhile.
 """

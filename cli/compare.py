@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 import grpc.aio
 
+from understudy.cli.histories import Standing, check_related, diverged
+from understudy.cli.output import counted
 from understudy.common.directory import Role
-from understudy.common.errors import ForeignCluster, ProtocolError, Unavailable
-from understudy.common.rpc import open_channel, peer_errors, split_address
-from understudy.common.types import Digest, Lsn, format_id
+from understudy.common.errors import ProtocolError, Unavailable
+from understudy.common.rpc import from_rpc, open_channel, peer_errors, split_address
+from understudy.common.types import Digest, Lsn
 from understudy.v1 import admin_pb2, admin_pb2_grpc
 
 SCAN_S_MAX = 3600.0  # a full scan of everything that a node holds
@@ -38,6 +40,8 @@ async def compare_servers(server: str, against: str) -> Comparison:
     Raises:
         UsageError: a bad address.
         ForeignCluster: they have nothing to do with each other.
+        Diverged: each has entries that the other lacks.
+        ResetNeeded: both are primaries.
         PeerUnreachable, ProtocolError: of either.
         Unavailable: they did not come to answer for the same LSN.
     """
@@ -45,11 +49,16 @@ async def compare_servers(server: str, against: str) -> Comparison:
         split_address(address)
     async with open_channel(server) as one, open_channel(against) as other:
         first, second = _Node(server, one), _Node(against, other)
-        lsn = await _checkpoint(first, second)
+        ours, theirs = await first.status(), await second.status()
+        standings = Standing(server, ours), Standing(against, theirs)
+        check_related(*standings)
+        lsn = await _checkpoint((first, ours), (second, theirs))
         for _ in range(ROUNDS_MAX):
             left = await first.digests(lsn)
             right = await second.digests(left.lsn)
             if left.lsn == right.lsn:
+                if left.digest != right.digest:
+                    raise diverged(*standings)
                 return _compared(server, left, against, right)
             lsn = right.lsn
     raise Unavailable(
@@ -70,7 +79,16 @@ class _Node:
     async def digests(self, at_least_lsn: int, *, checkpoint: bool = False) -> admin_pb2.StateDigestsResponse:
         request = admin_pb2.StateDigestsRequest(at_least_lsn=at_least_lsn, checkpoint=checkpoint)
         with peer_errors(self.address):
-            response = await self._stub.StateDigests(request, timeout=SCAN_S_MAX)
+            try:
+                response = await self._stub.StateDigests(request, timeout=SCAN_S_MAX)
+            except grpc.aio.AioRpcError as error:
+                refused = from_rpc(error, self.address)
+                if isinstance(refused, Unavailable):
+                    raise Unavailable(
+                        f"{self.address} can't be compared now: {refused}",
+                        remedy="try again once it has caught up",
+                    ) from None
+                raise
         if response.lsn < at_least_lsn:
             raise ProtocolError(
                 f"{self.address} was asked for LSN {at_least_lsn} and answered for {response.lsn}"
@@ -78,16 +96,10 @@ class _Node:
         return response
 
 
-async def _checkpoint(first: _Node, second: _Node) -> int:
+async def _checkpoint(*nodes: tuple[_Node, admin_pb2.StatusResponse]) -> int:
     """The LSN of a checkpoint that the primary among the nodes has just taken; of the later one if there is none."""
-    ours, theirs = await first.status(), await second.status()
-    if ours.cluster != theirs.cluster:
-        raise ForeignCluster(
-            f"{first.address} is of cluster {format_id(ours.cluster)}, {second.address} of {format_id(theirs.cluster)}",
-            remedy="give two nodes of one cluster",
-        )
-    lsn = max(ours.checkpoint_lsn, theirs.checkpoint_lsn)
-    for node, status in ((first, ours), (second, theirs)):
+    lsn = max(status.checkpoint_lsn for _, status in nodes)
+    for node, status in nodes:
         if status.role == Role.PRIMARY:
             return (await node.digests(lsn, checkpoint=True)).lsn
     return lsn
@@ -98,11 +110,6 @@ def _compared(
 ) -> Comparison:
     problems = [f"{server}: {problem}" for problem in left.problems]
     problems += [f"{against}: {problem}" for problem in right.problems]
-    if left.digest != right.digest:
-        problems.append(
-            f"at LSN {left.lsn} the log of {server} has digest {left.digest.hex()}, that of {against} has "
-            f"{right.digest.hex()}: they are different histories (rewind the one that is not to stay)"
-        )
     differing = _differing_realms(left, right)
     problems += [f"realm {path} differs: {how}" for path, how in differing[:_NAMED_REALMS_MAX]]
     if len(differing) > _NAMED_REALMS_MAX:
@@ -140,8 +147,9 @@ def _differing_realms(
             found.append(
                 (
                     path,
-                    f"version {one.version} with {one.entries} entries, digest {one.state_digest.hex()}, against "
-                    f"version {other.version} with {other.entries} entries, digest {other.state_digest.hex()}",
+                    f"version {one.version} with {counted(one.entries, 'entry', 'entries')}, digest "
+                    f"{one.state_digest.hex()}, against version {other.version} with "
+                    f"{counted(other.entries, 'entry', 'entries')}, digest {other.state_digest.hex()}",
                 )
             )
     return found

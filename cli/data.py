@@ -32,28 +32,42 @@ if TYPE_CHECKING:
 def get(server: str, realm: str, key: str, is_base64: bool, timeout_s: float, as_json: bool) -> None:
     """Print the value of a key.
 
-    Byte for byte; on a terminal, with a line end. Exit code 1 if there is no such key.
+    Byte for byte. On a terminal with a line end, and what is no text in quotes, with escapes. Exit code 1 if there
+    is no such key.
 
     \b
     Example:
       understudy get --server 127.0.0.1:7850 /inventory apple
     """
+    from understudy.cli.output import printable
     from understudy.client import connect
 
     raw = key_bytes(key, is_base64=is_base64)
     with connect(server, timeout_s=timeout_s) as connection:
         value = connection.get(realm, raw, timeout_s=timeout_s)
     if value is None:
-        raise UnderstudyError(f"no key {key} in {realm}")
+        raise UnderstudyError(f"no key {printable(raw)} in {realm}")
     if as_json:
         from understudy.cli.json_lines import encode_pair
 
         click.echo(encode_pair(raw, value))
         return
+    if sys.stdout.isatty():
+        click.echo(_for_terminal(value))
+        return
     sys.stdout.buffer.write(value)
-    if sys.stdout.isatty() and not value.endswith(b"\n"):
-        sys.stdout.buffer.write(b"\n")
     sys.stdout.buffer.flush()
+
+
+def _for_terminal(value: bytes) -> str:
+    """Text as it is, also on several lines, without its last line end; all else as :func:`printable` shows it."""
+    from understudy.cli.output import printable
+
+    text = value.removesuffix(b"\n")
+    on_one_line = text.replace(b"\n", b" ").replace(b"\t", b" ")
+    if printable(on_one_line, length_max=None).encode() == on_one_line:
+        return text.decode()
+    return printable(value, length_max=None)
 
 
 @click.command(epilog=EPILOG)
@@ -147,20 +161,26 @@ def scan(
 ) -> None:
     """Print keys and values in order.
 
-    All as of one moment, a pair to a line. What --json prints, `import` reads.
+    All as of one moment, a pair to a line; what is no text in quotes, with escapes, and long values cut. What --json
+    prints, whole, `import` reads.
 
     \b
     Example:
       understudy scan --server 127.0.0.1:7850 /inventory --start a --end b --json
     """
     from understudy.cli.json_lines import encode_pair
-    from understudy.cli.output import printable
     from understudy.client import connect
 
     first, behind = key_bytes(start, is_base64=is_base64), key_bytes(end, is_base64=is_base64)
     with connect(server) as connection:
         for key, value in connection.scan(realm, start=first, end=behind, limit=limit, reverse=reverse):
-            click.echo(encode_pair(key, value) if as_json else f"{printable(key)}\t{printable(value)}")
+            click.echo(encode_pair(key, value) if as_json else _line(key, value))
+
+
+def _line(key: bytes, value: bytes) -> str:
+    from understudy.cli.output import printable
+
+    return f"{printable(key, length_max=None)}\t{printable(value)}"
 
 
 def _commit(server: str, realm: str, operations: list[Operation], *, timeout_s: float, as_json: bool) -> None:

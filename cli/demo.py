@@ -40,11 +40,12 @@ _T = TypeVar("_T")
 )
 @json_option
 def demo(keep: Path | None, writers: int, seconds: float, as_json: bool) -> None:
-    """Play the whole story on this machine, in half a minute, on real data.
+    """Play the whole story on this machine.
 
-    A primary and its replica take in the standard library of this Python, and writers go on all the time. The primary
-    is killed, the replica promoted, and the old primary comes back as a replica. In the end every acknowledged
-    transaction is looked for. Exit code 0 only if none was lost or applied twice and both nodes are equal.
+    In half a minute, on real data: a primary and its replica take in the standard library of this Python, and writers
+    go on all the time. The primary is killed, the replica promoted, and the old primary comes back as a replica. In
+    the end every acknowledged transaction is looked for. Exit code 0 only if none was lost or applied twice and both
+    nodes are equal.
 
     \b
     Example:

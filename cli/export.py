@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     metavar="DIR",
     help="Write a tree of files instead; DIR must be absent or empty.",
 )
-def export(server: str, realm: str, file: str | None, directory: Path | None) -> None:
+@click.option("--force", is_flag=True, help="Replace FILE.jsonl if it is there.")
+def export(server: str, realm: str, file: str | None, directory: Path | None, force: bool) -> None:
     """Write out a realm's keys and values.
 
     All as of one moment, as JSON lines or as a tree of files. Standard output if no file is given. A file or
@@ -34,12 +35,14 @@ def export(server: str, realm: str, file: str | None, directory: Path | None) ->
       understudy export --server 127.0.0.1:7850 /inventory inventory.jsonl
       understudy export --server 127.0.0.1:7850 /pages --directory pages
     """
-    from understudy.cli.output import Progress
+    from understudy.cli.output import Progress, counted
     from understudy.client import connect
 
     if file is not None and directory is not None:
         raise click.UsageError("Give either a file or --directory.")
-    sink = _sink(file, directory)
+    if force and (file is None or file == "-"):
+        raise click.UsageError("--force is for a file.")
+    sink = _sink(file, directory, force=force)
     count = 0
     with connect(server) as connection, Progress("exporting", unit="keys") as progress:
         # Counted a moment before the scan, so it only guides the eye.
@@ -49,12 +52,12 @@ def export(server: str, realm: str, file: str | None, directory: Path | None) ->
                 sink.write(key, value)
                 count += 1
                 progress.update(count, total)
-    click.echo(f"exported {count:,} keys", err=True)
+    click.echo(f"exported {counted(count, 'key')}", err=True)
 
 
-def _sink(file: str | None, directory: Path | None) -> Sink:
+def _sink(file: str | None, directory: Path | None, *, force: bool) -> Sink:
     from understudy.cli.sinks import FileSink, StandardOutput, TreeSink
 
     if directory is not None:
         return TreeSink(directory)
-    return StandardOutput() if file is None or file == "-" else FileSink(Path(file))
+    return StandardOutput() if file is None or file == "-" else FileSink(Path(file), replace=force)

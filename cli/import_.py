@@ -67,9 +67,9 @@ def import_(server: str, realm: str, source: str, batch_pairs: int, from_line: i
 
 
 def _tell(loaded: Loaded, *, as_json: bool) -> None:
-    from understudy.cli.output import print_json
+    from understudy.cli.output import counted, print_json
 
     if as_json:
         print_json({"keys": loaded.keys, "transactions": loaded.transactions, "lsn": loaded.lsn})
     else:
-        click.echo(f"imported {loaded.keys:,} keys in {loaded.transactions:,} transactions")
+        click.echo(f"imported {counted(loaded.keys, 'key')} in {counted(loaded.transactions, 'transaction')}")

@@ -6,6 +6,7 @@ import base64
 import binascii
 import json
 
+from understudy.cli.output import json_bytes
 from understudy.common.entry_json import text_or_base64
 
 _NAMES = ("key", "key_base64", "value", "value_base64")
@@ -13,8 +14,7 @@ _NAMES = ("key", "key_base64", "value", "value_base64")
 
 def encode_pair(key: bytes, value: bytes) -> bytes:
     """One line in UTF-8, without its end."""
-    row = text_or_base64("key", key) | text_or_base64("value", value)
-    return json.dumps(row, ensure_ascii=False).encode()
+    return json_bytes(text_or_base64("key", key) | text_or_base64("value", value))
 
 
 def decode_pair(line: bytes) -> tuple[bytes, bytes]:

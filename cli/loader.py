@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import click
 
-from understudy.cli.output import Progress
+from understudy.cli.output import Progress, counted
 from understudy.cli.pairs import Pair
 from understudy.cli.writing import check_primary
 from understudy.client import AsyncServer, Put, Receipt, aconnect
@@ -52,7 +52,8 @@ def load(server: str, realm: str, pairs: Iterable[Pair], *, batch_pairs: int) ->
             raise
         except KeyboardInterrupt:
             click.echo(
-                f"understudy: interrupted with {window.keys:,} keys in; {window.how_to_go_on()}", err=True
+                f"understudy: interrupted with {counted(window.keys, 'key')} in; {window.how_to_go_on()}",
+                err=True,
             )
             raise
         portal.call(window.finish())

@@ -12,7 +12,7 @@ from uuid import UUID
 from understudy.cli.output import printable
 from understudy.common.directory import NODE_FILE, NodeFile
 from understudy.common.entries import parse_change, parse_entry
-from understudy.common.entry_json import operation_row
+from understudy.common.entry_json import operation_row, text_or_base64
 from understudy.common.errors import NotADataDirectory
 from understudy.common.log_reader import read_records
 from understudy.common.operations import ADD, DELETE_RANGE, KIND_NAMES, PUT, UPDATE
@@ -118,7 +118,7 @@ class LogEntry:
     def _operation_facts(self, operation: log_pb2.Operation) -> dict[str, Any]:
         if not self.is_secret:
             return operation_row(operation)
-        return {"kind": KIND_NAMES[operation.kind], "key": printable(operation.key), "hidden": True}
+        return {"kind": KIND_NAMES[operation.kind], **text_or_base64("key", operation.key), "hidden": True}
 
     # -- text ----------------------------------------------------------------------------------------------
 

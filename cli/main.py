@@ -16,9 +16,11 @@ import click
 from understudy.cli.data import delete, get, put, scan
 from understudy.cli.demo import demo
 from understudy.cli.export import export
+from understudy.cli.forget import forget
 from understudy.cli.import_ import import_
 from understudy.cli.log import log
 from understudy.cli.options import EPILOG, INTERRUPTED
+from understudy.cli.output import plain
 from understudy.cli.primary import primary
 from understudy.cli.promote import promote
 from understudy.cli.realms import realms
@@ -39,6 +41,7 @@ _COMMANDS = (
     replica,
     promote,
     rewind,
+    forget,
     status,
     verify,
     log,
@@ -99,11 +102,11 @@ def run(arguments: list[str]) -> int:
         click.echo("understudy: not done", err=True)
         return ExitCode.FAILED
     except UnderstudyError as error:
-        click.echo(f"understudy: {' '.join(str(error).split())}", err=True)
+        click.echo(f"understudy: {plain(' '.join(str(error).split()))}", err=True)
         return error.exit_code
     except OSError as error:
         # A file given by name, or standard output: what the project itself opens has been translated at its edge.
         where = f"{error.filename}: " if error.filename else ""
-        click.echo(f"understudy: {where}{error.strerror or error}", err=True)
+        click.echo(plain(f"understudy: {where}{error.strerror or error}"), err=True)
         return ExitCode.FAILED
     return result if isinstance(result, int) else ExitCode.DONE

@@ -6,6 +6,7 @@ Everything but :func:`print_json` loads rich when it is first called, not before
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -25,18 +26,70 @@ _LINE_EVERY_S = 10.0
 
 def print_json(facts: Any) -> None:
     """Prints facts as one line of JSON, in UTF-8 whatever the terminal's encoding."""
+    click.echo(json_bytes(facts))
+
+
+def json_bytes(facts: Any) -> bytes:
+    """Facts as one line of JSON in UTF-8, without its end; nothing in it can drive a terminal."""
+    text = _UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(facts, ensure_ascii=False))
     # Half a surrogate pair comes from a file name that is not UTF-8; its escape is JSON's own.
-    click.echo(json.dumps(facts, ensure_ascii=False).encode(errors="backslashreplace"))
+    return text.encode(errors="backslashreplace")
 
 
-def printable(data: bytes, *, length_max: int = 60) -> str:
-    """Bytes on one line, for people: text where it can be printed, else as Python writes bytes; cut if long."""
-    try:
-        text = data.decode()
-    except UnicodeDecodeError:
-        text = ""
-    shown = text if text.isprintable() and (text or not data) else repr(data)
-    return shown if len(shown) <= length_max else shown[: length_max - 1] + "…"
+def printable(data: bytes, *, length_max: int | None = 60) -> str:
+    r"""Bytes on one line, for people, so that no two look alike unless they were cut.
+
+    Text that can be printed is shown as it is. Anything else stands in double quotes: ``\xff`` is a byte that is not
+    part of UTF-8, ``\n`` and ``\u202e`` are characters that can't be seen. What is cut ends in ``…`` (behind the
+    quotes, if there are any). Text that looks like either is quoted too.
+    """
+    text = data.decode(errors="surrogateescape")
+    looks_quoted = text.startswith('"') and ("\\" in text or "…" in text)
+    if text.isprintable() and not looks_quoted and not text.endswith("…"):
+        return text if length_max is None or len(text) <= length_max else text[: length_max - 1] + "…"
+    units = [_unit(character) for character in text]
+    shown = f'"{"".join(units)}"'
+    if length_max is None or len(shown) <= length_max:
+        return shown
+    return f'"{_within(units, length_max - 3)}"…'
+
+
+def plain(text: str) -> str:
+    """What someone else has worded, without characters that could drive a terminal."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else _unit(c) for c in text)
+
+
+def counted(number: int, one: str, many: str = "") -> str:
+    """``1 entry``, ``2,000 entries``; ``many`` is ``one`` with an s if not given."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+# What json.dumps leaves as it is, though a terminal may act on it: DEL, the C1 controls, line ends and directions.
+_UNSEEN = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+_SHORT = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"}
+
+
+def _unit(character: str) -> str:
+    code = ord(character)
+    if character in _SHORT:
+        return _SHORT[character]
+    if character.isprintable():
+        return character
+    if 0xDC80 <= code <= 0xDCFF:  # how surrogateescape hands on a byte
+        return f"\\x{code - 0xDC00:02x}"
+    if code < 0x80:
+        return f"\\x{code:02x}"
+    return f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"
+
+
+def _within(units: Sequence[str], length_max: int) -> str:
+    """As many whole units as fit."""
+    shown = ""
+    for unit in units:
+        if len(shown) + len(unit) > length_max:
+            break
+        shown += unit
+    return shown
 
 
 def size_text(size: float) -> str:
@@ -68,7 +121,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right:
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(plain, row))
     _print_plain(table)
 
 
@@ -77,7 +130,7 @@ def print_facts(facts: Iterable[tuple[str, str]]) -> None:
     shown = list(facts)
     width = max(len(name) for name, _ in shown)
     for name, value in shown:
-        click.echo(f"{name:<{width}}  {value}")
+        click.echo(f"{name:<{width}}  {plain(value)}")
 
 
 def _print_plain(renderable: Any) -> None:

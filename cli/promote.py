@@ -15,9 +15,8 @@ from understudy.cli.options import EPILOG, data_dir_argument, json_option
 def promote(directory: Path, as_json: bool) -> None:
     """Make a replica's directory a primary's.
 
-    Takes about a second, whatever its size. A replica that runs is asked to stop following, and ends. Then
-    start the primary. Run again after it was cut
-    off, promote goes on where it was.
+    Takes about a second, whatever its size. A replica that runs is asked to stop following, and ends. Then start the
+    primary. Run again after it was cut off, promote goes on where it was.
 
     \b
     Example:
@@ -27,7 +26,7 @@ def promote(directory: Path, as_json: bool) -> None:
     import asyncio
 
     from understudy.cli.logs import QUIET, configure_logs
-    from understudy.cli.output import print_json, seconds_text
+    from understudy.cli.output import plain, print_json, seconds_text
     from understudy.common.portal import new_event_loop
     from understudy.replica.promotion import promote_directory
 
@@ -35,7 +34,7 @@ def promote(directory: Path, as_json: bool) -> None:
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         promotion = runner.run(promote_directory(directory))
     for warning in promotion.warnings:
-        click.echo(f"warning: {warning}", err=True)
+        click.echo(f"warning: {plain(warning)}", err=True)
     if as_json:
         print_json(
             {

@@ -6,6 +6,8 @@ import click
 
 from understudy.cli.options import EPILOG, json_option, server_option, timeout_option
 
+_COUNTS = ("entries at checkpoint", "bytes at checkpoint")
+
 
 @click.command(epilog=EPILOG)
 @server_option
@@ -16,7 +18,7 @@ from understudy.cli.options import EPILOG, json_option, server_option, timeout_o
 def realms(server: str, drop: str | None, yes: bool, timeout_s: float, as_json: bool) -> None:
     """List the realms of a server, or drop one.
 
-    Entries and bytes are as of its last checkpoint.
+    Entries and bytes are as of the server's last checkpoint: what was written since is not counted yet.
 
     \b
     Example:
@@ -44,22 +46,22 @@ def _list(server: str, *, timeout_s: float, as_json: bool) -> None:
         )
         return
     print_table(
-        ("realm", "version", "entries", "bytes"),
+        ("realm", "version", *_COUNTS),
         [(realm.path, f"{realm.version:,}", f"{realm.entries:,}", size_text(realm.bytes)) for realm in found],
-        right=("version", "entries", "bytes"),
+        right=("version", *_COUNTS),
     )
 
 
 def _drop(server: str, path: str, *, ask: bool, timeout_s: float, as_json: bool) -> None:
-    from understudy.cli.output import print_json
+    from understudy.cli.output import counted, print_json
     from understudy.client import connect
 
     with connect(server, timeout_s=timeout_s) as connection:
         count = connection.count(path, timeout_s=timeout_s)  # also says if there is no such realm
         if ask:
-            click.confirm(f"Drop {path} with {count:,} keys, on all nodes?", abort=True, err=True)
+            click.confirm(f"Drop {path} with {counted(count, 'key')}, on all nodes?", abort=True, err=True)
         lsn = connection.drop_realm(path, timeout_s=timeout_s)
     if as_json:
         print_json({"realm": path, "keys": count, "lsn": lsn})
     else:
-        click.echo(f"dropped {path} with {count:,} keys, LSN {lsn}")
+        click.echo(f"dropped {path} with {counted(count, 'key')}, LSN {lsn}")

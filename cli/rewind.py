@@ -27,9 +27,8 @@ if TYPE_CHECKING:
 def rewind(directory: Path, to: str, replica_id: str | None, as_json: bool) -> None:
     """Make an old primary a replica of the new one.
 
-    Or a replica that diverged. What only this copy has is exported to DIR/set-aside first, then only what
-    differs is fetched. Nothing of the
-    old copy is touched until the new one is complete; cut off anywhere, run it again.
+    Or a replica that diverged. What only this copy has is exported to DIR/set-aside first, then only what differs is
+    fetched. Nothing of the old copy is touched until the new one is complete; cut off anywhere, run it again.
 
     \b
     Example:
@@ -77,12 +76,15 @@ def _facts(outcome: Rewind) -> dict[str, object]:
 
 
 def _tell(outcome: Rewind, directory: Path, to: str) -> None:
-    from understudy.cli.output import size_text
+    from understudy.cli.output import counted, size_text
 
+    if outcome.decision == "STREAM":
+        click.echo(f"nothing to rewind: all that {directory} holds is part of the history of {to}")
     if outcome.common is not None:
         click.echo(f"common history up to LSN {outcome.common.lsn}")
     if outcome.exported is not None:
-        click.echo(f"{outcome.entries_exported} entries that only this copy has: {outcome.exported}")
+        own = counted(outcome.entries_exported, "entry", "entries")
+        click.echo(f"{own} that only this copy has: {outcome.exported}")
     if outcome.set_aside is not None:
         click.echo(f"the old copy: {outcome.set_aside}")
     if outcome.bytes_total:

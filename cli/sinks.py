@@ -6,6 +6,7 @@ durable, and not at all otherwise.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sys
@@ -16,7 +17,8 @@ from types import TracebackType
 from typing import IO, Protocol
 
 from understudy.cli.json_lines import encode_pair
-from understudy.common.errors import UnderstudyError, UsageError
+from understudy.cli.output import printable
+from understudy.common.errors import DiskFull, UnderstudyError, UsageError
 from understudy.common.files import storage_errors, sync_directory
 
 
@@ -46,17 +48,32 @@ class StandardOutput(Sink):
 
 
 class FileSink(Sink):
-    """A file of JSON lines, written beside its name and then renamed."""
+    """A file of JSON lines, written beside its name and then renamed.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: its name.
+        replace: whether it may take the place of a file of that name.
+    """
+
+    def __init__(self, path: Path, *, replace: bool = False) -> None:
         self._path = path
-        self._part = path.with_name(path.name + ".part")
+        self._replace = replace
+        self._part = path
         self._file: IO[bytes]
 
     def __enter__(self) -> FileSink:
-        with storage_errors("write", self._part):
-            self._file = self._part.open("wb")
+        with storage_errors("write", self._path):
+            self._check_free()
+            # A name of its own, so that no file of the user's and no other export is in its way.
+            fd, part = tempfile.mkstemp(prefix=f".{self._path.name}-", dir=self._path.absolute().parent)
+        self._part, self._file = Path(part), open(fd, "wb")
         return self
+
+    def _check_free(self) -> None:
+        if self._path.exists() and not self._path.is_file():  # a rename would take a device's place, too
+            raise UsageError(f"{self._path} is not a file")
+        if os.path.lexists(self._path) and not self._replace:
+            raise UsageError(f"{self._path} is there already", remedy="--force replaces it")
 
     def write(self, key: bytes, value: bytes) -> None:
         """Writes one line."""
@@ -70,7 +87,9 @@ class FileSink(Sink):
             with self._file, storage_errors("write", self._path):
                 if kind is None:
                     self._file.flush()
+                    os.fchmod(self._file.fileno(), 0o666 & ~_umask())  # mkstemp's is for its owner only
                     os.fsync(self._file.fileno())
+                    self._check_free()  # the export may have taken long
                     self._part.rename(self._path)
         finally:
             self._part.unlink(missing_ok=True)
@@ -108,11 +127,14 @@ class TreeSink(Sink):
             path.write_bytes(value)
         except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
             raise UnderstudyError(
-                f"key {key!r} can't be a file: another key is a path above or below it", remedy=_AS_LINES
+                f"key {printable(key)} can't be a file: another key is a path above or below it",
+                remedy=_AS_LINES,
             ) from error
         except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise DiskFull(f"no space left to write below {self._root}") from error
             raise UnderstudyError(
-                f"key {key!r} can't be written as a file: {error.strerror}", remedy=_AS_LINES
+                f"key {printable(key)} can't be written as a file: {error.strerror}", remedy=_AS_LINES
             ) from error
 
     def __exit__(
@@ -146,7 +168,7 @@ def check_relative(key: bytes) -> bytes:
         why = "a part of it is empty, . or .."
     else:
         return key
-    raise UnderstudyError(f"key {key!r} is not a safe relative path: {why}", remedy=_AS_LINES)
+    raise UnderstudyError(f"key {printable(key)} is not a safe relative path: {why}", remedy=_AS_LINES)
 
 
 def _umask() -> int:

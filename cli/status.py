@@ -98,7 +98,7 @@ def _upstream_facts(upstream: admin_pb2.UpstreamStatus) -> dict[str, object]:
 
 
 def _tell(found: admin_pb2.StatusResponse, *, is_running: bool) -> None:
-    from understudy.cli.output import print_facts, print_table, seconds_text, size_text
+    from understudy.cli.output import counted, plain, print_facts, print_table, seconds_text, size_text
     from understudy.common.types import format_id
 
     facts = [
@@ -122,7 +122,8 @@ def _tell(found: admin_pb2.StatusResponse, *, is_running: bool) -> None:
             (
                 "primary",
                 f"{up.address or 'unknown'}, {'connected' if up.connected else 'not connected'}, behind by "
-                f"{up.lag_entries:,} entries, {size_text(up.lag_bytes)}, {seconds_text(up.lag_seconds)}",
+                f"{counted(up.lag_entries, 'entry', 'entries')}, {size_text(up.lag_bytes)}, "
+                f"{seconds_text(up.lag_seconds)}",
             )
         )
     print_facts(facts)
@@ -144,4 +145,4 @@ def _tell(found: admin_pb2.StatusResponse, *, is_running: bool) -> None:
             right=("durable", "applied", "entries behind", "bytes behind", "time behind"),
         )
     for warning in found.warnings:
-        click.echo(f"warning: {warning}")
+        click.echo(f"warning: {plain(warning)}")

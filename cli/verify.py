@@ -27,7 +27,8 @@ def verify(
     """Recompute what a copy says about itself.
 
     Of a data directory that no process has open: the chain of the whole log, every change's signature, the
-    structure of the store, and its state digests. Or compare two running nodes, by digests that both recompute.
+    structure of the store, and its state digests. Or compare two running nodes, by digests that both recompute; exit
+    code 3 if they are not of one history.
 
     \b
     Example:
@@ -68,18 +69,22 @@ def _verify_directory(directory: Path, *, as_json: bool) -> bool:
 
 
 def _tell_report(report: VerifyReport, directory: Path) -> None:
-    for problem in report.problems:
-        click.echo(f"problem: {problem}")
+    from understudy.cli.output import counted
+
+    _tell_problems(report.problems)
+    verdict = counted(len(report.problems), "problem") if report.problems else "sound"
+    entries = counted(report.entries_checked, "log entry", "log entries")
     click.echo(
-        f"{directory}: {_verdict(report.problems)}; LSN {report.lsn}, digest {report.digest.hex()}, "
-        f"{report.entries_checked:,} log entries and {report.realms_checked:,} realms checked"
+        f"{directory}: {verdict}; LSN {report.lsn}, digest {report.digest.hex()}, "
+        f"{entries} and {counted(report.realms_checked, 'realm')} checked"
     )
 
 
-def _verdict(problems: list[str]) -> str:
-    if not problems:
-        return "sound"
-    return "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+def _tell_problems(problems: list[str]) -> None:
+    from understudy.cli.output import plain
+
+    for problem in problems:
+        click.echo(f"problem: {plain(problem)}")
 
 
 def _compare(server: str, against: str, *, as_json: bool) -> bool:
@@ -110,10 +115,12 @@ def _compare(server: str, against: str, *, as_json: bool) -> bool:
 
 
 def _tell_comparison(comparison: Comparison, server: str, against: str) -> None:
-    for problem in comparison.problems:
-        click.echo(f"problem: {problem}")
-    verdict = "equal" if not comparison.problems else _verdict(comparison.problems)
+    from understudy.cli.output import counted
+
+    _tell_problems(comparison.problems)
+    verdict = counted(len(comparison.problems), "problem") if comparison.problems else "equal"
+    entries = counted(comparison.entries, "entry", "entries")
     click.echo(
-        f"{server} and {against}: {verdict}; at LSN {comparison.lsn}, {comparison.realms:,} realms with "
-        f"{comparison.entries:,} entries compared"
+        f"{server} and {against}: {verdict}; at LSN {comparison.lsn}, {counted(comparison.realms, 'realm')} with "
+        f"{entries} compared"
     )

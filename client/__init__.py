@@ -4,9 +4,10 @@
 """
 
 from understudy.client.blocking import Server, connect
-from understudy.client.direct import AsyncServer, RealmInfo, aconnect
+from understudy.client.direct import AsyncServer, aconnect
 from understudy.common.errors import (
     DiskFull,
+    Diverged,
     Fenced,
     NotPrimary,
     OutcomeUnknown,
@@ -18,6 +19,7 @@ from understudy.common.errors import (
 )
 from understudy.common.memtable import Receipt
 from understudy.common.operations import Add, Delete, DeleteRange, Operation, Put, Update
+from understudy.common.types import RealmInfo
 
 __all__ = [
     "Add",
@@ -25,6 +27,7 @@ __all__ = [
     "Delete",
     "DeleteRange",
     "DiskFull",
+    "Diverged",
     "Fenced",
     "NotPrimary",
     "Operation",

@@ -3,30 +3,48 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
-from understudy.client.direct import TIMEOUT_S, AsyncServer, RealmInfo, parse_addresses
+from understudy.client.direct import TIMEOUT_S, AsyncServer
 from understudy.common import portal
+from understudy.common.arguments import parse_addresses
+from understudy.common.errors import UsageError
 from understudy.common.memtable import Receipt
 from understudy.common.operations import Operation
+from understudy.common.rpc import check_not_forked
 from understudy.common.transaction import TransactionBuilder
-from understudy.common.types import Lsn
+from understudy.common.types import Lsn, RealmInfo
 from understudy.v1 import admin_pb2
 
 # Fetched from the other thread at a time.
 _BATCH_PAIRS = 1_000
 _BATCH_BYTES = 1 << 20
 
+_T = TypeVar("_T")
+
 
 class Server:
-    """A connection to a server; see :class:`AsyncServer` for what each call does and raises."""
+    """A connection to a server; see :class:`AsyncServer` for what each call does and raises.
+
+    Any number of threads may share one. A fork of the process may not: all calls raise :class:`UsageError` there.
+    """
 
     def __init__(self, server: AsyncServer) -> None:
         self._server = server
 
     def close(self) -> None:
-        """Closes the connection."""
-        portal.call(self._server.close())
+        """Closes the connection; in a fork of the process that made it, does nothing."""
+        if not self._server.is_of_another_process:
+            portal.call(self._server.close())
+
+    def _call(self, work: Coroutine[Any, Any, _T]) -> _T:
+        try:
+            self._server.check_process()  # here: in a fork, the loop that would check does not run
+        except UsageError:
+            work.close()
+            raise
+        return portal.call(work)
 
     def __enter__(self) -> Server:
         return self
@@ -43,11 +61,11 @@ class Server:
         timeout_s: float | None = TIMEOUT_S,
     ) -> Receipt:
         """Commits one transaction and returns its receipt."""
-        return portal.call(self._server.commit(realm, operations, durability=durability, timeout_s=timeout_s))
+        return self._call(self._server.commit(realm, operations, durability=durability, timeout_s=timeout_s))
 
     def wait(self, number: int, *, timeout_s: float | None = TIMEOUT_S) -> Receipt:
         """The receipt of a transaction whose outcome was unknown."""
-        return portal.call(self._server.wait(number, timeout_s=timeout_s))
+        return self._call(self._server.wait(number, timeout_s=timeout_s))
 
     @contextlib.contextmanager
     def transaction(
@@ -60,17 +78,17 @@ class Server:
 
     def get(self, realm: str, key: bytes, *, timeout_s: float = TIMEOUT_S) -> bytes | None:
         """The value at ``key``, or None."""
-        return portal.call(self._server.get(realm, key, timeout_s=timeout_s))
+        return self._call(self._server.get(realm, key, timeout_s=timeout_s))
 
     def get_many(
         self, realm: str, keys: Sequence[bytes], *, timeout_s: float = TIMEOUT_S
     ) -> list[bytes | None]:
         """The values at ``keys``, all as of one LSN."""
-        return portal.call(self._server.get_many(realm, keys, timeout_s=timeout_s))
+        return self._call(self._server.get_many(realm, keys, timeout_s=timeout_s))
 
     def count(self, realm: str, *, start: bytes = b"", end: bytes = b"", timeout_s: float = TIMEOUT_S) -> int:
         """How many keys there are from ``start`` to before ``end``."""
-        return portal.call(self._server.count(realm, start=start, end=end, timeout_s=timeout_s))
+        return self._call(self._server.count(realm, start=start, end=end, timeout_s=timeout_s))
 
     def scan(
         self,
@@ -99,34 +117,38 @@ class Server:
 
         try:
             while True:
-                found = portal.call(batch())
+                found = self._call(batch())
                 if not found:
                     return
                 yield from found
         finally:
             # Not waited for: the garbage collector may run this on the portal's own thread.
-            portal.post(pairs.aclose())  # type: ignore[attr-defined]
+            if not self._server.is_of_another_process:
+                portal.post(pairs.aclose())  # type: ignore[attr-defined]
 
     def realms(self, *, timeout_s: float = TIMEOUT_S) -> list[RealmInfo]:
         """All realms, in order of their paths."""
-        return portal.call(self._server.realms(timeout_s=timeout_s))
+        return self._call(self._server.realms(timeout_s=timeout_s))
 
     def drop_realm(self, realm: str, *, timeout_s: float = TIMEOUT_S) -> Lsn:
         """Drops a realm and everything in it; returns the LSN."""
-        return portal.call(self._server.drop_realm(realm, timeout_s=timeout_s))
+        return self._call(self._server.drop_realm(realm, timeout_s=timeout_s))
 
     def status(self, *, timeout_s: float = TIMEOUT_S) -> admin_pb2.StatusResponse:
         """The server's own account of itself."""
-        return portal.call(self._server.status(timeout_s=timeout_s))
+        return self._call(self._server.status(timeout_s=timeout_s))
 
 
 def connect(addresses: str, *, timeout_s: float = TIMEOUT_S) -> Server:
     """Connects to ``"HOST:PORT"``, or to the primary among ``"a:7850,b:7850"``; a context manager.
 
     Raises:
-        UsageError: a bad address.
+        UsageError: a bad address, or this process is a fork of one that has used gRPC.
         PeerUnreachable, NotPrimary, Fenced, ProtocolError: nobody suitable answered within ``timeout_s``.
+        Diverged: there are two primaries of one epoch.
     """
+
+    check_not_forked()
 
     async def opened() -> AsyncServer:
         server = AsyncServer(parse_addresses(addresses))

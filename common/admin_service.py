@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -68,6 +69,12 @@ class AdminService(admin_pb2_grpc.AdminServicer):
             raise WrongRole("this node is not a primary")
         raise AssertionError("aborted")
 
+    async def Forget(self, request: admin_pb2.ForgetRequest, context: Context) -> admin_pb2.ForgetResponse:
+        """Primaries only."""
+        async with answering_errors(context):
+            raise WrongRole("this node is not a primary", remedy="give the address of the primary")
+        raise AssertionError("aborted")
+
 
 async def recompute_digests(engine: Engine) -> admin_pb2.StateDigestsResponse:
     """A full scan of the store in a process of its own, so that commits here go on undisturbed.
@@ -90,10 +97,14 @@ async def recompute_digests(engine: Engine) -> admin_pb2.StateDigestsResponse:
 
 
 def _start_check(store: Path) -> subprocess.Popen[bytes]:
+    # The child must find the modules that this process found, and none that only lies where the server runs.
+    command = [sys.executable, "-P", "-m", "understudy.common.check_process", str(store)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     # Not asyncio's way to start a process: uvloop forks, and gRPC's fork handlers do not survive that.
     return subprocess.Popen(
-        [sys.executable, "-m", "understudy.common.check_process", str(store)],
+        command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        env=environment,
     )

@@ -37,10 +37,11 @@ from understudy.common.errors import (
     CorruptionError,
     DirectoryError,
     DirectoryInUse,
+    DiskFull,
     NewerFormat,
     NotADataDirectory,
 )
-from understudy.common.files import publish, storage_errors, sync_directory
+from understudy.common.files import NO_SPACE, publish, storage_errors, sync_directory
 from understudy.common.types import ClusterId, NodeId, new_id
 
 FORMAT_VERSION = 1
@@ -122,6 +123,8 @@ class DataDirectory:
         except FileExistsError as error:
             raise NotADataDirectory(f"{path} is not a directory") from error
         except OSError as error:
+            if error.errno in NO_SPACE:
+                raise DiskFull(f"no space left to create {path}") from error
             raise DirectoryError(f"can't use {path} as data directory: {error.strerror}") from error
         try:
             directory = cls(path, lock_fd, NodeFile.read(node_file) if node_file.exists() else None)

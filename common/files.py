@@ -15,7 +15,7 @@ from typing import Protocol
 
 from understudy.common.errors import DiskFull, StorageFailed
 
-_NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 @contextlib.contextmanager
@@ -24,7 +24,7 @@ def storage_errors(action: str, path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _NO_SPACE:
+        if error.errno in NO_SPACE:
             raise DiskFull(
                 f"no space left to {action} {path}", remedy="free some space; writes go on by themselves then"
             ) from error

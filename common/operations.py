@@ -29,6 +29,7 @@ KIND_NAMES = {
 
 _COUNTER_MIN, _COUNTER_MAX = -(1 << 63), (1 << 63) - 1
 _COUNTER_BYTES_MAX = 20
+_REMEDY = "keys and values are bytes, amounts are whole numbers of 64 bits, signed"
 OPERATION_OVERHEAD_BYTES = 16  # what an operation costs beside key and value
 
 
@@ -93,12 +94,9 @@ def to_proto(operation: Operation) -> log_pb2.Operation:
             case Add(bytes(key), int(amount)):
                 return log_pb2.Operation(kind=ADD, key=key, amount=amount)
     except (TypeError, ValueError) as error:
-        raise BadOperation(f"bad operation {operation!r:.200}: {error}") from error
+        raise BadOperation(f"bad operation {operation!r:.200}: {error}", remedy=_REMEDY) from error
     # protobuf would take None for a value and make it an empty one.
-    raise BadOperation(
-        f"not an operation, or a field of the wrong type: {operation!r:.200}",
-        remedy="keys and values are bytes, amounts are whole numbers",
-    )
+    raise BadOperation(f"not an operation, or a field of the wrong type: {operation!r:.200}", remedy=_REMEDY)
 
 
 def to_protos(operations: Iterable[Operation]) -> list[log_pb2.Operation]:
@@ -107,6 +105,11 @@ def to_protos(operations: Iterable[Operation]) -> list[log_pb2.Operation]:
     Raises:
         BadOperation, BadKey, TransactionTooLarge: see :func:`check_operations`.
     """
+    if not isinstance(operations, Iterable):
+        raise BadOperation(
+            f"not a list of operations: {operations!r:.200}",
+            remedy="give a list, for example [Put(key, value)]",
+        )
     protos = [to_proto(operation) for operation in operations]
     check_operations(protos)
     return protos

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import ipaddress
 import os
+import re
 import socket
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
@@ -35,7 +36,9 @@ from understudy.common.errors import (
 from understudy.common.types import MESSAGE_BYTES_MAX
 
 CODE_METADATA = "understudy-code"
+REMEDY_METADATA = "understudy-remedy-bin"  # "-bin": gRPC carries any bytes there, elsewhere only ASCII
 FIRST_MESSAGE_S_MAX = 10.0
+PORT_MAX = 65535
 STREAMS_MAX = 1_000  # a connection: more concurrent calls than that wait
 
 _OPTIONS: tuple[tuple[str, int], ...] = (
@@ -69,20 +72,32 @@ _STATUS: tuple[tuple[type[UnderstudyError], grpc.StatusCode], ...] = (
     (Unavailable, grpc.StatusCode.RESOURCE_EXHAUSTED),
 )
 
+# Without brackets, the last group of `::1:7850` could be a port or not.
+_ADDRESS = re.compile(r"(?:\[(?P<ipv6>[^\[\]]+)\]|(?P<host>[^\[\]:/,\s]+)):(?P<port>[0-9]{1,5})")
+
 
 # -- addresses -----------------------------------------------------------------------------------------------
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """Host and port of ``HOST:PORT``.
+    """Host and port of ``HOST:PORT``; an IPv6 host stands in brackets, and is returned without them.
 
     Raises:
         UsageError: it is not of that form.
     """
-    host, colon, port = address.rpartition(":")
-    if not colon or not host or not port.isdigit() or int(port) > 65535:
-        raise UsageError(f"bad address {address!r}", remedy="give HOST:PORT, for example 127.0.0.1:7850")
-    return host.strip("[]"), int(port)
+    match = _ADDRESS.fullmatch(address) if isinstance(address, str) else None
+    if match is None or int(match["port"]) > PORT_MAX or not _is_ipv6_or_none(match["ipv6"]):
+        raise UsageError(
+            f"bad address {address!r:.200}", remedy="give HOST:PORT, for example 127.0.0.1:7850 or [::1]:7850"
+        )
+    return match["ipv6"] or match["host"], int(match["port"])
+
+
+def _is_ipv6_or_none(host: str | None) -> bool:
+    try:
+        return host is None or bool(ipaddress.IPv6Address(host).packed)
+    except ValueError:
+        return False
 
 
 def check_listen(address: str, *, insecure: bool) -> None:
@@ -133,6 +148,30 @@ def _not_listening(address: str) -> UsageError:
     )
 
 
+# -- forks ---------------------------------------------------------------------------------------------------
+
+FORK_REMEDY = "start processes with subprocess or multiprocessing's `spawn`, or fork before you connect"
+_process: int | None = None  # that uses gRPC
+
+
+def check_not_forked() -> None:
+    """Refuses gRPC in a fork of a process that has used it: its threads are missing, and every call would hang.
+
+    Raises:
+        UsageError.
+    """
+    if _process not in (None, os.getpid()):
+        raise UsageError(
+            f"gRPC is in use by process {_process}, of which this one is a fork", remedy=FORK_REMEDY
+        )
+
+
+def _note_process() -> None:
+    global _process
+    check_not_forked()
+    _process = os.getpid()
+
+
 # -- servers and channels ------------------------------------------------------------------------------------
 
 
@@ -140,6 +179,7 @@ class Listener:
     """A gRPC server with health and reflection; services are added to :attr:`server` before :meth:`start`."""
 
     def __init__(self, services: Sequence[str]) -> None:
+        _note_process()
         self.server = grpc.aio.server(options=_SERVER_OPTIONS)
         self.address = ""
         self._health = health.aio.HealthServicer()
@@ -191,7 +231,12 @@ def short_socket_path(path: Path) -> Iterator[str]:
 
 
 def open_channel(target: str) -> grpc.aio.Channel:
-    """A channel to ``HOST:PORT`` or ``unix:PATH``; it connects when first used."""
+    """A channel to ``HOST:PORT`` or ``unix:PATH``; it connects when first used.
+
+    Raises:
+        UsageError: this process is a fork of one that has used gRPC.
+    """
+    _note_process()
     return grpc.aio.insecure_channel(target, options=_CHANNEL_OPTIONS)
 
 
@@ -218,7 +263,16 @@ async def answering_errors(context: grpc.aio.ServicerContext) -> AsyncIterator[N
         yield
     except UnderstudyError as error:
         status = next((code for kind, code in _STATUS if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
-        await context.abort(status, str(error), trailing_metadata=((CODE_METADATA, error.code),))
+        await context.abort(
+            status,
+            _sendable(str(error)).decode(),
+            trailing_metadata=((CODE_METADATA, error.code), (REMEDY_METADATA, _sendable(error.remedy))),
+        )
+
+
+def _sendable(text: str) -> bytes:
+    """``text`` in UTF-8: a path may hold bytes that are none, and gRPC would fail with a trace instead."""
+    return text.encode(errors="backslashreplace")
 
 
 @contextlib.contextmanager
@@ -226,6 +280,13 @@ def peer_errors(address: str) -> Iterator[None]:
     """Turns a failed call to ``address`` into one of our errors."""
     try:
         yield
+    except asyncio.CancelledError:
+        # gRPC raises it for a call that was cancelled, too: by the server, or by closing the channel. Taken for
+        # a cancellation of this task, it would end the task without a word.
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise PeerUnreachable(f"the call to {address} was cancelled") from None
     except grpc.aio.AioRpcError as error:
         raise from_rpc(error, address) from None  # gRPC's own trace says nothing more
     except grpc.aio.UsageError as error:
@@ -237,11 +298,12 @@ def peer_errors(address: str) -> Iterator[None]:
 
 def from_rpc(error: grpc.aio.AioRpcError, address: str) -> UnderstudyError:
     """Our error for a failed call."""
-    metadata = error.trailing_metadata()
-    code = metadata.get(CODE_METADATA) if metadata is not None else None
+    metadata = error.trailing_metadata() or grpc.aio.Metadata()
     details = error.details() or error.code().name
+    code = metadata.get(CODE_METADATA)
     if code is not None:
-        return from_code(str(code), details)
+        remedy = metadata.get(REMEDY_METADATA, b"")
+        return _sent(str(code), details, remedy.decode(errors="replace") if isinstance(remedy, bytes) else "")
     match error.code():
         case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.DEADLINE_EXCEEDED | grpc.StatusCode.CANCELLED:
             why = "connection refused" if "Connection refused" in details else details
@@ -252,3 +314,10 @@ def from_rpc(error: grpc.aio.AioRpcError, address: str) -> UnderstudyError:
             return ProtocolError(f"{address} does not speak this protocol: {details}")
         case _:
             return ProtocolError(f"{address} answered {error.code().name}: {details}")
+
+
+def _sent(code: str, text: str, remedy: str) -> UnderstudyError:
+    """The error that was sent as ``code`` and :func:`str`, with its remedy apart again."""
+    error = from_code(code, text.removesuffix(f" ({remedy})") if remedy else text)
+    error.remedy = remedy
+    return error

@@ -29,7 +29,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import errno
-import functools
+import itertools
 import os
 import struct
 import threading
@@ -48,6 +48,8 @@ from understudy.common.snapshot_ranges import (
     RANGE_DIGEST_BYTES,
     FileRanges,
     count_ranges,
+    digest_of_zeros,
+    keep_large_blocks,
     open_newest,
     range_digest,
 )
@@ -55,6 +57,8 @@ from understudy.common.store_layout import lmdb_errors
 
 # Each flush waits for the disk; what was written since the last one is fetched again after a power failure.
 FLUSH_RANGES = 64
+# What is read back is still in memory, as a rule, so that it takes processors and not the disk.
+_READERS = 2
 # A try costs some 50 us and fails only if a commit ends in them.
 _PIN_TRIES_MAX = 1000
 
@@ -65,11 +69,6 @@ _MARKS_AT = _HEADER.size + RANGE_DIGEST_BYTES
 _NO_MARK = bytes(RANGE_DIGEST_BYTES)
 # The file systems can't do it, or not with each other.
 _NO_CLONING = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
-
-
-@functools.lru_cache(maxsize=2)  # whole ranges, and the last one
-def _digest_of_zeros(length: int) -> bytes:
-    return range_digest(bytes(length))
 
 
 # -- the source --------------------------------------------------------------------------------------------
@@ -104,6 +103,7 @@ class PinnedSnapshot:
         except BaseException:
             os.close(fd)
             raise
+        keep_large_blocks()
         return cls(txn, FileRanges(fd, data_file, meta, page))
 
     def read(self, index: int) -> bytes:
@@ -116,11 +116,6 @@ class PinnedSnapshot:
             ValueError: the snapshot is closed.
         """
         return self._ranges.read(index)
-
-    @staticmethod
-    def digest(data: bytes) -> bytes:
-        """A range's digest: XXH3-128, 16 bytes."""
-        return range_digest(data)
 
     def close(self) -> None:
         """Lets go of the snapshot."""
@@ -166,10 +161,12 @@ class SnapshotCopy:
     ends after the range it is at.
     """
 
-    def __init__(self, path: Path, file_bytes: int, data: OsFile, marks_file: OsFile) -> None:
+    def __init__(self, path: Path, file_bytes: int, data: OsFile, marks_file: OsFile, is_new: bool) -> None:
         self.path = path
         self.file_bytes = file_bytes
         self.ranges = count_ranges(file_bytes)
+        # Where it is, nothing of it can fit, and no digests are needed to find out what does.
+        self.is_new = is_new
         self._data = data
         self._marks_file = marks_file
         self._marks = bytearray(marks_file.read_at(self.ranges * RANGE_DIGEST_BYTES, _MARKS_AT))
@@ -194,6 +191,7 @@ class SnapshotCopy:
         Raises:
             DiskFull, StorageFailed.
         """
+        keep_large_blocks()
         header = _header(snapshot, file_bytes)
         side = _side_file(path)
         is_new = not path.exists()
@@ -206,7 +204,7 @@ class SnapshotCopy:
                 publish(side, header + bytes(_marks_bytes(file_bytes)))
             marks_file = OsFile(side, create=False)
             opened.callback(marks_file.close)
-            copy = cls(path, file_bytes, data, marks_file)
+            copy = cls(path, file_bytes, data, marks_file, is_new)
             opened.pop_all()
         return copy
 
@@ -230,19 +228,28 @@ class SnapshotCopy:
 
         Args:
             index: which.
-            data: its content, as it came.
-            digest: what it must have, from the list of all digests.
+            data: its content, as it came; empty where it is nothing but zeros.
+            digest: what it must have, as the source says.
 
         Raises:
             CorruptionError: this is not that range; nothing was written, ask for it again.
             DiskFull, StorageFailed.
         """
-        if not 0 <= index < self.ranges or len(data) != self._length(index) or range_digest(data) != digest:
+        if not self._is_range(index, data, digest):
             raise CorruptionError(
                 f"range {index} of {self.path} arrived damaged", remedy="it has to be fetched again"
             )
         with self._lock:
-            self._put(index, data, digest)
+            self._check_open()
+            self._put(index, data if data or self._is_hole(index) else bytes(self._length(index)), digest)
+
+    def _is_range(self, index: int, data: bytes, digest: bytes) -> bool:
+        if not 0 <= index < self.ranges:
+            return False
+        length = self._length(index)
+        if not data:
+            return digest == digest_of_zeros(length)
+        return len(data) == length and digest == range_digest(data)
 
     def adopt(self, base: Path, digests: Sequence[bytes]) -> list[int]:
         """Takes what fits from a file that nobody writes to, and returns the ranges that are still to be fetched.
@@ -272,29 +279,40 @@ class SnapshotCopy:
             self._begin_sync()
             self._end_sync()
 
-    def finish(self, digests: Sequence[bytes]) -> None:
-        """Makes the whole copy durable, reads it back, and removes the side file.
+    def finish(self) -> list[int]:
+        """Makes the whole copy durable, reads it back, and removes the side file if all is as the source has it.
+
+        Returns:
+            The ranges that are not: they have to be fetched, and then this is to be called again.
 
         Raises:
-            CorruptionError: ranges do not have their digests; :meth:`missing` names them, fetch them again.
             DiskFull, StorageFailed.
         """
-        self._check_count(digests)
         with self._lock:
-            self.flush()
-            bad = [index for index, digest in enumerate(digests) if range_digest(self._read(index)) != digest]
+            self._check_open()
+            self._begin_sync()
+            found = self._read_back()  # while the disk is busy with the last ones
+            self._end_sync()
+            bad = [index for index, digest in enumerate(found) if digest != self._mark(index)]
             for index in bad:
                 self._set_mark(index, _NO_MARK)
-        if bad:
-            raise CorruptionError(
-                f"{len(bad)} ranges of {self.path} are not what was sent, the first at "
-                f"{bad[0] * RANGE_BYTES} bytes",
-                remedy="they have to be fetched again",
-            )
-        side = _side_file(self.path)
-        with storage_errors("remove", side):
-            side.unlink()
-        sync_directory(self.path.parent)
+        if not bad:
+            side = _side_file(self.path)
+            with storage_errors("remove", side):
+                side.unlink()
+            sync_directory(self.path.parent)
+        return bad
+
+    def _read_back(self) -> list[bytes]:
+        """The digests of all ranges as they are in the file now."""
+
+        def digests(first: int) -> list[bytes]:
+            last = min(first + FLUSH_RANGES, self.ranges)
+            return [range_digest(self._read(index)) for index in range(first, last)]
+
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="snapshot-read") as readers:
+            parts = readers.map(digests, range(0, self.ranges, FLUSH_RANGES))
+            return list(itertools.chain.from_iterable(parts))
 
     def close(self) -> None:
         """Closes the files. What was not flushed is looked at again when the copy is taken up again."""
@@ -319,7 +337,7 @@ class SnapshotCopy:
         if digest in (self._mark(index), self._written.get(index)):
             return True
         if self._is_hole(index):
-            data, found = b"", _digest_of_zeros(self._length(index))
+            data, found = b"", digest_of_zeros(self._length(index))
         else:
             data = self._read(index)
             found = range_digest(data)

@@ -26,7 +26,7 @@ from understudy.common.errors import (
     StorageFailed,
     UnderstudyError,
 )
-from understudy.common.files import storage_errors
+from understudy.common.files import NO_SPACE, storage_errors
 from understudy.common.lmdb_check import check_structure
 from understudy.common.state_digest import REALM_PREFIX_BYTES
 from understudy.common.types import DIGEST_BYTES, KEY_BYTES_MAX, LSN_DIGITS, Digest, Lsn, format_lsn
@@ -67,7 +67,6 @@ _DAMAGED = (
     lmdb.IncompatibleError,
     lmdb.NotFoundError,
 )
-_NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 _NOT_OURS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
 
@@ -199,7 +198,7 @@ def translated(error: lmdb.Error, action: str, path: Path) -> UnderstudyError:
 
 def _is_full(code: int, path: Path) -> bool:
     # LMDB reports a write that was cut short as EIO, and on a regular file only a full disk cuts one short.
-    return code in _NO_SPACE or (code == errno.EIO and not _can_grow(path))
+    return code in NO_SPACE or (code == errno.EIO and not _can_grow(path))
 
 
 def _can_grow(path: Path) -> bool:
@@ -212,7 +211,7 @@ def _can_grow(path: Path) -> bool:
             os.close(fd)
             os.unlink(probe)
     except OSError as error:
-        return error.errno not in _NO_SPACE
+        return error.errno not in NO_SPACE
     return True
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import re
 import uuid
+from dataclasses import dataclass
 from typing import NamedTuple, NewType
 
 from understudy.common.errors import BadKey, BadRealmPath, UsageError
@@ -31,6 +32,7 @@ MESSAGE_BYTES_MAX = 20 << 20  # a gRPC message: the largest transaction and its 
 
 SYSTEM_REALM = RealmPath("/__system")
 
+_KEY_REMEDY = f"a key has 1 to {KEY_BYTES_MAX} bytes"
 _SEGMENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\Z")
 
 
@@ -50,7 +52,7 @@ class Durability(enum.IntEnum):
         """
         try:
             return cls[name.upper()]
-        except KeyError:
+        except (KeyError, AttributeError, TypeError):  # no such name, or no text
             raise UsageError(f"no durability {name!r}", remedy="choose local, replica or applied") from None
 
 
@@ -96,6 +98,16 @@ def format_id(raw: bytes) -> str:
     return str(uuid.UUID(bytes=raw)) if len(raw) == ID_BYTES else "-"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RealmInfo:
+    """A realm as a server lists it; ``entries`` and ``bytes`` are as of its last checkpoint."""
+
+    path: str
+    version: int
+    entries: int
+    bytes: int
+
+
 def check_realm_path(path: str) -> RealmPath:
     """``path`` if it is a well-formed realm path.
 
@@ -103,6 +115,8 @@ def check_realm_path(path: str) -> RealmPath:
         BadRealmPath: with what is wrong with it.
     """
     remedy = "a realm path is / and segments of A-Z a-z 0-9 _ . - without a leading dot, such as /inventory"
+    if not isinstance(path, str):
+        raise BadRealmPath(f"bad realm path {path!r:.200}: it is no text", remedy=remedy)
     if len(path.encode("utf-8", "surrogatepass")) > REALM_PATH_BYTES_MAX:
         raise BadRealmPath(f"bad realm path: longer than {REALM_PATH_BYTES_MAX} bytes", remedy=remedy)
     if not path.startswith("/"):
@@ -120,12 +134,12 @@ def is_system_realm(path: str) -> bool:
 
 
 def check_key(key: bytes) -> None:
-    """Refuses a key that is empty or too long.
+    """Refuses a key that is empty or too long, or not of bytes.
 
     Raises:
         BadKey: with the key's length.
     """
+    if not isinstance(key, bytes):
+        raise BadKey(f"bad key {key!r:.200}: it is {type(key).__name__}, not bytes", remedy=_KEY_REMEDY)
     if not 1 <= len(key) <= KEY_BYTES_MAX:
-        raise BadKey(
-            f"bad key of {len(key)} bytes: {key[:40]!r}", remedy=f"a key has 1 to {KEY_BYTES_MAX} bytes"
-        )
+        raise BadKey(f"bad key of {len(key)} bytes: {key[:40]!r}", remedy=_KEY_REMEDY)

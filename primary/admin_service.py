@@ -16,7 +16,7 @@ _FREEZE_S_MAX = 60.0
 
 
 class PrimaryAdminService(AdminService):
-    """Adds ``Fence`` and checkpoints on demand."""
+    """Adds ``Fence``, ``Forget`` and checkpoints on demand."""
 
     def __init__(self, node: PrimaryNode) -> None:
         super().__init__(node.status, lambda: node.engine)
@@ -43,3 +43,22 @@ class PrimaryAdminService(AdminService):
             self._node.fence(self._node.engine.epoch)
             return admin_pb2.FenceResponse(epoch=self._node.engine.epoch)
         raise AssertionError("aborted")
+
+    async def Forget(self, request: admin_pb2.ForgetRequest, context: Context) -> admin_pb2.ForgetResponse:
+        """Removes a slot: an operator says that this replica will never come back."""
+        async with answering_errors(context):
+            node = self._node
+            removable = self._removable_bytes()
+            slot = node.slots.remove(request.replica_id)
+            node.forget_progress(slot.id)
+            return admin_pb2.ForgetResponse(
+                durable_lsn=slot.durable_lsn, released_bytes=self._removable_bytes() - removable
+            )
+        raise AssertionError("aborted")
+
+    def _removable_bytes(self) -> int:
+        """Bytes of the log's segments that neither slots nor floor nor checkpoint hold."""
+        engine = self._node.engine
+        keep_from = min(self._node.retain_from(), Lsn(engine.checkpoint.lsn + 1))
+        kept = [one.first_offset for one in engine.log.segments() if one.first_lsn <= keep_from]
+        return max(kept[-1] - engine.log.first_offset, 0) if kept else 0

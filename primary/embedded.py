@@ -6,24 +6,33 @@ import asyncio
 import contextlib
 import itertools
 import os
-from collections.abc import Coroutine, Iterable, Iterator
+from collections import OrderedDict
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
 from understudy.common import portal
-from understudy.common.errors import OutcomeUnknown, UnderstudyError, UsageError
+from understudy.common.arguments import (
+    check_bounds,
+    check_limit,
+    check_timeout,
+    check_timeout_or_none,
+    checked_keys,
+    parse_durability,
+)
+from understudy.common.errors import OutcomeUnknown, Overloaded, UnderstudyError, UsageError
 from understudy.common.memtable import Receipt
 from understudy.common.operations import Operation, to_protos
-from understudy.common.read_service import PAGE_BYTES, PAGE_PAIRS
-from understudy.common.scan import Scan
+from understudy.common.reader import OpenScan, Reader
 from understudy.common.settings import PrimarySettings
 from understudy.common.transaction import TransactionBuilder
-from understudy.common.types import Durability, Lsn, check_key, check_realm_path, new_id
+from understudy.common.types import Durability, Lsn, RealmInfo, check_realm_path, new_id
 from understudy.primary.server import PrimaryServer, serving_primary
 from understudy.v1 import admin_pb2, data_pb2
 
 TIMEOUT_S = 30.0
+_LATE_MAX = 10_000  # transactions that were not answered in time, kept until somebody asks
 
 _T = TypeVar("_T")
 
@@ -37,6 +46,8 @@ class Primary:
         self._stack = stack
         self._client = new_id()
         self._numbers = itertools.count(1)
+        self._late: OrderedDict[int, asyncio.Future[Receipt]] = OrderedDict()  # not answered in time
+        self._reader = Reader(lambda: self._node.engine.state)
         self._closed = False
 
     @classmethod
@@ -92,11 +103,18 @@ class Primary:
         """Where it listens, with the real port."""
         return self._server.address
 
-    def _call(self, work: Coroutine[Any, Any, _T]) -> _T:
+    def _call(self, work: Coroutine[Any, Any, _T], timeout_s: float | None = None) -> _T:
+        async def in_time() -> _T:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    return await work
+            except TimeoutError:
+                raise Overloaded(f"not answered within {timeout_s:g} s", remedy="try again later") from None
+
         if self._closed:
             work.close()
             raise UsageError("this primary is closed")
-        return portal.call(work)
+        return portal.call(in_time())
 
     # -- writing -------------------------------------------------------------------------------------------
 
@@ -112,14 +130,14 @@ class Primary:
 
         Raises:
             UsageError: the transaction can't be.
-            OutcomeUnknown: it was not durable enough in time; it may become so later.
+            OutcomeUnknown: it was not durable enough in time; :meth:`wait` tells when it is.
+            Overloaded: too much waits for replicas already; it was not taken in.
             DiskFull, Fenced, StorageFailed: no writes.
         """
+        check_timeout_or_none(timeout_s)
         transaction = data_pb2.Transaction(
             realm=check_realm_path(realm),
-            durability=data_pb2.DURABILITY_UNSPECIFIED
-            if durability is None
-            else data_pb2.Durability.ValueType(Durability.parse(durability).value),
+            durability=parse_durability(durability),
             operations=to_protos(operations),
         )
         return self._call(self._commit(transaction, timeout_s))
@@ -131,23 +149,49 @@ class Primary:
             if not answer.done():
                 answer.set_result(receipt)
 
-        async with self._in_time(transaction, timeout_s):
-            await self._node.wait_for_room()
-            transaction.number = next(self._numbers)
-            self._node.submit(self._client, transaction, done)
-            return await self._node.answered(answer)
-
-    @contextlib.asynccontextmanager
-    async def _in_time(self, transaction: data_pb2.Transaction, timeout_s: float | None) -> Any:
         try:
-            async with asyncio.timeout(timeout_s):
-                yield
+            async with asyncio.timeout(timeout_s) as deadline:
+                await self._node.wait_for_room()
         except TimeoutError:
+            raise Overloaded("too many transactions are unanswered", remedy="try again later") from None
+        transaction.number = next(self._numbers)
+        self._node.submit(self._client, transaction, done)
+        return await self._answered(transaction.number, answer, deadline.when())
+
+    async def _answered(
+        self, number: int, answer: asyncio.Future[Receipt], deadline: float | None
+    ) -> Receipt:
+        try:
+            async with asyncio.timeout_at(deadline):
+                return await self._node.answered(answer)
+        except TimeoutError:
+            self._late[number] = answer
+            while len(self._late) > _LATE_MAX:
+                self._late.popitem(last=False)
             raise OutcomeUnknown(
-                f"a transaction on {transaction.realm} was not durable enough within {timeout_s:g} s",
-                remedy="are enough replicas connected? see `understudy status`",
-                number=transaction.number,
+                f"transaction {number} was not durable enough in time",
+                remedy="are enough replicas connected? see `understudy status`; wait() tells when it is",
+                number=number,
             ) from None
+
+    def wait(self, number: int, *, timeout_s: float | None = TIMEOUT_S) -> Receipt:
+        """The receipt of a transaction that :class:`OutcomeUnknown` was raised for.
+
+        Raises:
+            UsageError: no transaction of that number is unanswered.
+            OutcomeUnknown: still no answer.
+            Fenced, StorageFailed, Unavailable: there will be none; whether it was applied is not known.
+        """
+        check_timeout_or_none(timeout_s)
+
+        async def waited() -> Receipt:
+            answer = self._late.get(number)
+            if answer is None:
+                raise UsageError(f"transaction {number} of this primary is not unanswered")
+            deadline = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
+            return await self._answered(number, answer, deadline)
+
+        return self._call(waited())
 
     @contextlib.contextmanager
     def transaction(
@@ -158,36 +202,59 @@ class Primary:
         yield builder
         builder.committed(self.commit(realm, builder.operations, durability=durability, timeout_s=timeout_s))
 
-    def drop_realm(self, realm: str) -> Lsn:
+    def drop_realm(self, realm: str, *, timeout_s: float = TIMEOUT_S) -> Lsn:
         """Drops a realm and everything in it; returns the LSN.
 
         Raises:
             UnknownRealm.
+            OutcomeUnknown: it was not durable enough in time; it may become so later.
         """
-        return self._call(self._node.drop_realm(check_realm_path(realm))).lsn
+        check_timeout(timeout_s)
+        path = check_realm_path(realm)
+
+        async def dropped() -> Lsn:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    return (await self._node.drop_realm(path)).lsn
+            except TimeoutError:
+                raise OutcomeUnknown(
+                    f"the drop of {path} was not durable enough within {timeout_s:g} s",
+                    remedy="look before you repeat it",
+                ) from None
+
+        return self._call(dropped())
 
     # -- reading -------------------------------------------------------------------------------------------
 
-    def get(self, realm: str, key: bytes) -> bytes | None:
+    def get(self, realm: str, key: bytes, *, timeout_s: float = TIMEOUT_S) -> bytes | None:
         """The value at ``key``, or None.
 
         Raises:
             UnknownRealm, BadKey.
         """
-        check_key(key)
+        return self.get_many(realm, [key], timeout_s=timeout_s)[0]
 
-        async def got() -> bytes | None:
-            return self._node.engine.state.get(check_realm_path(realm), key)
+    def get_many(
+        self, realm: str, keys: Sequence[bytes], *, timeout_s: float = TIMEOUT_S
+    ) -> list[bytes | None]:
+        """The values at ``keys``, all as of one LSN."""
+        check_timeout(timeout_s)
+        wanted = checked_keys(keys)
 
-        return self._call(got())
+        async def got() -> list[bytes | None]:
+            return self._reader.get(realm, wanted)[0]
 
-    def count(self, realm: str, *, start: bytes = b"", end: bytes = b"") -> int:
+        return self._call(got(), timeout_s)
+
+    def count(self, realm: str, *, start: bytes = b"", end: bytes = b"", timeout_s: float = TIMEOUT_S) -> int:
         """How many keys there are from ``start`` to before ``end``."""
+        check_timeout(timeout_s)
+        check_bounds(start, end)
 
         async def counted() -> int:
-            return self._node.engine.state.count(check_realm_path(realm), start, end)
+            return (await self._reader.count(realm, start, end))[0]
 
-        return self._call(counted())
+        return self._call(counted(), timeout_s)
 
     def scan(
         self,
@@ -197,44 +264,58 @@ class Primary:
         end: bytes = b"",
         limit: int | None = None,
         reverse: bool = False,
+        timeout_s: float | None = None,
     ) -> Iterator[tuple[bytes, bytes]]:
-        """Pairs from ``start`` to before ``end``, in key order, all as of one LSN."""
+        """Pairs from ``start`` to before ``end``, in key order, all as of one LSN; ``timeout_s`` is for each page."""
+        check_timeout_or_none(timeout_s)
+        check_bounds(start, end)
+        check_limit(limit)
+        return self._scan(realm, start, end, limit, timeout_s, reverse=reverse)
 
-        left = limit
-        scan: Scan | None = None
+    def _scan(
+        self,
+        realm: str,
+        start: bytes,
+        end: bytes,
+        limit: int | None,
+        timeout_s: float | None,
+        *,
+        reverse: bool,
+    ) -> Iterator[tuple[bytes, bytes]]:
+        opened = contextlib.ExitStack()
+        scan: OpenScan | None = None
 
-        async def page() -> tuple[list[bytes], list[bytes], bool]:
+        async def page() -> tuple[list[bytes], list[bytes]]:
             nonlocal scan
-            if (
-                scan is None
-            ):  # opened together with its first page: until that is made, the state must not change
-                scan = self._node.engine.state.scan(check_realm_path(realm), start, end, reverse=reverse)
-            return scan.page(
-                bytes_max=PAGE_BYTES, pairs_max=PAGE_PAIRS if left is None else min(left, PAGE_PAIRS)
-            )
+            if scan is None:  # together with its first page: until that is made, the state must not change
+                scan = opened.enter_context(
+                    self._reader.scan(realm, start, end, limit=limit, reverse=reverse)
+                )
+            return ([], []) if scan.at_end else scan.page()
 
         async def closed() -> None:
-            if scan is not None:
-                scan.close()
+            opened.close()
 
         try:
-            at_end = left == 0
-            while not at_end and left != 0:
-                keys, values, at_end = self._call(page())
-                left = None if left is None else left - len(keys)
-                yield from zip(keys, values, strict=True)
+            while scan is None or not scan.at_end:
+                yield from zip(*self._call(page(), timeout_s), strict=True)
         finally:
-            portal.post(
-                closed()
-            )  # not waited for: the garbage collector may run this on the portal's own thread
+            # Not waited for: the garbage collector may run this on the portal's own thread.
+            portal.post(closed())
 
-    def status(self) -> admin_pb2.StatusResponse:
+    def realms(self, *, timeout_s: float = TIMEOUT_S) -> list[RealmInfo]:
+        """All realms, in order of their paths."""
+        check_timeout(timeout_s)
+        return self._call(self._reader.realms(), timeout_s)
+
+    def status(self, *, timeout_s: float = TIMEOUT_S) -> admin_pb2.StatusResponse:
         """The same account that ``understudy status`` shows."""
+        check_timeout(timeout_s)
 
         async def told() -> admin_pb2.StatusResponse:
             return self._node.status()
 
-        return self._call(told())
+        return self._call(told(), timeout_s)
 
     @property
     def failure(self) -> UnderstudyError | None:

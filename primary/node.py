@@ -368,7 +368,12 @@ class PrimaryNode:
                 f"{self.slots.connected_count} of {self.settings.sync_replicas} needed replicas are connected: "
                 "transactions wait"
             )
-        found += [f"replica {slot.id} was lost and must bootstrap again" for slot in self.slots if slot.lost]
+        found += [
+            f"replica {slot.id} was lost and must bootstrap again; if it will not come back: "
+            f"understudy forget {slot.id} --server HOST:PORT"
+            for slot in self.slots
+            if slot.lost
+        ]
         return found
 
 

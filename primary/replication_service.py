@@ -28,6 +28,7 @@ from understudy.common.locator import LOCATOR_POSITIONS_MAX, EpochSpan, History,
 from understudy.common.read_service import Context
 from understudy.common.rpc import answering_errors, first_message
 from understudy.common.snapshot import PinnedSnapshot
+from understudy.common.snapshot_ranges import digest_of_zeros, range_digest
 from understudy.common.types import ID_BYTES, Digest, Epoch, Lsn, Position
 from understudy.primary import slots
 from understudy.primary.follower_session import (
@@ -301,7 +302,7 @@ class ReplicationService(replication_pb2_grpc.ReplicationServicer):
     async def ReadSnapshot(
         self, request: replication_pb2.ReadSnapshotRequest, context: Context
     ) -> AsyncIterator[replication_pb2.RangeData]:
-        """The ranges asked for."""
+        """The ranges asked for, each with its digest."""
         async with answering_errors(context):
             count = self._pins.get(request.snapshot).snapshot.ranges
             wrong = next((index for index in request.ranges if index >= count), None)
@@ -311,8 +312,8 @@ class ReplicationService(replication_pb2_grpc.ReplicationServicer):
                 # Kept from expiring for as long as its ranges are taken.
                 snapshot = self._pins.get(request.snapshot).snapshot
                 indexes = request.ranges[first : first + _READ_AHEAD]
-                for index, data in await asyncio.to_thread(_read, snapshot, indexes):
-                    yield replication_pb2.RangeData(range=index, data=data)
+                for part in await asyncio.to_thread(_read, snapshot, indexes):
+                    yield part
 
     async def ReleaseSnapshot(
         self, request: replication_pb2.ReleaseSnapshotRequest, context: Context
@@ -327,16 +328,23 @@ class ReplicationService(replication_pb2_grpc.ReplicationServicer):
         if self._node.slots.get(replica_id) is None and len(self._node.slots) >= slots.SLOTS_MAX:
             raise ProtocolError(
                 f"{slots.SLOTS_MAX} replicas are known already",
-                remedy="stop this primary and remove those that are gone from its slots.json",
+                remedy="remove those that are gone: understudy forget ID --server HOST:PORT",
             )
 
 
 def _digests(snapshot: PinnedSnapshot, indexes: Iterable[int]) -> list[bytes]:
-    return [snapshot.digest(snapshot.read(index)) for index in indexes]
+    return [range_digest(snapshot.read(index)) for index in indexes]
 
 
-def _read(snapshot: PinnedSnapshot, indexes: Iterable[int]) -> list[tuple[int, bytes]]:
-    return [(index, snapshot.read(index)) for index in indexes]
+def _read(snapshot: PinnedSnapshot, indexes: Iterable[int]) -> list[replication_pb2.RangeData]:
+    return [_range_data(index, snapshot.read(index)) for index in indexes]
+
+
+def _range_data(index: int, data: bytes) -> replication_pb2.RangeData:
+    digest = range_digest(data)
+    if digest == digest_of_zeros(len(data)):
+        return replication_pb2.RangeData(range=index, digest=digest)
+    return replication_pb2.RangeData(range=index, digest=digest, data=data)
 
 
 def _head(hello: replication_pb2.Hello) -> Position:

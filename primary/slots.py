@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from understudy.common.errors import CorruptionError, DiskFull
+from understudy.common.errors import CorruptionError, DiskFull, Unavailable, UnderstudyError, UsageError
 from understudy.common.events import log
 from understudy.common.files import publish
 from understudy.common.types import Lsn
@@ -120,10 +120,38 @@ class SlotTable:
         log.warning("slot_lost", replica=slot.id, needs_from=slot.needs_from)
         self.save()
 
+    def remove(self, replica_id: str) -> Slot:
+        """Removes the slot of a replica that is not connected; returns it once that is durable.
+
+        Raises:
+            UsageError: nobody of that name is known.
+            Unavailable: it is connected.
+            DiskFull, StorageFailed: it stays.
+        """
+        if replica_id not in self._slots:
+            known = ", ".join(sorted(self._slots))
+            raise UsageError(
+                f"no replica {replica_id!r} is known here",
+                remedy=f"known are: {known}" if known else "none is known",
+            )
+        if replica_id in self._connected:
+            raise Unavailable(f"replica {replica_id!r} is connected", remedy="stop it first")
+        slot = self._slots.pop(replica_id)
+        try:
+            self._publish()
+        except UnderstudyError:
+            self._slots[replica_id] = slot
+            raise
+        log.info("slot_removed", replica=slot.id, needs_from=slot.needs_from)
+        return slot
+
     def save(self) -> None:
         """Publishes the table. On a full disk the old one stays: older positions only keep more log."""
-        body = {"format": 1, "slots": [asdict(slot) for slot in self._slots.values()]}
         try:
-            publish(self._path, json.dumps(body, indent=1).encode() + b"\n")
+            self._publish()
         except DiskFull as error:
             log.warning("slots_not_saved", error=str(error))
+
+    def _publish(self) -> None:
+        body = {"format": 1, "slots": [asdict(slot) for slot in self._slots.values()]}
+        publish(self._path, json.dumps(body, indent=1).encode() + b"\n")

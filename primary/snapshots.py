@@ -100,7 +100,6 @@ class PinBoard:
             epoch=epoch,
             file_bytes=pin.snapshot.file_bytes,
             range_bytes=pin.snapshot.range_bytes,
-            meta_pages=pin.snapshot.meta_pages,
         )
 
     def close(self) -> None:

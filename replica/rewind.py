@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,9 +32,10 @@ from understudy.common.errors import (
     WrongRole,
 )
 from understudy.common.events import log
-from understudy.common.files import OsFileSystem, publish, storage_errors
+from understudy.common.files import OsFileSystem, storage_errors, sync_directory
 from understudy.common.follow_table import PROTOCOL_VERSION, Decision
 from understudy.common.locator import EpochSpan, History, fork_position, make_locator
+from understudy.common.records import Record
 from understudy.common.rpc import open_channel, peer_errors
 from understudy.common.store import Store
 from understudy.common.types import Digest, Epoch, Lsn, Position, new_id
@@ -275,11 +277,20 @@ def _export(directory: DataDirectory, own: _Own, common: Position) -> tuple[Path
     after = Lsn(max(common.lsn, own.log.first_lsn - 1))
     head = own.history.head
     path = directory.set_aside / f"entries-{after + 1}-{head.lsn}-{head.digest.hex()[:12]}.jsonl"
-    lines = [json.dumps(row, ensure_ascii=False) for row in _rows(own.log, after)]
-    publish(path, "".join(line + "\n" for line in lines).encode())
-    return path, len(lines)
+    return path, _publish_lines(path, own.log.records(after))
 
 
-def _rows(changelog: ChangeLog, after: Lsn) -> Iterator[dict[str, object]]:
-    for record in changelog.records(after):
-        yield entry_row(record)
+def _publish_lines(path: Path, records: Iterable[Record]) -> int:
+    """Writes a line for each record as it comes, there may be more than memory holds; returns how many."""
+    beside, count = path.with_name(path.name + ".new"), 0
+    with storage_errors("write", beside):
+        fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with open(fd, "w", encoding="utf-8") as file:
+            for record in records:
+                file.write(json.dumps(entry_row(record), ensure_ascii=False) + "\n")
+                count += 1
+            file.flush()
+            os.fsync(fd)
+        os.rename(beside, path)
+    sync_directory(path.parent)
+    return count

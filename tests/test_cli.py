@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -26,7 +27,7 @@ from understudy.common.operations import TRANSACTION_BYTES_MAX
 from understudy.common.types import KEY_BYTES_MAX
 
 COMMANDS = {
-    *("primary", "replica", "promote", "rewind", "status", "verify", "log", "realms"),
+    *("primary", "replica", "promote", "rewind", "forget", "status", "verify", "log", "realms"),
     *("get", "put", "delete", "scan", "import", "export"),
 }
 
@@ -55,6 +56,7 @@ def test_help_lists_every_command() -> None:
         r"^  (\w+)  ", shown.partition("Commands:")[2].partition("Exit codes:")[0], re.MULTILINE
     )
     assert set(listed) >= COMMANDS
+    assert "..." not in shown.partition("Commands:")[2]  # nothing is cut off
 
 
 @pytest.mark.parametrize("name", [*sorted(cli.commands), ""])
@@ -297,6 +299,8 @@ def test_wrong_usage_is_explained(processes: Processes, arguments: list[str], co
         (["verify", "{tmp}/none"], ExitCode.DIRECTORY, "node.json"),
         (["log", "{tmp}/foreign"], ExitCode.DIRECTORY, "node.json"),
         (["status", "--server", "127.0.0.1:1"], ExitCode.UNREACHABLE, "127.0.0.1:1"),
+        (["forget", "b", "--server", "127.0.0.1:1"], ExitCode.UNREACHABLE, "127.0.0.1:1"),
+        (["forget", "b", "--server", "nowhere"], ExitCode.USAGE, "HOST:PORT"),
         (["get", "--server", "127.0.0.1:1", "/a", "k"], ExitCode.UNREACHABLE, "127.0.0.1:1"),
         (["put", "--server", "127.0.0.1:1", "/a", "k", "v"], ExitCode.UNREACHABLE, "127.0.0.1:1"),
         (["import", "--server", "127.0.0.1:1", "/a", "-"], ExitCode.UNREACHABLE, "127.0.0.1:1"),
@@ -475,7 +479,7 @@ def test_keys_and_ranges_are_deleted(processes: Processes, server: Process) -> N
 
 
 def test_a_scan_goes_from_start_to_end(processes: Processes, server: Process) -> None:
-    """``scan`` keeps to start, end, limit and direction, and shows what is no text as Python writes it."""
+    """``scan`` keeps to start, end, limit and direction, and shows what is no text in quotes, with escapes."""
     at = ("--server", server.address, "/scanning")
     for key in "abcd":
         processes.run("put", *at, key, key.upper())
@@ -489,21 +493,69 @@ def test_a_scan_goes_from_start_to_end(processes: Processes, server: Process) ->
     assert keys("--start", "b", "--end", "d") == ["b", "c"]
     assert keys("--limit", "2") == ["a", "b"]
     assert keys("--reverse", "--end", "c", "--limit", "1") == ["b"]
-    assert processes.run("scan", *at, "--start", "d").stdout == b"d\tD\nb'\\xff'\tb'\\x00'\n"
+    assert processes.run("scan", *at, "--start", "d").stdout == b'd\tD\n"\\xff"\t"\\x00"\n'
 
 
-def test_a_reader_that_leaves_early_is_no_error(processes: Processes, server: Process) -> None:
-    """``scan`` into ``head`` ends without a traceback when the pipe closes."""
-    at = ("--server", server.address, "/pipe")
-    lines = b"".join(b'{"key": "%06d", "value": "%s"}\n' % (number, b"v" * 100) for number in range(5_000))
-    processes.run("import", *at, "-", stdin=lines)
-    command = [sys.executable, "-m", "understudy.cli", "scan", *at]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as scan:
-        assert scan.stdout is not None
-        assert scan.stderr is not None
-        assert scan.stdout.readline().startswith(b"000000\t")
-        scan.stdout.close()
-        assert scan.stderr.read() == b""
+def on_a_terminal(*arguments: str) -> bytes:
+    """What ``understudy ARGUMENTS`` writes to a terminal."""
+    ours, theirs = os.openpty()
+    with subprocess.Popen([sys.executable, "-m", "understudy.cli", *arguments], stdout=theirs) as process:
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError), open(ours, "rb", buffering=0) as terminal:  # it ends with an error
+            while data := terminal.read(1000):
+                shown += data
+        assert process.wait(60) == 0
+    return shown.replace(b"\r\n", b"\n")
+
+
+def test_data_can_not_drive_a_terminal(processes: Processes, server: Process) -> None:
+    """On a terminal neither keys nor values are sent as control characters, whatever they hold and however printed."""
+    at = ("--server", server.address, "/terminal")
+    evil = "\x1b]0;title\x07\x9b31m\x7f\u202e".encode()
+    line = json.dumps({"key": evil.decode(), "value": evil.decode()}).encode() + b"\n"
+    processes.run("import", *at, "-", stdin=line + b'{"key": "text", "value": "two\\n\\tlines\\n"}')
+    key = base64.b64encode(evil).decode()
+    assert processes.run("get", *at, key, "--base64").stdout == evil
+    for command in (
+        ("scan", *at),
+        ("scan", *at, "--json"),
+        ("get", *at, "--base64", key),
+        ("get", *at, "--base64", key, "--json"),
+    ):
+        shown = on_a_terminal(*command)
+        assert "title" in shown.decode()
+        assert not [c for c in shown.decode() if c not in "\n\t" and not c.isprintable()], shown
+    assert on_a_terminal("get", *at, "text") == b"two\n\tlines\n"
+    assert json.loads(processes.run("get", *at, key, "--base64", "--json").stdout)["value"] == evil.decode()
+
+
+@pytest.fixture(scope="module")
+def long_realm(running: Processes, server: Process) -> str:
+    """A realm with more in it than a pipe holds, in one value too."""
+    lines = [b'{"key": "%06d", "value": "%s"}\n' % (number, b"v" * 100) for number in range(5_000)]
+    lines.append(b'{"key": "long", "value": "%s"}\n' % (b"v" * 1_000_000))
+    running.run("import", "--server", server.address, "/pipe", "-", stdin=b"".join(lines))
+    return "/pipe"
+
+
+@pytest.mark.parametrize("command", ["scan", "scan --json", "export", "get", "log", "log --json"])
+def test_a_reader_that_leaves_early_is_no_error(
+    server: Process, long_realm: str, tmp_path: Path, command: str
+) -> None:
+    """A command into ``head`` ends without a traceback when the pipe closes."""
+    name, *options = command.split()
+    data_dir = server.arguments[server.arguments.index("--data-dir") + 1]
+    where = [data_dir] if name == "log" else ["--server", server.address, long_realm]
+    where += ["long"] if name == "get" else []
+    full_command = [sys.executable, "-m", "understudy.cli", name, *where, *options]
+    with subprocess.Popen(full_command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(60) in (0, 1)
 
 
 def test_realms_are_listed_and_dropped(processes: Processes, server: Process) -> None:
@@ -517,9 +569,11 @@ def test_realms_are_listed_and_dropped(processes: Processes, server: Process) ->
 
     assert {"/drop/one", "/drop/two"} <= listed()
     assert "/__system" not in listed()
-    assert b"/drop/one" in processes.run("realms", *at).stdout
+    heading, *rows = processes.run("realms", *at).stdout.splitlines()
+    assert b"entries at checkpoint" in heading
+    assert any(b"/drop/one" in row for row in rows)
     asked = processes.run("realms", *at, "--drop", "/drop/one", stdin=b"n\n", code=ExitCode.FAILED)
-    assert b"with 1 keys" in asked.stderr
+    assert b"with 1 key," in asked.stderr
     processes.run("realms", *at, "--drop", "/drop/one", code=ExitCode.FAILED)  # nobody to answer
     assert "/drop/one" in listed()
     processes.run("realms", *at, "--drop", "/drop/one", stdin=b"y\n")
@@ -543,3 +597,27 @@ def test_ctrl_c_ends_a_command_as_shells_expect(processes: Processes, server: Pr
         said = process.stderr.read().decode()
     assert said.startswith("understudy: interrupted with")
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("command", ["status", "get", "scan", "export", "put", "forget", "verify"])
+def test_ctrl_c_while_a_server_is_silent_leaves_no_traceback(command: str) -> None:
+    """Ctrl-C while a command waits for a server that accepts and says nothing ends it with 130, without a word."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(DEADLINE_S)
+        at = ["--server", f"127.0.0.1:{silent.getsockname()[1]}"]
+        rest = {
+            "get": ["/a", "k"],
+            "scan": ["/a"],
+            "export": ["/a"],
+            "put": ["/a", "k", "v"],
+            "forget": ["b"],
+            "verify": ["--against", at[1]],
+        }
+        words = [sys.executable, "-m", "understudy.cli", command, *at, *rest.get(command, [])]
+        with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            connection, _ = silent.accept()
+            with connection:
+                process.send_signal(signal.SIGINT)
+                out, said = process.communicate(timeout=DEADLINE_S)
+            assert process.returncode == 130, said
+            assert (out.strip(), said.strip()) == (b"", b"")

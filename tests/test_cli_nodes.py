@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
-from harness import Processes, complaint, wait_until
+import nodes
+from harness import Launch, Processes, Running, complaint, wait_until
 
 from understudy.common.errors import ExitCode
 from understudy.common.store_layout import open_environment, realm_prefix
@@ -230,6 +234,160 @@ def test_nodes_of_two_clusters_are_not_compared(processes: Processes, tmp_path: 
         "verify", "--server", one.address, "--against", other.address, code=ExitCode.RESET_NEEDED
     )
     assert "cluster" in complaint(done)
+
+
+def test_nodes_that_have_diverged_are_told_apart(processes: Processes, tmp_path: Path) -> None:
+    """G3: of two histories, ``verify --server --against`` says which is of which epoch, and what they share.
+
+    And what to do; before anything is scanned, in either order, and when both have reached the same LSN.
+    """
+    old = processes.primary(tmp_path / "a")
+    processes.run("put", "--server", old.address, "/a", "key", "common")
+    replica = processes.replica(tmp_path / "b", old.address)
+    wait_until(lambda: json.loads(processes.run("status", tmp_path / "b", "--json").stdout)["lsn"] == 3)
+    processes.run("promote", tmp_path / "b")
+    assert replica.wait() == 0
+    new = processes.primary(tmp_path / "b")  # LSN 4 begins epoch 2
+    between = ("verify", "--server", old.address, "--against", new.address)
+    said = complaint(processes.run(*between, code=ExitCode.RESET_NEEDED))
+    assert "both primaries: they can share nothing beyond LSN 3, " in said
+    assert f"stop {old.address}" in said
+    for _ in range(2):
+        processes.run("put", "--server", old.address, "/a", "key", "only here")
+        for order in (between, (*between[:2], new.address, between[3], old.address)):
+            said = complaint(processes.run(*order, code=ExitCode.RESET_NEEDED))
+            assert "have diverged: they can share nothing beyond LSN 3, " in said
+            assert f"{old.address} (primary, epoch 1, LSN " in said
+            assert f"{new.address} (primary, epoch 2, LSN 4)" in said
+            assert f"stop {old.address}" in said
+            assert f"understudy rewind DIR --to {new.address}" in said
+    assert old.terminate() == new.terminate() == 0
+
+
+def test_copies_of_one_primary_that_went_on_have_diverged(processes: Processes, tmp_path: Path) -> None:
+    """G3: two primaries of one epoch with other entries at one LSN are of two histories, not of a damaged one."""
+    one = processes.primary(tmp_path / "a")
+    processes.run("put", "--server", one.address, "/a", "key", "common")
+    assert one.terminate() == 0
+    shutil.copytree(tmp_path / "a", tmp_path / "b", ignore=shutil.ignore_patterns("*.sock"))
+    one, other = processes.primary(tmp_path / "a"), processes.primary(tmp_path / "b")
+    for address, value in ((one.address, "one"), (other.address, "other")):
+        processes.run("put", "--server", address, "/a", "key", value)
+    at = ("verify", "--server", one.address, "--against", other.address)
+    said = complaint(processes.run(*at, code=ExitCode.RESET_NEEDED))
+    assert "have diverged: the last position known to be common is LSN 1, where epoch 1 began" in said
+    assert "decide which one stays" in said
+
+
+def test_the_node_that_is_not_reachable_is_named(processes: Processes, tmp_path: Path) -> None:
+    """``verify --server --against`` with one of the two gone names that one, and ends with 5."""
+    primary = processes.primary(tmp_path / "a")
+    for order in ((primary.address, "127.0.0.1:1"), ("127.0.0.1:1", primary.address)):
+        done = processes.run("verify", "--server", order[0], "--against", order[1], code=ExitCode.UNREACHABLE)
+        assert "127.0.0.1:1 is not reachable" in complaint(done)
+        assert primary.address not in complaint(done)
+
+
+def in_folder(folder: Path) -> Launch:
+    """Runs the command that is installed, with ``folder`` as its working directory."""
+
+    def launch(arguments: list[str], environment: dict[str, str], stdout: Path, stderr: Path) -> Running:
+        command = Path(sys.executable).with_name("understudy")
+        with open(stdout, "wb") as out, open(stderr, "wb") as err:
+            return subprocess.Popen(
+                [command, *arguments],
+                cwd=folder,
+                stdout=out,
+                stderr=err,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+            )
+
+    return launch
+
+
+def test_a_check_imports_nothing_from_where_the_server_runs(processes: Processes, tmp_path: Path) -> None:
+    """A file in the server's working directory that is named as a module is never run by a check's process."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("random", "lmdb", "typing"):
+        (folder / f"{name}.py").write_text("raise SystemExit('imported from the working directory')\n")
+    one = processes.primary(tmp_path / "a", launch=in_folder(folder))
+    processes.run("put", "--server", one.address, "/a", "key", "value")
+    shown = processes.run("verify", "--server", one.address, "--against", one.address).stdout
+    assert b"equal" in shown
+
+
+def test_a_rewind_with_nothing_to_do_says_so(processes: Processes, tmp_path: Path) -> None:
+    """A replica's directory that is not ahead and not diverged has nothing to rewind, in plain words."""
+    primary = processes.primary(tmp_path / "a")
+    processes.run("put", "--server", primary.address, "/a", "key", "value")
+    replica = processes.replica(tmp_path / "b", primary.address, "--id", "b")
+    wait_until(lambda: json.loads(processes.run("status", tmp_path / "b", "--json").stdout)["lsn"] == 3)
+    assert replica.terminate() == 0
+    shown = processes.run("rewind", tmp_path / "b", "--to", primary.address, "--id", "b").stdout.decode()
+    assert shown.startswith("nothing to rewind: ")
+
+
+# -- replicas that will not come back --------------------------------------------------------------------------
+
+
+def test_a_replica_that_will_not_come_back_is_forgotten(processes: Processes, tmp_path: Path) -> None:
+    """G9: ``forget`` takes a replica's slot away while it is gone, durably, and says what it held.
+
+    Not while it follows. A name that is not known is answered with those that are.
+    """
+    primary = processes.primary(tmp_path / "a", "--log-floor", "0")
+    at = ("--server", primary.address)
+    assert "none is known" in complaint(processes.run("forget", "b", *at, code=ExitCode.USAGE))
+    replica = processes.replica(tmp_path / "b", primary.address, "--id", "b")
+    wait_until(lambda: "b" in connected(processes, primary.address))
+    assert "connected" in complaint(processes.run("forget", "b", *at, code=ExitCode.FAILED))
+    said = complaint(processes.run("forget", "c", *at, code=ExitCode.USAGE))
+    assert "known are: b" in said
+    assert "a primary" in complaint(
+        processes.run("forget", "b", "--server", replica.address, code=ExitCode.DIRECTORY)
+    )
+    assert replica.terminate() == 0
+    wait_until(lambda: not connected(processes, primary.address))
+    for number in range(5):  # more than a segment, which is what is removed
+        nodes.put(primary.address, "/a", (b"%d" % number, bytes(15 << 20)))
+    nodes.checkpoint(primary.address)  # from here on the replica alone holds it
+    forgotten = json.loads(processes.run("forget", "b", *at, "--json").stdout)
+    assert list(forgotten) == ["id", "durable_lsn", "released_bytes"]
+    assert (forgotten["id"], forgotten["durable_lsn"]) == ("b", 2)
+    assert forgotten["released_bytes"] >= 60 << 20
+    assert len(list((tmp_path / "a" / "log").glob("*.seg"))) == 2
+    put_in_a_checkpoint(primary.address)
+    wait_until(lambda: len(list((tmp_path / "a" / "log").glob("*.seg"))) == 1)
+    primary.kill()
+    assert json.loads(processes.run("status", tmp_path / "a", "--json").stdout)["replicas"] == []
+    primary = processes.primary(tmp_path / "a")
+    processes.replica(tmp_path / "b", primary.address, "--id", "b")  # after all
+    wait_until(lambda: "b" in connected(processes, primary.address))
+
+
+def test_what_forgetting_freed_is_said(processes: Processes, tmp_path: Path) -> None:
+    """Without ``--json``, ``forget`` says in words how far the replica had got."""
+    primary = processes.primary(tmp_path / "a")
+    replica = processes.replica(tmp_path / "b", primary.address, "--id", "b")
+    wait_until(lambda: "b" in connected(processes, primary.address))
+    assert replica.terminate() == 0
+    wait_until(lambda: not connected(processes, primary.address))
+    shown = processes.run("forget", "b", "--server", primary.address).stdout
+    assert shown == b"forgot b, which had got to LSN 2: no log was kept for it alone\n"
+
+
+def put_in_a_checkpoint(address: str) -> None:
+    """Something that the next checkpoint has to write, and that checkpoint."""
+    nodes.put(address, "/a", (b"more", b""))
+    nodes.checkpoint(address)
+
+
+def connected(processes: Processes, address: str) -> list[str]:
+    """The replicas that follow the primary at ``address``."""
+    status = json.loads(processes.run("status", "--server", address, "--json").stdout)
+    return [replica["id"] for replica in status["replicas"] if replica["connected"]]
 
 
 def test_an_import_needs_a_primary(processes: Processes, tmp_path: Path) -> None:

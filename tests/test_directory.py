@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from understudy.common.errors import (
     CorruptionError,
     DirectoryError,
     DirectoryInUse,
+    DiskFull,
     NewerFormat,
     NotADataDirectory,
 )
@@ -88,6 +90,19 @@ def test_what_a_file_system_or_a_cut_off_start_leaves_is_no_obstacle(tmp_path: P
     (tmp_path / name).touch()
     with DataDirectory.open(tmp_path) as directory:
         assert directory.is_new
+
+
+def test_g9_a_directory_that_finds_no_space_is_no_misuse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G9: no space to make the directory is told as that, not as a directory that can't be used."""
+
+    def mkdir(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with pytest.raises(DiskFull, match=r"no space left to create .*/new"):
+        DataDirectory.open(tmp_path / "new")
 
 
 def test_a_file_is_no_directory(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from understudy.cli import pairs, sinks
 from understudy.cli.json_lines import decode_pair, encode_pair
 from understudy.cli.loader import BATCH_BYTES, batches
 from understudy.cli.pairs import Pair
-from understudy.common.errors import BadImport, ExitCode, PeerUnreachable, UnderstudyError
+from understudy.common.errors import BadImport, ExitCode, PeerUnreachable, UnderstudyError, UsageError
 from understudy.common.types import KEY_BYTES_MAX, TRANSACTION_BYTES_MAX
 
 AWKWARD = {
@@ -173,7 +173,7 @@ def test_a_file_comes_back_as_it_was(processes: Processes, server: Process, tmp_
     (tmp_path / "in.jsonl").write_bytes(lines_of(AWKWARD))
     at = ("--server", server.address)
     shown = processes.run("import", *at, "/file", tmp_path / "in.jsonl").stdout.decode()
-    assert shown == "imported 8 keys in 1 transactions\n"
+    assert shown == "imported 8 keys in 1 transaction\n"
     processes.run("export", *at, "/file", tmp_path / "out.jsonl")
     assert read_lines((tmp_path / "out.jsonl").read_bytes()) == AWKWARD
     processes.run("import", *at, "/elsewhere", "-", stdin=(tmp_path / "out.jsonl").read_bytes())
@@ -220,7 +220,7 @@ def test_a_broken_line_stops_the_import_and_it_goes_on_from_there(
     assert content_of(processes, server, "/broken") == {key: b"v" for key in content if key < b"2500"}
     lines[2_499] = good
     file.write_bytes(b"".join(lines))
-    assert processes.run(*at, "--from-line", "2500").stdout == b"imported 501 keys in 1 transactions\n"
+    assert processes.run(*at, "--from-line", "2500").stdout == b"imported 501 keys in 1 transaction\n"
     assert content_of(processes, server, "/broken") == content
 
 
@@ -424,12 +424,12 @@ def cut_off() -> Iterator[tuple[bytes, bytes]]:
     raise PeerUnreachable("gone")
 
 
-@pytest.mark.parametrize("kind", [sinks.FileSink, sinks.TreeSink])
+@pytest.mark.parametrize("kind", [lambda path: sinks.FileSink(path, replace=True), sinks.TreeSink])
 def test_an_export_that_fails_leaves_what_was_there(
     kind: Callable[[Path], sinks.Sink], tmp_path: Path
 ) -> None:
     """G8: what is exported appears under its name whole or not at all."""
-    if kind is sinks.FileSink:
+    if kind is not sinks.TreeSink:
         (tmp_path / "out").write_text("the last export")
     before = sorted(tmp_path.iterdir())
     with pytest.raises(PeerUnreachable):
@@ -437,6 +437,54 @@ def test_an_export_that_fails_leaves_what_was_there(
     assert sorted(tmp_path.iterdir()) == before
     if before:
         assert before[0].read_text() == "the last export"
+
+
+def test_a_file_that_is_there_is_replaced_only_by_force(
+    processes: Processes, server: Process, tmp_path: Path
+) -> None:
+    """G4: an export does not take the place of another file unless told to, and then with the usual permissions."""
+    processes.run("import", "--server", server.address, "/force", "-", stdin=lines_of({b"a": b"1"}))
+    out = tmp_path / "out.jsonl"
+    out.write_text("mine")
+    at = ("export", "--server", server.address, "/force", out)
+    assert "--force" in complaint(processes.run(*at, code=ExitCode.USAGE))
+    assert out.read_text() == "mine"
+    assert processes.run(*at, "--force").stderr == b"exported 1 key\n"
+    assert out.read_bytes() == lines_of({b"a": b"1"})
+    out.unlink()
+    processes.run(*at)
+    (tmp_path / "other").touch()
+    assert out.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_a_file_that_came_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    """G4: a file that someone made while the export ran stays, and nothing is left of the export."""
+
+    def scan() -> Iterator[tuple[bytes, bytes]]:
+        yield b"a", b"1"
+        (tmp_path / "out").write_text("mine")
+
+    with pytest.raises(UsageError, match="there already"):
+        write_all(sinks.FileSink(tmp_path / "out"), scan())
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_what_is_no_file_is_never_replaced(tmp_path: Path, replace: bool) -> None:
+    """A directory, a pipe or a device is not renamed over, by force either."""
+    (tmp_path / "directory").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "directory", tmp_path / "pipe", Path("/dev/null")):
+        with pytest.raises(UsageError, match="not a file"), sinks.FileSink(path, replace=replace):
+            pass
+
+
+def test_an_export_that_is_killed_leaves_nothing_under_its_name(tmp_path: Path) -> None:
+    """G8: until the block ends, what was written so far is under another name."""
+    with sinks.FileSink(tmp_path / "out") as sink:
+        sink.write(b"a", b"1")
+        assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out").read_bytes() == lines_of({b"a": b"1"})
 
 
 def test_a_place_that_can_not_be_written_is_named(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from understudy.cli import output
 
@@ -15,16 +18,63 @@ from understudy.cli import output
         (b"", ""),
         (b"apple", "apple"),
         ("größe".encode(), "größe"),
-        (b"two\nlines", r"b'two\nlines'"),
-        (b"\x1b[31mred", r"b'\x1b[31mred'"),
-        (b"\xff", r"b'\xff'"),
-        ("a\u202eb".encode(), r"b'a\xe2\x80\xaeb'"),
+        (b'"a JSON string"', '"a JSON string"'),
+        (b"C:\\new", "C:\\new"),
+        (b'two\n"lines"\\n', r'"two\n\"lines\"\\n"'),
+        (b"\x1b[31mred\x7f", r'"\x1b[31mred\x7f"'),
+        (b"\xff", r'"\xff"'),
+        ("\u00ff".encode(), "\u00ff"),
+        ("\x9b31m".encode(), r'"\u009b31m"'),
+        ("größe".encode() + b"\xc3", r'"größe\xc3"'),
+        ("a\u202eb".encode(), r'"a\u202eb"'),
+        ("\U000e0001".encode(), r'"\U000e0001"'),
+        (rb'"\xff"', r'"\"\\xff\""'),
+        ("not cut…".encode(), '"not cut…"'),
+        ('"not cut…"'.encode(), r'"\"not cut…\""'),
+        (b"\xff" * 5 + b"12345678901234\xff", r'"\xff"…'),
         (b"x" * 20, "xxxxxxxxx…"),
     ],
 )
 def test_bytes_are_shown_on_one_line_without_surprises(data: bytes, shown: str) -> None:
     """Text is shown as it is; control characters, which could do things to a terminal, never are."""
     assert output.printable(data, length_max=10 if len(data) == 20 else 100) == shown
+
+
+@given(st.binary(max_size=6), st.binary(max_size=6))
+def test_no_two_look_alike(one: bytes, other: bytes) -> None:
+    """Different bytes are shown differently, and nothing that can't be printed is shown."""
+    shown = output.printable(one)
+    assert shown.isprintable()
+    assert (shown == output.printable(other)) == (one == other)
+
+
+@given(st.text('"\\xf0…n\n\xff\x9b', max_size=8), st.binary(max_size=2))
+def test_text_that_looks_like_an_escape_is_told_from_one(text: str, end: bytes) -> None:
+    """Text never looks as other bytes do, even where it holds quotes, backslashes, and what a cut leaves."""
+    data = text.encode() + end
+    shown = output.printable(data, length_max=None)
+    if shown.encode() != data:
+        assert output.printable(shown.encode(), length_max=None) != shown
+
+
+@pytest.mark.parametrize("text", ["\x7f", "\x9b31m", "\u202e", "\u2028", "\udc80", "ä", "\n"])
+def test_json_has_nothing_that_a_terminal_acts_on(text: str) -> None:
+    """What JSON itself would leave alone is escaped too, and comes back as it was."""
+    line = output.json_bytes({"text": text})
+    assert json.loads(line) == {"text": text}
+    assert line.decode().isprintable()
+
+
+@pytest.mark.parametrize(("number", "shown"), [(0, "0 keys"), (1, "1 key"), (2_000, "2,000 keys")])
+def test_one_is_not_many(number: int, shown: str) -> None:
+    """One thing is counted in the singular."""
+    assert output.counted(number, "key") == shown
+    assert output.counted(number, "entry", "entries").endswith(" entry") == (number == 1)
+
+
+def test_what_others_have_worded_is_plain() -> None:
+    """A message from a server is shown without its control characters."""
+    assert output.plain("ok \x1b[2J ä") == "ok \\x1b[2J ä"
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,11 @@ class AdminStub:
                 request_serializer=understudy_dot_v1_dot_admin__pb2.FenceRequest.SerializeToString,
                 response_deserializer=understudy_dot_v1_dot_admin__pb2.FenceResponse.FromString,
                 _registered_method=True)
+        self.Forget = channel.unary_unary(
+                '/understudy.v1.Admin/Forget',
+                request_serializer=understudy_dot_v1_dot_admin__pb2.ForgetRequest.SerializeToString,
+                response_deserializer=understudy_dot_v1_dot_admin__pb2.ForgetResponse.FromString,
+                _registered_method=True)
         self.StateDigests = channel.unary_unary(
                 '/understudy.v1.Admin/StateDigests',
                 request_serializer=understudy_dot_v1_dot_admin__pb2.StateDigestsRequest.SerializeToString,
@@ -79,6 +84,13 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Forget(self, request, context):
+        """Primary only: removes the slot of a replica that will never come back; durable when answered.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def StateDigests(self, request, context):
         """Recomputes the state digests of the checkpoint at or after an LSN by a full scan.
         """
@@ -103,6 +115,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Fence,
                     request_deserializer=understudy_dot_v1_dot_admin__pb2.FenceRequest.FromString,
                     response_serializer=understudy_dot_v1_dot_admin__pb2.FenceResponse.SerializeToString,
+            ),
+            'Forget': grpc.unary_unary_rpc_method_handler(
+                    servicer.Forget,
+                    request_deserializer=understudy_dot_v1_dot_admin__pb2.ForgetRequest.FromString,
+                    response_serializer=understudy_dot_v1_dot_admin__pb2.ForgetResponse.SerializeToString,
             ),
             'StateDigests': grpc.unary_unary_rpc_method_handler(
                     servicer.StateDigests,
@@ -191,6 +208,33 @@ class Admin:
             '/understudy.v1.Admin/Fence',
             understudy_dot_v1_dot_admin__pb2.FenceRequest.SerializeToString,
             understudy_dot_v1_dot_admin__pb2.FenceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Forget(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/understudy.v1.Admin/Forget',
+            understudy_dot_v1_dot_admin__pb2.ForgetRequest.SerializeToString,
+            understudy_dot_v1_dot_admin__pb2.ForgetResponse.FromString,
             options,
             channel_credentials,
             insecure,

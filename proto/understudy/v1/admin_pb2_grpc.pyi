@@ -36,6 +36,8 @@ class AdminStub:
     """Replica only: stop following, begin a new epoch, take the role of a primary."""
     Fence: _grpc.UnaryUnaryMultiCallable[_admin_pb2.FenceRequest, _admin_pb2.FenceResponse]
     """Primary only: accept no more writes, for good."""
+    Forget: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ForgetRequest, _admin_pb2.ForgetResponse]
+    """Primary only: removes the slot of a replica that will never come back; durable when answered."""
     StateDigests: _grpc.UnaryUnaryMultiCallable[_admin_pb2.StateDigestsRequest, _admin_pb2.StateDigestsResponse]
     """Recomputes the state digests of the checkpoint at or after an LSN by a full scan."""
 
@@ -47,6 +49,8 @@ class AdminAsyncStub(AdminStub):
     """Replica only: stop following, begin a new epoch, take the role of a primary."""
     Fence: _aio.UnaryUnaryMultiCallable[_admin_pb2.FenceRequest, _admin_pb2.FenceResponse]  # type: ignore[assignment]
     """Primary only: accept no more writes, for good."""
+    Forget: _aio.UnaryUnaryMultiCallable[_admin_pb2.ForgetRequest, _admin_pb2.ForgetResponse]  # type: ignore[assignment]
+    """Primary only: removes the slot of a replica that will never come back; durable when answered."""
     StateDigests: _aio.UnaryUnaryMultiCallable[_admin_pb2.StateDigestsRequest, _admin_pb2.StateDigestsResponse]  # type: ignore[assignment]
     """Recomputes the state digests of the checkpoint at or after an LSN by a full scan."""
 
@@ -73,6 +77,14 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.FenceResponse, _abc.Awaitable[_admin_pb2.FenceResponse]]:
         """Primary only: accept no more writes, for good."""
+
+    @_abc_1.abstractmethod
+    def Forget(
+        self,
+        request: _admin_pb2.ForgetRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ForgetResponse, _abc.Awaitable[_admin_pb2.ForgetResponse]]:
+        """Primary only: removes the slot of a replica that will never come back; durable when answered."""
 
     @_abc_1.abstractmethod
     def StateDigests(

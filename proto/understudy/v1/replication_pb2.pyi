@@ -380,7 +380,6 @@ class SnapshotInfo(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     FILE_BYTES_FIELD_NUMBER: _builtins.int
     RANGE_BYTES_FIELD_NUMBER: _builtins.int
-    META_PAGES_FIELD_NUMBER: _builtins.int
     snapshot: _builtins.bytes
     """16 bytes, its name"""
     log_offset: _builtins.int
@@ -389,8 +388,6 @@ class SnapshotInfo(_message.Message):
     epoch: _builtins.int
     file_bytes: _builtins.int
     range_bytes: _builtins.int
-    meta_pages: _builtins.bytes
-    """both meta pages of the copy, as they must be written"""
     @_builtins.property
     def position(self) -> Global___Position:
         """the checkpoint it holds"""
@@ -405,11 +402,10 @@ class SnapshotInfo(_message.Message):
         epoch: _builtins.int = ...,
         file_bytes: _builtins.int = ...,
         range_bytes: _builtins.int = ...,
-        meta_pages: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["position", b"position"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "epoch", b"epoch", "file_bytes", b"file_bytes", "log_offset", b"log_offset", "meta_pages", b"meta_pages", "position", b"position", "range_bytes", b"range_bytes", "snapshot", b"snapshot"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "epoch", b"epoch", "file_bytes", b"file_bytes", "log_offset", b"log_offset", "position", b"position", "range_bytes", b"range_bytes", "snapshot", b"snapshot"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -487,18 +483,23 @@ class RangeData(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     RANGE_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     range: _builtins.int
+    digest: _builtins.bytes
+    """16 bytes: XXH3-128 of the range"""
     data: _builtins.bytes
+    """empty where the range is nothing but zeros"""
     def __init__(
         self,
         *,
         range: _builtins.int = ...,
+        digest: _builtins.bytes = ...,
         data: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "range", b"range"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "digest", b"digest", "range", b"range"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -73,21 +73,21 @@ class ReplicationServicer:
         raise NotImplementedError('Method not implemented!')
 
     def PinSnapshot(self, request, context):
-        """Takes a checkpoint, pins the store's snapshot and holds the log from there on under the replica's slot.
+        """Pins the store at its newest checkpoint, and holds the log from there on under the replica's slot.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DigestSnapshot(self, request, context):
-        """The ranges' digests, in order.
+        """The ranges' digests, in order: for whoever has something to compare them with.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReadSnapshot(self, request, context):
-        """The asked ranges, in the order asked for.
+        """The asked ranges, in the order asked for, each with its digest.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

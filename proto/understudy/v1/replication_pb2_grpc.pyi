@@ -36,11 +36,11 @@ class ReplicationStub:
     and progress in the other until either side goes away.
     """
     PinSnapshot: _grpc.UnaryUnaryMultiCallable[_replication_pb2.PinSnapshotRequest, _replication_pb2.SnapshotInfo]
-    """Takes a checkpoint, pins the store's snapshot and holds the log from there on under the replica's slot."""
+    """Pins the store at its newest checkpoint, and holds the log from there on under the replica's slot."""
     DigestSnapshot: _grpc.UnaryStreamMultiCallable[_replication_pb2.DigestSnapshotRequest, _replication_pb2.RangeDigests]
-    """The ranges' digests, in order."""
+    """The ranges' digests, in order: for whoever has something to compare them with."""
     ReadSnapshot: _grpc.UnaryStreamMultiCallable[_replication_pb2.ReadSnapshotRequest, _replication_pb2.RangeData]
-    """The asked ranges, in the order asked for."""
+    """The asked ranges, in the order asked for, each with its digest."""
     ReleaseSnapshot: _grpc.UnaryUnaryMultiCallable[_replication_pb2.ReleaseSnapshotRequest, _replication_pb2.ReleaseSnapshotResponse]
 
 @_typing.type_check_only
@@ -51,11 +51,11 @@ class ReplicationAsyncStub(ReplicationStub):
     and progress in the other until either side goes away.
     """
     PinSnapshot: _aio.UnaryUnaryMultiCallable[_replication_pb2.PinSnapshotRequest, _replication_pb2.SnapshotInfo]  # type: ignore[assignment]
-    """Takes a checkpoint, pins the store's snapshot and holds the log from there on under the replica's slot."""
+    """Pins the store at its newest checkpoint, and holds the log from there on under the replica's slot."""
     DigestSnapshot: _aio.UnaryStreamMultiCallable[_replication_pb2.DigestSnapshotRequest, _replication_pb2.RangeDigests]  # type: ignore[assignment]
-    """The ranges' digests, in order."""
+    """The ranges' digests, in order: for whoever has something to compare them with."""
     ReadSnapshot: _aio.UnaryStreamMultiCallable[_replication_pb2.ReadSnapshotRequest, _replication_pb2.RangeData]  # type: ignore[assignment]
-    """The asked ranges, in the order asked for."""
+    """The asked ranges, in the order asked for, each with its digest."""
     ReleaseSnapshot: _aio.UnaryUnaryMultiCallable[_replication_pb2.ReleaseSnapshotRequest, _replication_pb2.ReleaseSnapshotResponse]  # type: ignore[assignment]
 
 class ReplicationServicer(metaclass=_abc_1.ABCMeta):
@@ -75,7 +75,7 @@ class ReplicationServicer(metaclass=_abc_1.ABCMeta):
         request: _replication_pb2.PinSnapshotRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_replication_pb2.SnapshotInfo, _abc.Awaitable[_replication_pb2.SnapshotInfo]]:
-        """Takes a checkpoint, pins the store's snapshot and holds the log from there on under the replica's slot."""
+        """Pins the store at its newest checkpoint, and holds the log from there on under the replica's slot."""
 
     @_abc_1.abstractmethod
     def DigestSnapshot(
@@ -83,7 +83,7 @@ class ReplicationServicer(metaclass=_abc_1.ABCMeta):
         request: _replication_pb2.DigestSnapshotRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_replication_pb2.RangeDigests], _abc.AsyncIterator[_replication_pb2.RangeDigests]]:
-        """The ranges' digests, in order."""
+        """The ranges' digests, in order: for whoever has something to compare them with."""
 
     @_abc_1.abstractmethod
     def ReadSnapshot(
@@ -91,7 +91,7 @@ class ReplicationServicer(metaclass=_abc_1.ABCMeta):
         request: _replication_pb2.ReadSnapshotRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_replication_pb2.RangeData], _abc.AsyncIterator[_replication_pb2.RangeData]]:
-        """The asked ranges, in the order asked for."""
+        """The asked ranges, in the order asked for, each with its digest."""
 
     @_abc_1.abstractmethod
     def ReleaseSnapshot(
