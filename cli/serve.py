@@ -16,6 +16,7 @@ from typing import Protocol, TypeVar
 
 from understudy.cli.logs import configure_logs
 from understudy.common.errors import UnderstudyError
+from understudy.common.memory import keep_freed_memory
 from understudy.common.portal import new_event_loop
 
 # The thread that writes the log asks for the interpreter again after each fdatasync, and every commit waits for
@@ -64,6 +65,7 @@ def serve(
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     gc.set_threshold(*GC_THRESHOLDS)
     gc.freeze()
+    keep_freed_memory()
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         return runner.run(_serve(role, serving, ended))
 

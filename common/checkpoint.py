@@ -17,6 +17,7 @@ from typing import TypeVar
 
 import lmdb
 
+from understudy.common.checkpoint_job import Delta, Job
 from understudy.common.errors import CorruptionError
 from understudy.common.state_digest import (
     REALM_PREFIX_BYTES,
@@ -35,7 +36,6 @@ from understudy.common.store_layout import (
     Environment,
     dropping_key,
     epoch_key,
-    history_key,
     lmdb_errors,
     mark_key,
     prefix_end,
@@ -47,7 +47,6 @@ from understudy.v1.store_pb2 import (
     CheckpointResult,
     CheckpointRow,
     ClientRow,
-    RealmDelta,
     RealmRow,
 )
 
@@ -75,8 +74,12 @@ class JobRefused(ValueError):
     """The job does not follow from what the store holds: a mistake in the program that made it."""
 
 
-def apply_checkpoint(store: Environment, job: CheckpointJob) -> CheckpointResult:
-    """Writes ``job`` to the store, all of it, durably, or nothing.
+def apply_checkpoint(store: Environment, parts: Iterable[CheckpointJob]) -> CheckpointResult:
+    """Writes a job to the store, all of it, durably, or nothing.
+
+    Args:
+        parts: of the job; the first says where it ends, and a realm's delta goes on in those that follow. Each is
+            let go as soon as the next is taken.
 
     Raises:
         JobRefused: nothing was changed.
@@ -84,6 +87,7 @@ def apply_checkpoint(store: Environment, job: CheckpointJob) -> CheckpointResult
         CorruptionError, StorageFailed: nothing more may be written through ``store``. LMDB's next commit would
             succeed as if nothing had been.
     """
+    job = Job(parts)
     started = time.monotonic()
     with lmdb_errors("write a checkpoint to", store.path):
         # A reader that was killed would keep the pages of its snapshot from ever being used again.
@@ -100,7 +104,7 @@ class _Change:
 
     __slots__ = ("bytes", "delta", "digest", "entries", "prefix", "row")
 
-    def __init__(self, delta: RealmDelta, row: RealmRow) -> None:
+    def __init__(self, delta: Delta, row: RealmRow) -> None:
         self.delta = delta
         self.row = row  # as it was; `finish` brings it up to date
         self.prefix = realm_prefix(row.id)
@@ -133,7 +137,7 @@ class _Checkpoint:
         store: Environment,
         before: lmdb.Transaction[memoryview],
         txn: lmdb.Transaction[bytes],
-        job: CheckpointJob,
+        job: Job,
     ) -> None:
         self._store = store
         self._before = before
@@ -165,7 +169,7 @@ class _Checkpoint:
         """Takes out the rows of realms that were dropped, those made again since included."""
         job = self._job
         found = set()
-        for path in chain(job.dropped_realms, (delta.path for delta in job.realms if delta.created)):
+        for path in chain(job.dropped_realms, (delta.path for delta in job.deltas if delta.created)):
             raw = self._txn.pop(path.encode(), db=self._store.realms)
             if raw is not None:
                 row = RealmRow.FromString(raw)
@@ -179,12 +183,12 @@ class _Checkpoint:
 
     def _resolve(self) -> list[_Change]:
         """The deltas with the rows that they change, in the order of realm ids."""
-        deltas = sorted(self._job.realms, key=lambda delta: delta.id)
+        deltas = sorted(self._job.deltas, key=lambda delta: delta.id)
         if len({delta.path for delta in deltas}) != len(deltas):
             raise JobRefused("two deltas for one realm")
         return [_Change(delta, self._row_before(delta)) for delta in deltas]
 
-    def _row_before(self, delta: RealmDelta) -> RealmRow:
+    def _row_before(self, delta: Delta) -> RealmRow:
         if delta.created:
             if not self._previous.lsn < delta.id <= self._job.checkpoint.lsn:
                 raise JobRefused(f"realm {delta.path} was made at LSN {delta.id}, outside of the job")
@@ -223,7 +227,7 @@ class _Checkpoint:
         if delta.created:
             return
         cursor = self._before.cursor(self._store.data)
-        for start, end in zip(delta.deleted_starts, delta.deleted_ends, strict=True):
+        for start, end in delta.deleted_ranges:
             stop = change.prefix + end if end else prefix_end(delta.id)
             rows = _rows(cursor, change.prefix + start, stop)
             while pairs := list(islice(rows, _ROWS_AT_ONCE)):
@@ -236,10 +240,11 @@ class _Checkpoint:
         ordered: list[bytes] = []
         for change in changes:
             delta, prefix = change.delta, change.prefix
-            put_keys, put_values = list(delta.put_keys), list(delta.put_values)
-            keys = [prefix + key for key in put_keys]
-            values.update(zip(keys, put_values, strict=True))
-            change.add(put_keys, put_values)
+            keys = [prefix + key for key in delta.put_keys]
+            values.update(zip(keys, delta.put_values, strict=True))
+            change.add(delta.put_keys, delta.put_values)
+            # LMDB is about to need memory for as many pages; what `values` has need not be held twice.
+            delta.put_keys, delta.put_values = [], []
             keys.sort()
             ordered += keys
             deleted = sorted(prefix + key for key in delta.deleted_keys)
@@ -265,14 +270,13 @@ class _Checkpoint:
         for change in changes:
             kept = self._prune_history(change)
             first = change.delta.version + 1 - len(kept)
-            prefix = change.prefix
-            keys += [prefix + version.to_bytes(8, "big") for version in range(first, first + len(kept))]
+            keys += _history_keys(change, first, len(kept))
             rows += kept
         self._put(self._store.history, keys, rows)
 
     def _prune_history(self, change: _Change) -> list[bytes]:
         """Deletes the oldest rows that are too many, and returns those of the new ones that stay."""
-        row, new = change.row, list(change.delta.history)
+        row, new = change.row, change.delta.history
         stored = row.version + 1 - row.history_first
         count, size = stored + len(new), row.history_bytes + sum(map(len, new))
         pruned = 0
@@ -280,7 +284,7 @@ class _Checkpoint:
             sizes = chain(self._history_sizes(change, stored), map(len, new))
             pruned, size = _excess(sizes, count, size)
         first = row.history_first
-        gone = [history_key(row.id, version) for version in range(first, first + min(pruned, stored))]
+        gone = _history_keys(change, first, min(pruned, stored))
         if self._delete(self._store.history, gone) != len(gone):
             raise CorruptionError(f"the history of realm {change.delta.path} has gaps", remedy=RESTORE)
         row.history_first = first + pruned
@@ -288,17 +292,14 @@ class _Checkpoint:
         return new[max(0, pruned - stored) :]
 
     def _history_sizes(self, change: _Change, count: int) -> Iterator[int]:
-        rows = _rows(self._before.cursor(self._store.history), change.prefix, b"")
-        return islice((len(row) for _, row in rows), count)
+        cursor = self._before.cursor(self._store.history)
+        rows = cursor.iternext(keys=False) if cursor.set_range(change.prefix) else ()
+        return islice(map(len, rows), count)
 
     # -- clients -------------------------------------------------------------------------------------------
 
     def _write_clients(self, changes: list[_Change]) -> None:
-        rows = {
-            change.prefix + client: row.SerializeToString()
-            for change in changes
-            for client, row in zip(change.delta.clients, change.delta.client_rows, strict=True)
-        }
+        rows = {change.prefix + client: row for change in changes for client, row in change.delta.clients}
         keys = sorted(rows)
         self._put(self._store.clients, keys, map(rows.__getitem__, keys))
 
@@ -398,9 +399,14 @@ def _rows(cursor: lmdb.Cursor[_Buffer], start: bytes, stop: bytes) -> Iterator[t
 def _outside_ranges(change: _Change, keys: list[bytes]) -> list[bytes]:
     """``keys`` (sorted; changed in place) without those in the delta's deleted ranges."""
     delta, prefix = change.delta, change.prefix
-    for start, end in zip(delta.deleted_starts, delta.deleted_ends, strict=True):
+    for start, end in delta.deleted_ranges:
         del keys[bisect_left(keys, prefix + start) : bisect_left(keys, prefix + end) if end else len(keys)]
     return keys
+
+
+def _history_keys(change: _Change, first: int, count: int) -> list[bytes]:
+    prefix = change.prefix
+    return [prefix + version.to_bytes(8, "big") for version in range(first, first + count)]
 
 
 def _excess(sizes: Iterable[int], count: int, size: int) -> tuple[int, int]:
@@ -411,9 +417,11 @@ def _excess(sizes: Iterable[int], count: int, size: int) -> tuple[int, int]:
         count: how many rows there are.
         size: their bytes.
     """
-    pruned = 0
+    sizes = iter(sizes)
+    pruned = max(0, count - HISTORY_VERSIONS_MAX)
+    size -= sum(islice(sizes, pruned))
     for row_bytes in sizes:
-        if count - pruned <= HISTORY_VERSIONS_MAX and size <= HISTORY_BYTES_MAX:
+        if size <= HISTORY_BYTES_MAX:
             break
         pruned += 1
         size -= row_bytes

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import io
 import os
 import select
 import signal
@@ -20,7 +21,7 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -111,7 +112,7 @@ class Checkpointer:
         """Writes a checkpoint; blocks until it is durable.
 
         Args:
-            parts: of one job; see :func:`merge`.
+            parts: of one job; see :func:`understudy.common.checkpoint.apply_checkpoint`.
 
         Raises:
             DiskFull: nothing was changed; trying the same job again can help.
@@ -207,14 +208,15 @@ def main(store: Path) -> int:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _PARENTS_SIGNALS)
     # A job makes some 100,000 objects and not one cycle; looking for cycles took longer than finding the rows.
     gc.disable()
-    answers = _take_standard_output()
+    frames, answers = os.fdopen(0, "rb", closefd=False), _take_standard_output()
     with contextlib.suppress(BrokenPipeError), _Writer(store) as writer:
         write_frame(answers, writer.hello().SerializeToString())
         answers.flush()
-        while not writer.failed and (job := _next_job(sys.stdin.buffer, writer)) is not None:
-            write_frame(answers, writer.write(job).SerializeToString())
-            answers.flush()
-            del job
+        with contextlib.suppress(_StreamEnded):
+            while not writer.failed and _job_comes(frames, writer):
+                result = writer.write(_parts(frames))
+                write_frame(answers, result.SerializeToString())
+                answers.flush()
         return 1 if writer.failed else 0
     return 0  # the parent died, and nobody wants the answer
 
@@ -226,32 +228,29 @@ def _take_standard_output() -> IO[bytes]:
     return answers
 
 
-def _next_job(frames: IO[bytes], writer: _Writer) -> CheckpointJob | None:
-    """The next job, put together; None when the stream has ended."""
+class _StreamEnded(Exception):
+    """The parent died in the middle of a job."""
+
+
+def _job_comes(frames: io.BufferedReader, writer: _Writer) -> bool:
+    """Waits for the next job; False when the stream has ended."""
     poll = select.poll()
     poll.register(frames, select.POLLIN)
     if not poll.poll(IDLE_S * 1000):
         writer.close()
-    job = CheckpointJob()
+    return bool(frames.peek(1))
+
+
+def _parts(frames: IO[bytes]) -> Iterator[CheckpointJob]:
+    """The next job's parts, as they come.
+
+    Raises:
+        _StreamEnded: before the end of the job.
+    """
     while (frame := read_frame(frames)) != _END_OF_JOB:
         if frame is None:
-            return None
-        merge(job, CheckpointJob.FromString(frame))
-    return job
-
-
-def merge(job: CheckpointJob, part: CheckpointJob) -> None:
-    """Adds the next part to a job: deltas of one realm that follow each other become one."""
-    deltas = list(part.realms)
-    last = job.realms[-1] if job.realms else None
-    for delta in deltas:
-        if last is not None and last.path == delta.path:
-            last.MergeFrom(delta)
-        else:
-            last = job.realms.add()
-            last.CopyFrom(delta)
-    del part.realms[:]
-    job.MergeFrom(part)
+            raise _StreamEnded
+        yield CheckpointJob.FromString(frame)
 
 
 class _Writer:
@@ -292,10 +291,10 @@ class _Writer:
             self.failed = True
         return hello
 
-    def write(self, job: CheckpointJob) -> CheckpointResult:
+    def write(self, parts: Iterator[CheckpointJob]) -> CheckpointResult:
         """Writes one checkpoint; returns the answer."""
         try:
-            return apply_checkpoint(self._open(), job)
+            return apply_checkpoint(self._open(), parts)
         except (DiskFull, JobRefused) as error:
             return CheckpointResult(error=str(error), disk_full=isinstance(error, DiskFull))
         except UnderstudyError as error:

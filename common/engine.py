@@ -241,11 +241,15 @@ class Engine:
     def apply(self, record: Record, entry: log_pb2.Entry | None = None) -> log_pb2.Entry:
         """Applies the next durable entry; see :meth:`State.apply`."""
         entry = self.state.apply(record, entry)
+        if not entry.change:  # most have one, and are asked nothing more
+            self._note_entry(entry)
+        return entry
+
+    def _note_entry(self, entry: log_pb2.Entry) -> None:
         if entry.HasField("freeze"):
             self._frozen.set()
         elif entry.HasField("digest_mark"):
             self._note_mark(entry.digest_mark)
-        return entry
 
     def fail(self, error: UnderstudyError) -> None:
         """Notes the first failure and tells the owner."""

@@ -69,7 +69,8 @@ def parse_entry(payload: bytes, lsn: Lsn) -> log_pb2.Entry:
         entry = log_pb2.Entry.FromString(payload)
     except DecodeError as error:
         raise CorruptionError(f"entry {lsn} can't be decoded: {error}") from error
-    if not entry.change and entry.WhichOneof("body") is None:  # the first is quicker, and says it for most
+    # The first is quicker, and false of most. A change of no bytes is none.
+    if not entry.change and entry.WhichOneof("body") in (None, "change"):
         raise CorruptionError(
             f"entry {lsn} is of a kind that this version does not know",
             remedy="upgrade Understudy on this node",
@@ -87,6 +88,24 @@ def parse_change(change: bytes, lsn: Lsn) -> log_pb2.Change:
         return log_pb2.Change.FromString(change)
     except DecodeError as error:
         raise CorruptionError(f"the change in entry {lsn} can't be decoded: {error}") from error
+
+
+def check_entry(payload: bytes, lsn: Lsn) -> Epoch | None:
+    """Refuses what could not be applied, before it is in a log; returns the epoch that it starts, if it does.
+
+    Raises:
+        CorruptionError: it can't be decoded, or is of a kind that this version does not know.
+    """
+    entry = parse_entry(payload, lsn)
+    if entry.change:
+        parse_change(entry.change, lsn)
+        return None
+    if entry.WhichOneof("body") != "epoch_start":
+        return None
+    parsed = parse_epoch_start(payload)
+    if parsed is None:
+        raise CorruptionError(f"the start of an epoch in entry {lsn} can't be decoded")
+    return Epoch(parsed[0].epoch)
 
 
 def parse_epoch_start(payload: bytes) -> tuple[log_pb2.EpochStart, bytes, bytes] | None:

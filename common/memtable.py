@@ -7,7 +7,8 @@ rest. A memtable is bounded by the freeze mark that the primary sets when it pas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any, Final, NamedTuple, TypeVar
 
 from sortedcontainers import SortedList
@@ -59,8 +60,8 @@ class RealmDelta:
     """
 
     __slots__ = (
-        "_new_keys", "_sorted_keys", "client_rows", "created", "deleted", "head", "history", "id", "path",
-        "receipts", "values", "version",
+        "_sorted_keys", "client_rows", "created", "deleted", "head", "history", "id", "path", "values",
+        "version", "versions",
     )  # fmt: skip
 
     def __init__(self, path: str, realm_id: int, version: int, head: bytes, *, created: bool) -> None:
@@ -72,10 +73,9 @@ class RealmDelta:
         self.values: dict[bytes, bytes | None] = {}
         self.deleted = RangeSet()
         self.history: list[bytes] = []
-        self.receipts: dict[bytes, dict[int, tuple[int, Lsn, Digest]]] = {}  # version, LSN, digest; by number
+        self.versions: dict[bytes, dict[int, int]] = {}  # that a client's transactions made, by their numbers
         self.client_rows: dict[bytes, tuple[int, int, int]] = {}
         self._sorted_keys: SortedList[bytes] = SortedList()
-        self._new_keys: list[bytes] = []
 
     def get(self, key: bytes) -> bytes | Missing | None:
         """The value, None where it was deleted, MISSING where an older layer knows."""
@@ -85,16 +85,14 @@ class RealmDelta:
 
     def apply(
         self,
-        operations: Iterable[log_pb2.Operation],
+        operations: Sequence[log_pb2.Operation],
         older: Callable[[RealmDelta, bytes], bytes | None],
     ) -> None:
         """Applies operations; ``older`` gives the current value of a key that this delta does not hold."""
+        values = self.values
         for operation in operations:
             if operation.kind == PUT:  # most are, and a call costs more than the rest of it
-                key = operation.key
-                if key not in self.values:
-                    self._new_keys.append(key)
-                self.values[key] = operation.value
+                values[operation.key] = operation.value
             else:
                 self._apply_other(operation, older)
 
@@ -103,12 +101,12 @@ class RealmDelta:
     ) -> None:
         kind, key = operation.kind, operation.key
         if kind == DELETE:
-            self._set(key, None)
+            self.values[key] = None
         elif kind == UPDATE:
             if self._current(key, older) is not None:
-                self._set(key, operation.value)
+                self.values[key] = operation.value
         elif kind == ADD:
-            self._set(key, added(self._current(key, older), operation.amount))
+            self.values[key] = added(self._current(key, older), operation.amount)
         elif kind == DELETE_RANGE:
             self._delete_range(key, operation.end)
         else:  # never skipped: every node must come to the same state
@@ -117,14 +115,22 @@ class RealmDelta:
                 remedy="upgrade Understudy on this node",
             )
 
-    def _set(self, key: bytes, value: bytes | None) -> None:
-        if key not in self.values:
-            self._new_keys.append(key)
-        self.values[key] = value
-
     def _current(self, key: bytes, older: Callable[[RealmDelta, bytes], bytes | None]) -> bytes | None:
         found = self.get(key)
         return older(self, key) if isinstance(found, Missing) else found
+
+    def note_client(self, client: bytes, number: int, time_us: int) -> None:
+        """The present version was made by the transaction of that number of that client."""
+        version = self.version
+        versions = self.versions.get(client)
+        if versions is None:
+            versions = self.versions[client] = {}
+        versions[number] = version
+        self.client_rows[client] = (number, version, time_us)
+
+    def history_row(self, version: int) -> bytes:
+        """The row of one of the versions made since the last freeze mark."""
+        return self.history[version - self.version - 1]
 
     def _delete_range(self, start: bytes, end: bytes) -> None:
         for key in list(self.keys(start, end, reverse=False)):
@@ -137,9 +143,10 @@ class RealmDelta:
 
         Sorted only when somebody looks: most memtables are written out without ever being scanned.
         """
-        if self._new_keys:
-            self._sorted_keys.update(self._new_keys)
-            self._new_keys = []
+        # A dictionary keeps the order of insertion, so those that are not sorted yet stand at its end.
+        new = len(self.values) - len(self._sorted_keys)
+        if new:
+            self._sorted_keys.update(list(islice(reversed(self.values), new)))
         keys: Iterator[bytes] = self._sorted_keys.irange(
             start or None, end or None, inclusive=(True, False), reverse=reverse
         )
@@ -208,7 +215,7 @@ class Memtable:
             while delta.history:
                 del delta.history[-_FREED_AT_ONCE:]
                 yield
-            tables: list[dict[Any, Any]] = [delta.values, *delta.receipts.values()]
+            tables: list[dict[Any, Any]] = [delta.values, *delta.versions.values()]
             for table in tables:
                 while table:
                     for _ in range(min(_FREED_AT_ONCE, len(table))):

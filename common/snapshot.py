@@ -49,7 +49,6 @@ from understudy.common.snapshot_ranges import (
     FileRanges,
     count_ranges,
     digest_of_zeros,
-    keep_large_blocks,
     open_newest,
     range_digest,
 )
@@ -103,7 +102,6 @@ class PinnedSnapshot:
         except BaseException:
             os.close(fd)
             raise
-        keep_large_blocks()
         return cls(txn, FileRanges(fd, data_file, meta, page))
 
     def read(self, index: int) -> bytes:
@@ -191,7 +189,6 @@ class SnapshotCopy:
         Raises:
             DiskFull, StorageFailed.
         """
-        keep_large_blocks()
         header = _header(snapshot, file_bytes)
         side = _side_file(path)
         is_new = not path.exists()

@@ -17,7 +17,6 @@ from understudy.common.lmdb_pages import Meta, free_pages, lone_meta_pages, read
 
 RANGE_BYTES = 1 << 20
 RANGE_DIGEST_BYTES = 16
-_KEPT_BYTES = 8 << 20  # glibc keeps up to twice as much in each of its arenas; more was no faster
 
 
 def range_digest(data: bytes) -> bytes:
@@ -29,15 +28,6 @@ def range_digest(data: bytes) -> bytes:
 def digest_of_zeros(length: int) -> bytes:
     """The digest of so many zeros, which are not sent."""
     return range_digest(bytes(length))
-
-
-def keep_large_blocks() -> None:
-    """Has the C library keep the memory of ranges for the next ones, where it is GNU's.
-
-    Otherwise it gives each range's memory back to the kernel, which clears it for the next one; that takes longer
-    than anything else which is done with a range. It learns from the largest block freed, which is never touched.
-    """
-    bytes(_KEPT_BYTES)
 
 
 def count_ranges(file_bytes: int) -> int:

@@ -20,9 +20,10 @@ from understudy.common.memtable import (
     RealmDelta,
     Receipt,
 )
-from understudy.common.records import Record
+from understudy.common.records import RECORD_HEADER_BYTES, Record
 from understudy.common.scan import Scan
 from understudy.common.store import Store
+from understudy.common.store_layout import decode_history_row
 from understudy.common.types import Digest, Lsn, Position
 from understudy.v1 import log_pb2, replication_pb2, store_pb2
 
@@ -48,13 +49,18 @@ class State:
         self.active = Memtable()
         self.frozen: list[Memtable] = []
         checkpoint = store.current.checkpoint
-        self.applied = Position(Lsn(checkpoint.lsn), Digest(checkpoint.digest))
+        self._applied = Lsn(checkpoint.lsn), Digest(checkpoint.digest)
         self.offset: int = checkpoint.log_offset
         self.time_us: int = checkpoint.time_us
         self.epochs: list[store_pb2.EpochRow] = store.current.epochs()
         self.realm_count: int = checkpoint.realms
         self._searched: tuple[int, int, bytes] | None = None  # whose receipts `_found` has
         self._found: dict[int, Receipt] = {}
+
+    @property
+    def applied(self) -> Position:
+        """The last applied entry."""
+        return Position(*self._applied)
 
     # -- applying ------------------------------------------------------------------------------------------
 
@@ -64,44 +70,47 @@ class State:
         Raises:
             CorruptionError: the entry can't be decoded or does not follow from the state.
         """
-        entry = entry or parse_entry(record.payload, record.lsn)
-        self.offset += record.encoded_bytes
+        if entry is None:
+            entry = parse_entry(record.payload, record.lsn)
+        self.offset += RECORD_HEADER_BYTES + len(record.payload)
         self.time_us = entry.time_us
-        kind = "change" if entry.change else entry.WhichOneof("body")
-        if kind == "change":
-            self._apply_change(record, entry)
-        elif kind == "freeze":
+        raw = entry.change
+        if raw:
+            self._apply_change(record, entry, raw)
+        else:
+            self._apply_mark(record, entry)
+        self._applied = record.lsn, record.digest
+        return entry
+
+    def _apply_change(self, record: Record, entry: log_pb2.Entry, raw: bytes) -> None:
+        lsn, digest, _ = record
+        change = parse_change(raw, lsn)
+        active, path, version = self.active, change.realm, change.version
+        delta = active.realms.get(path) or self._open_delta(path, lsn)
+        if version != delta.version + 1 or change.previous != delta.head:
+            raise CorruptionError(
+                f"entry {lsn} does not follow: it makes version {version} of realm {path}, "
+                f"which is at {delta.version}"
+            )
+        operations = change.operations[:]  # a list: protobuf's own container is slow to walk
+        delta.apply(operations, self._older_value)
+        delta.version = version
+        delta.head = sha256(raw).digest()
+        delta.history.append(_LSN.pack(lsn) + digest + entry.hmac + raw)
+        delta.note_client(change.client, change.number, self.time_us)
+        if not active.first_change_lsn:
+            active.first_change_lsn = lsn
+        active.bytes += 2 * len(raw) + CHANGE_OVERHEAD_BYTES
+        active.operations += len(operations)
+
+    def _apply_mark(self, record: Record, entry: log_pb2.Entry) -> None:
+        kind = entry.WhichOneof("body")
+        if kind == "freeze":
             self._freeze(record)
         elif kind == "epoch_start":
             self._start_epoch(record, entry)
         elif kind == "realm_dropped":
             self._drop(entry.realm_dropped.realm, record.lsn)
-        self.applied = record.position
-        return entry
-
-    def _apply_change(self, record: Record, entry: log_pb2.Entry) -> None:
-        raw, lsn = entry.change, record.lsn
-        change = parse_change(raw, lsn)
-        delta = self.active.realms.get(change.realm) or self._open_delta(change.realm, lsn)
-        if change.version != delta.version + 1 or change.previous != delta.head:
-            raise CorruptionError(
-                f"entry {lsn} does not follow: it makes version {change.version} of realm {change.realm}, "
-                f"which is at {delta.version}"
-            )
-        delta.apply(change.operations, self._older_value)
-        delta.version = version = change.version
-        delta.head = sha256(raw).digest()
-        delta.history.append(_LSN.pack(lsn) + record.digest + entry.hmac + raw)
-        client = change.client
-        receipts = delta.receipts.get(client)
-        if receipts is None:
-            receipts = delta.receipts[client] = {}
-        receipts[change.number] = (version, lsn, record.digest)
-        delta.client_rows[client] = (change.number, version, entry.time_us)
-        active = self.active
-        active.first_change_lsn = active.first_change_lsn or lsn
-        active.bytes += 2 * len(raw) + CHANGE_OVERHEAD_BYTES
-        active.operations += len(change.operations)
 
     def _open_delta(self, path: str, lsn: Lsn) -> RealmDelta:
         head = self.realm(path)
@@ -276,8 +285,9 @@ class State:
         """
         for table in self._layers():
             delta = table.realms.get(path)
-            if delta is not None and number in delta.receipts.get(client, ()):
-                return Receipt(path, *delta.receipts[client][number])
+            if delta is not None and (version := delta.versions.get(client, {}).get(number)) is not None:
+                past = decode_history_row(version, delta.history_row(version))
+                return Receipt(path, version, past.lsn, past.digest)
             if path in table.realms and (delta is None or delta.created):
                 return None
         row = self.store.current.realm(path)

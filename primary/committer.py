@@ -346,7 +346,7 @@ class Committer:
                 pending = queue.popleft()
                 for done in pending.done:
                     done(pending.receipt)
-        if self._applier.state.active.is_full and not self._applier.state.frozen:
+        if self._applier.state.active.is_full and not self._applier.is_behind:
             self.freeze()
 
     def _commit(self, pending: _Pending) -> None:

@@ -6,6 +6,7 @@ Everything runs on the event loop.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Protocol
@@ -16,10 +17,11 @@ from understudy.common.errors import Unavailable, UnderstudyError
 from understudy.common.metrics import EngineMetrics
 from understudy.common.records import Record
 from understudy.common.tasks import Signal, spawn
-from understudy.common.types import ClusterId, Lsn, Position
+from understudy.common.types import ClusterId, Epoch, Lsn, Position
 from understudy.v1 import store_pb2
 
 _APPLY_SLICE = 500  # records applied before others get a turn
+_TELL_S = 0.01  # while there is more to apply, the listener is told at most so often
 
 
 class CopyListener(Protocol):
@@ -31,8 +33,8 @@ class CopyListener(Protocol):
     def on_applied(self, record: Record) -> None:
         """One record was applied."""
 
-    def on_applied_all(self) -> None:
-        """What there was to apply is applied, for now."""
+    def on_applied_some(self) -> None:
+        """Some records were applied: all there were, or those of some time."""
 
 
 class Copy:
@@ -56,6 +58,7 @@ class Copy:
         self._to_apply: deque[Record] = deque()
         self._wake_applier = asyncio.Event()
         self._progressed = Signal()
+        self._told_s = 0.0
         self._applier: asyncio.Task[None] | None = None
 
     # -- life ----------------------------------------------------------------------------------------------
@@ -127,14 +130,14 @@ class Copy:
 
     # -- records -------------------------------------------------------------------------------------------
 
-    def submit(self, data: bytes, last: Position) -> None:
-        """Hands whole records that follow behind :attr:`submitted` to the log.
+    def submit(self, data: bytes, last: Position, epoch: Epoch) -> None:
+        """Hands whole records of one epoch, which follow behind :attr:`submitted`, to the log.
 
         Raises:
             StorageFailed: storage has failed before.
         """
         self.submitted = last
-        self.engine.submit(data, last, self.engine.epoch)
+        self.engine.submit(data, last, epoch)
 
     def apply(self, records: Iterable[Record]) -> None:
         """Applies records, soon. They must be durable."""
@@ -165,8 +168,11 @@ class Copy:
                 listener.on_applied(record)
             if engine.is_behind:
                 break
-        if listener is not None:
-            listener.on_applied_all()
+        now_s = time.monotonic()
+        pauses = not self._to_apply or engine.is_behind
+        if listener is not None and (pauses or now_s - self._told_s >= _TELL_S):
+            self._told_s = now_s
+            listener.on_applied_some()
 
     async def wait_until(self, condition: Callable[[], bool]) -> None:
         """Returns once ``condition`` holds; it is looked at whenever something was applied.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+from understudy.common.entries import check_entry
 from understudy.common.errors import (
     AheadOfPrimary,
     CorruptionError,
@@ -22,7 +23,7 @@ from understudy.common.errors import (
 )
 from understudy.common.follow_table import Decision
 from understudy.common.records import ChainReader, Record
-from understudy.common.types import Lsn, Position
+from understudy.common.types import Epoch, Lsn, Position
 
 PROGRESS_S = 1.0  # told at least so often, so that the primary knows we are there
 SILENCE_S_MAX = 10.0  # the primary sends a heartbeat every second; so much silence means it is gone
@@ -35,10 +36,11 @@ APPLIED_AT_ONCE = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Append:
-    """Write these whole records behind what is in the log."""
+    """Write these whole records, all of one epoch, behind what is in the log."""
 
     data: bytes
     last: Position
+    epoch: Epoch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,8 +143,9 @@ class FollowSession:
     Invariant: ``applied <= durable <= received``, as LSNs; offsets likewise.
     """
 
-    def __init__(self, *, after: Position, offset: int, now_s: float) -> None:
+    def __init__(self, *, after: Position, epoch: Epoch, offset: int, now_s: float) -> None:
         self._reader = ChainReader(after)
+        self._epoch = epoch
         self._tail = b""
         self._durable = after.lsn
         self._durable_offset = offset
@@ -167,7 +170,8 @@ class FollowSession:
         """Log bytes have come, or a heartbeat.
 
         Raises:
-            CorruptionError: they do not continue what came before, or are no whole records up to the head.
+            CorruptionError: they do not continue what came before, are no whole records up to the head, or could
+                not be applied. Nothing of them is used: what is in the log must be fit for a promotion.
         """
         self._heard_s = now_s
         self.head_lsn, self.head_offset, self.clock_us = head_lsn, head_offset, clock_us
@@ -183,9 +187,26 @@ class FollowSession:
         data = self._tail + records
         cut = len(data) - self._reader.pending_bytes
         self._tail = data[cut:]
+        appends = self._appends(data[:cut], whole)
         self._waiting.extend(whole)
         self._unapplied_bytes += cut
-        return [Append(data=data[:cut], last=whole[-1].position)]
+        return appends
+
+    def _appends(self, data: bytes, records: list[Record]) -> list[Action]:
+        """One for each epoch in ``data``, nearly always one."""
+        appends: list[Action] = []
+        start = at = 0
+        last = None
+        for record in records:
+            begun = check_entry(record.payload, record.lsn)
+            if begun is not None:
+                if last is not None:
+                    appends.append(Append(data=data[start:at], last=last.position, epoch=self._epoch))
+                self._epoch, start = begun, at
+            at += record.encoded_bytes
+            last = record
+        appends.append(Append(data=data[start:], last=records[-1].position, epoch=self._epoch))
+        return appends
 
     def on_durable(self, position: Position, offset: int, *, applies_at_once: bool) -> list[Action]:
         """Our log is durable up to ``position``.
@@ -208,8 +229,8 @@ class FollowSession:
         self._applied = record.lsn
         self._unapplied_bytes -= record.encoded_bytes
 
-    def on_applied_all(self) -> list[Action]:
-        """What there was to apply is applied, for now."""
+    def on_applied_some(self) -> list[Action]:
+        """Some records were applied."""
         return [self._progress()]
 
     def on_tick(self, *, now_s: float) -> list[Action]:

@@ -230,8 +230,9 @@ class Follower:
     async def _stream(
         self, call: _Call, answer: replication_pb2.Answer, address: str, backoff: Backoff
     ) -> None:
+        engine = self._copy.engine
         session = FollowSession(
-            after=self._copy.engine.durable, offset=answer.start_offset, now_s=time.monotonic()
+            after=engine.durable, epoch=engine.epoch, offset=answer.start_offset, now_s=time.monotonic()
         )
         self._begin(session, address)
         sender = asyncio.create_task(self._send_progress_forever(call))  # ends as the call does
@@ -276,8 +277,8 @@ class Follower:
     def _do(self, actions: list[Action]) -> None:
         for action in actions:
             match action:
-                case Append(data=data, last=last):
-                    self._copy.submit(data, last)
+                case Append(data=data, last=last, epoch=epoch):
+                    self._copy.submit(data, last, epoch)
                 case Apply(records=records):
                     self._copy.apply(records)
                 case SendProgress():
@@ -322,10 +323,10 @@ class Follower:
         if self._session is not None:
             self._session.on_applied(record)
 
-    def on_applied_all(self) -> None:
+    def on_applied_some(self) -> None:
         """Tells the primary."""
         if self._session is not None:
-            self._do(self._session.on_applied_all())
+            self._do(self._session.on_applied_some())
 
     # -- bootstrap -----------------------------------------------------------------------------------------
 

@@ -97,7 +97,7 @@ def test_any_sequence_of_jobs_leaves_what_the_model_says(steps: list[tuple[Edit,
         model = Model()
         for step in steps:
             model, job = model.step(step)
-            result = apply_checkpoint(environment, job)
+            result = apply_checkpoint(environment, [job])
             assert_equal(store.refresh(), model)
             assert result.checkpoint == store.current.checkpoint
             assert [changed.realm for changed in result.changed] == sorted(delta.path for delta in job.realms)
@@ -116,7 +116,7 @@ def test_a_large_job_over_a_large_realm(tmp_path: Path) -> None:
     first = {b"%06d" % number: b"value %d" % number for number in range(20_000)}
     with stores(tmp_path) as (environment, store):
         model, job = Model().step([Edit(path="/r", puts=first, changes=3000)])
-        apply_checkpoint(environment, job)
+        apply_checkpoint(environment, [job])
         assert_equal(store.refresh(), model)
         edit = Edit(
             path="/r",
@@ -126,7 +126,7 @@ def test_a_large_job_over_a_large_realm(tmp_path: Path) -> None:
             changes=5000,
         )
         model, job = model.step([edit])
-        apply_checkpoint(environment, job)
+        apply_checkpoint(environment, [job])
         assert_equal(store.refresh(), model)
         assert check_state(store).problems == []
 
@@ -143,7 +143,7 @@ def test_equal_jobs_make_equal_stores(tmp_path: Path) -> None:
                 dropped = Edit(path=f"/{number}", drop=True, changes=0)
                 changed = [Edit(path=f"/{n}", puts=puts, changes=2) for n in range(4) if n != number]
                 model, job = model.step([dropped, *changed])
-                apply_checkpoint(environment, job)
+                apply_checkpoint(environment, [job])
             return _dump(environment)
 
     with limits(MARKS_MAX=4, DROPPED_ROWS_MAX=3, HISTORY_VERSIONS_MAX=5, CLIENTS_CHECKED=2):
@@ -180,7 +180,7 @@ def test_history_is_pruned_by_versions(tmp_path: Path, stored: int, new: int, fi
         for changes in (stored, new):
             if changes:
                 model, job = model.step([Edit(path="/r", changes=changes), Edit(path="/other", changes=2)])
-                apply_checkpoint(environment, job)
+                apply_checkpoint(environment, [job])
         assert_equal(store.refresh(), model)
         row = store.current.realm("/r")
         assert row is not None
@@ -199,7 +199,7 @@ def test_history_fills_its_bytes_to_the_last(tmp_path: Path, rows: int, less: in
         model = Model()
         for step in steps:
             model, job = model.step(step)
-            apply_checkpoint(environment, job)
+            apply_checkpoint(environment, [job])
         assert_equal(store.refresh(), model)
         assert next(store.current.history(1, 0)).version == first
 
@@ -210,7 +210,7 @@ def test_history_is_pruned_by_bytes(tmp_path: Path) -> None:
         model = Model()
         for changes, size in ((20, 10), (1, 9_000), (3, 10), (1, 9_800)):
             model, job = model.step([Edit(path="/r", changes=changes, change_bytes=size)])
-            apply_checkpoint(environment, job)
+            apply_checkpoint(environment, [job])
             assert_equal(store.refresh(), model)
         assert [row.version for row in store.current.history(1, 0)] == [25]
 
@@ -219,13 +219,13 @@ def test_a_gap_in_the_history_is_reported(tmp_path: Path) -> None:
     """Pruning that meets a missing change says so and changes nothing (G11)."""
     with limits(HISTORY_VERSIONS_MAX=10), stores(tmp_path) as (environment, store):
         model, job = Model().step([Edit(path="/r", changes=10)])
-        apply_checkpoint(environment, job)
+        apply_checkpoint(environment, [job])
         with environment.env.begin(environment.history, write=True) as txn:
             assert txn.delete(history_key(1, 2))
         before = _dump(environment)
         _, job = model.step([Edit(path="/r", changes=5)])
         with pytest.raises(CorruptionError, match="history of realm /r has gaps"):
-            apply_checkpoint(environment, job)
+            apply_checkpoint(environment, [job])
         assert _dump(environment) == before
         assert "has no version 2" in check_state(store).problems[0]
 
@@ -240,22 +240,22 @@ def test_silent_clients_are_forgotten_after_thirty_days(tmp_path: Path) -> None:
         model = Model()
         for client in clients:
             model, job = model.step([Edit(path="/r", client=client)])
-            apply_checkpoint(environment, job)
+            apply_checkpoint(environment, [job])
 
         def known() -> list[int]:
             store.refresh()
             return [number for number, client in enumerate(clients) if store.current.client(1, client)]
 
         model, job = model.step([], later_us=29 * DAY_US)
-        apply_checkpoint(environment, job)
+        apply_checkpoint(environment, [job])
         # More of them than are looked at by one checkpoint, and before the others: they are not all it looks at.
         for client in clients[:4]:
             model, job = model.step([Edit(path="/r", client=client)])
-            apply_checkpoint(environment, job)
+            apply_checkpoint(environment, [job])
         assert known() == list(range(7))
         model, job = model.step([], later_us=DAY_US)
         for _ in range(4):
-            apply_checkpoint(environment, job)
+            apply_checkpoint(environment, [job])
             model, job = model.step([])
         assert known() == [0, 1, 2, 3]
 
@@ -265,11 +265,11 @@ def test_a_dropped_realm_goes_bit_by_bit(tmp_path: Path) -> None:
     puts = {b"%d" % number: b"v" for number in range(20)}
     with limits(DROPPED_ROWS_MAX=10), stores(tmp_path) as (environment, store):
         model, job = Model().step([Edit(path="/big", puts=puts, changes=15), Edit(path="/kept", puts=puts)])
-        apply_checkpoint(environment, job)
+        apply_checkpoint(environment, [job])
         model, job = model.step([Edit(path="/big", drop=True, changes=0)])
         left = []
         while True:
-            apply_checkpoint(environment, job)
+            apply_checkpoint(environment, [job])
             assert_equal(store.refresh(), model)
             assert check_state(store).problems == []
             left.append(sum(key.startswith(bytes(7) + b"\x01") for key, _ in _dump(environment)))
@@ -286,9 +286,9 @@ def test_large_values_of_a_dropped_realm_count_for_more(tmp_path: Path) -> None:
     puts = {b"%d" % number: bytes(1 << 20) for number in range(8)}
     with limits(DROPPED_ROWS_MAX=100), stores(tmp_path) as (environment, _):
         model, job = Model().step([Edit(path="/big", puts=puts)])
-        apply_checkpoint(environment, job)
+        apply_checkpoint(environment, [job])
         _, job = model.step([Edit(path="/big", drop=True, changes=0)])
-        apply_checkpoint(environment, job)
+        apply_checkpoint(environment, [job])
         with environment.env.begin(environment.data) as txn:
             assert txn.stat(environment.data)["entries"] == 6
 
@@ -297,10 +297,10 @@ def test_a_realm_dropped_and_made_again_starts_anew(tmp_path: Path) -> None:
     """In one job or in two, the new realm has nothing of the old one, and the old rows go."""
     with stores(tmp_path) as (environment, store):
         model, job = Model().step([Edit(path="/r", puts={b"old": b"1"}, changes=3)])
-        apply_checkpoint(environment, job)
+        apply_checkpoint(environment, [job])
         for _ in range(2):
             model, job = model.step([Edit(path="/r", drop=True, puts={b"new": b"2"})])
-            apply_checkpoint(environment, job)
+            apply_checkpoint(environment, [job])
             assert_equal(store.refresh(), model)
             row = store.current.realm("/r")
             assert row is not None
@@ -316,14 +316,14 @@ def test_marks_become_sparser_towards_the_beginning(tmp_path: Path) -> None:
         model = Model()
         for _ in range(8):
             model, job = model.step([])
-            apply_checkpoint(environment, job)
+            apply_checkpoint(environment, [job])
         assert [mark.lsn for mark in store.refresh().marks()] == [1, 2, 3, 4, 5, 6, 7, 8]
         model, job = model.step([])
-        apply_checkpoint(environment, job)
+        apply_checkpoint(environment, [job])
         assert [mark.lsn for mark in store.refresh().marks()] == [1, 3, 5, 6, 7, 8, 9]
         for _ in range(100):
             model, job = model.step([])
-            apply_checkpoint(environment, job)
+            apply_checkpoint(environment, [job])
             marks = store.refresh().marks()
             assert len(marks) <= 8
             assert marks[0].lsn == 1
@@ -340,7 +340,7 @@ def test_epochs_are_kept_in_order(tmp_path: Path) -> None:
     with store:
         _, job = Model().step([])
         job.epochs.extend(rows[1:])
-        apply_checkpoint(environment, job)
+        apply_checkpoint(environment, [job])
         assert store.refresh().epochs() == rows
 
 
@@ -429,15 +429,15 @@ def test_a_job_that_does_not_follow_is_refused_whole(
     with stores(tmp_path) as (environment, store):
         puts = {b"k": b"v", b"y": b"v"}
         model, job = Model().step([Edit(path="/r", puts=puts), Edit(path="/other", puts=puts)])
-        apply_checkpoint(environment, job)
+        apply_checkpoint(environment, [job])
         before = _dump(environment)
         later, job = model.step([Edit(path="/r", puts={b"new": b"v"}, changes=2), Edit(path="/made")])
         spoiled = CheckpointJob.FromString(job.SerializeToString())
         spoil(spoiled)
         with pytest.raises(JobRefused):
-            apply_checkpoint(environment, spoiled)
+            apply_checkpoint(environment, [spoiled])
         assert _dump(environment) == before
-        apply_checkpoint(environment, job)
+        apply_checkpoint(environment, [job])
         assert_equal(store.refresh(), later)
 
 
@@ -446,10 +446,10 @@ def test_old_values_are_read_without_copies(tmp_path: Path) -> None:
     values = {b"%d" % number: bytes(1 << 20) for number in range(40)}
     with stores(tmp_path) as (environment, store):
         model, job = Model().step([Edit(path="/r", puts=values)])
-        apply_checkpoint(environment, job)
+        apply_checkpoint(environment, [job])
         _, job = model.step([Edit(path="/r", puts=dict.fromkeys(values, b"small"))])
         tracemalloc.start()
-        apply_checkpoint(environment, job)
+        apply_checkpoint(environment, [job])
         _, peak_bytes = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert peak_bytes < 4 << 20

@@ -212,6 +212,23 @@ def test_the_process_ends_with_its_parent(tmp_path: Path) -> None:
     wait_until(lambda: not is_alive(pid))
 
 
+def test_a_job_that_is_cut_off_is_not_written(tmp_path: Path) -> None:
+    """A parent that dies while it hands over a job leaves the store at the checkpoint before (G2)."""
+    path = make_store(tmp_path)
+    _, job = Model().step([large_edit(0)])
+    checkpointer = Checkpointer()
+    checkpointer.start(path, None)
+    process = checkpointer._process
+    assert process is not None
+    assert process.stdin is not None
+    write_frame(process.stdin, job.SerializeToString())
+    checkpointer.close()
+    assert process.returncode == 0
+    with Store.open(path) as store:
+        assert store.current.checkpoint.lsn == 0
+        assert not list(store.current.realms())
+
+
 def test_a_job_that_does_not_follow_leaves_the_process_running(tmp_path: Path) -> None:
     """A mistaken job is an error with its reason, and the next job is written."""
     path = make_store(tmp_path)

@@ -656,9 +656,9 @@ def test_nothing_is_applied_while_checkpoints_are_behind(store: Store) -> None:
 # -- marks -------------------------------------------------------------------------------------------------------
 
 
-def test_a_full_memtable_gets_one_freeze_mark(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the memtable is full a freeze mark is set behind what is under way, and only one; the next is not set
-    before the frozen memtable is written.
+def test_g9_a_full_memtable_gets_one_freeze_mark(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """G9: when the memtable is full, a freeze mark is set behind what is under way, and only one; the next full one
+    gets one, too, while the first is being written, unless checkpoints are behind.
     """
     monkeypatch.setattr(memtable, "MEMTABLE_OPERATIONS", 3)
     server = Server(store, policy(LOCAL))
@@ -667,15 +667,23 @@ def test_a_full_memtable_gets_one_freeze_mark(store: Store, monkeypatch: pytest.
     server.durable()
     server.committer.advance()
     assert len(server.state.frozen) == 0
-    for number in range(6, 12):
+    server.durable()
+    assert (server.kinds(), len(server.state.frozen)) == (["change"] * 5 + ["freeze"], 1)
+    for number in range(6, 9):
         server.submit(number)
         server.durable()
-    assert server.kinds() == ["change"] * 5 + ["freeze"] + ["change"] * 6
-    assert len(server.state.frozen) == 1
-    server.state.frozen.clear()  # as if it were written
+    server.durable()
+    assert (server.kinds()[6:], len(server.state.frozen)) == (["change"] * 3 + ["freeze"], 2)
+    server.applier.is_behind = True
+    for number in range(9, 15):
+        server.submit(number)
+        server.durable()
+    assert server.kinds()[10:] == ["change"] * 6
+    assert server.answered[-1] == 8
+    server.applier.is_behind = False
     server.committer.advance()
     server.durable()
-    assert server.kinds()[12:] == ["freeze"]
+    assert server.kinds()[16:] == ["freeze"]
 
 
 def test_an_old_memtable_is_frozen_and_an_empty_one_is_not(store: Store) -> None:

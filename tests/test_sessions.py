@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from log_helpers import chain
 
+from understudy.common import entries
 from understudy.common.errors import CorruptionError, ProtocolError
 from understudy.common.records import RECORD_HEADER_BYTES, Record
-from understudy.common.types import START, Lsn, Position
+from understudy.common.types import START, ClusterId, Epoch, Lsn, NodeId, Position
 from understudy.primary import follower_session
 from understudy.primary.follower_session import (
     HEARTBEAT_S,
@@ -36,8 +37,27 @@ from understudy.replica.follow_session import (
     FollowSession,
     SendProgress,
 )
+from understudy.v1 import log_pb2
 
 PAYLOADS = [b"one", b"two" * 30, bytes(200), b"\xff", b"five" * 10]
+
+
+def _entry(value: bytes) -> bytes:
+    """An entry that carries ``value``."""
+    change = log_pb2.Change(realm="/realm", operations=[log_pb2.Operation(value=value)])
+    return entries.change_entry(1, change.SerializeToString(), b"")
+
+
+def _epoch(epoch: int) -> bytes:
+    """An entry that starts an epoch."""
+    return entries.epoch_entry(
+        time_us=1,
+        cluster=ClusterId(bytes(16)),
+        epoch=Epoch(epoch),
+        after=START,
+        node=NodeId(bytes(16)),
+        key=b"",
+    )
 
 
 @dataclass
@@ -49,7 +69,10 @@ class Log:
     offsets: list[int] = field(default_factory=lambda: [0])
 
     def write(self, *payloads: bytes) -> None:
-        for data, position in chain(self.positions[-1], payloads):
+        self.append([_entry(payload) for payload in payloads])
+
+    def append(self, entries_: Iterable[bytes]) -> None:
+        for data, position in chain(self.positions[-1], entries_):
             self.data += data
             self.positions.append(position)
             self.offsets.append(len(self.data))
@@ -77,6 +100,7 @@ class Pair:
         self.durable = 0  # how many entries are durable at the primary
         self.copy = b""  # what the replica was told to append
         self.copy_durable = 0  # how many entries of it are durable
+        self.epochs: list[tuple[int, int]] = []  # last LSN and epoch of each append
         self._join()
 
     def connect_again(self) -> None:
@@ -87,7 +111,7 @@ class Pair:
     def _join(self) -> None:
         here, offset = self.log.positions[self.copy_durable], self.log.offsets[self.copy_durable]
         self.primary = FollowerSession(lsn=here.lsn, offset=offset, now_s=self.now_s)
-        self.replica = FollowSession(after=here, offset=offset, now_s=self.now_s)
+        self.replica = FollowSession(after=here, epoch=Epoch(1), offset=offset, now_s=self.now_s)
         self.applied = self.copy_durable
         self.received = offset
         self.to_replica: deque[Chunk] = deque()
@@ -156,9 +180,10 @@ class Pair:
     def _carry_out(self, actions: list[Action]) -> None:
         for action in actions:
             match action:
-                case Append(data=data, last=last):
+                case Append(data=data, last=last, epoch=epoch):
                     assert self.log.data.startswith(self.copy + data)
                     self.copy += data
+                    self.epochs.append((last.lsn, epoch))
                     assert len(self.copy) == self.log.offsets[last.lsn]
                     assert last == self.log.positions[last.lsn]
                 case Apply(records=records):
@@ -196,7 +221,7 @@ class Pair:
             record = self.to_apply.popleft()
             self.applied = record.lsn
             self.replica.on_applied(record)
-        self._carry_out(self.replica.on_applied_all())
+        self._carry_out(self.replica.on_applied_some())
 
     def tick(self, seconds: float) -> None:
         self.now_s += seconds
@@ -408,6 +433,44 @@ def test_g3_a_corrupted_byte_is_refused_wherever_it_is() -> None:
         pair.connect_again()
         pair.settle()
         pair.assert_equal()
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        pytest.param(b"\xff", id="no entry"),
+        pytest.param(log_pb2.Entry(time_us=1).SerializeToString(), id="no kind"),
+        pytest.param(log_pb2.Entry(time_us=1).SerializeToString() + b"\xfa\x3f\x01x", id="unknown kind"),
+        pytest.param(entries.change_entry(1, b"\xff", b""), id="no change"),
+        pytest.param(
+            log_pb2.Entry(time_us=1, epoch_start=b"\xff").SerializeToString(), id="no epoch's start"
+        ),
+    ],
+)
+def test_g1_what_could_not_be_applied_never_gets_into_the_log(payload: bytes) -> None:
+    """G1: an entry that this version can't read, though its digest is right, leaves a copy that can be promoted."""
+    pair = filled()
+    pair.settle()
+    pair.log.append([payload])
+    pair.make_durable_here(1)
+    pair.send()
+    before = pair.copy
+    with pytest.raises(CorruptionError):
+        pair.deliver()
+    assert pair.copy == before
+
+
+def test_records_of_two_epochs_are_appended_apart() -> None:
+    """Each append is of one epoch, which is what a segment that begins with it is marked with."""
+    pair = Pair()
+    pair.log.append([_entry(b"a"), _epoch(2), _entry(b"b"), _entry(b"c"), _epoch(3), _epoch(4), _entry(b"d")])
+    pair.make_durable_here(100)
+    pair.settle()
+    assert pair.epochs == [(1, 1), (4, 2), (5, 3), (7, 4)]
+    pair.log.append([_entry(b"e")])
+    pair.make_durable_here(1)
+    pair.settle()
+    assert pair.epochs[-1] == (8, 4)
 
 
 def test_records_of_another_history_are_refused() -> None:

@@ -18,7 +18,8 @@ from store_helpers import open_both
 
 from understudy.common import checkpoint, entries, memtable, state
 from understudy.common.checkpoint import apply_checkpoint
-from understudy.common.checkpoint_process import Checkpointer, merge
+from understudy.common.checkpoint_job import Job
+from understudy.common.checkpoint_process import Checkpointer
 from understudy.common.errors import CorruptionError, UnknownRealm
 from understudy.common.memtable import MISSING, Memtable
 from understudy.common.operations import Add, Delete, DeleteRange, Operation, Put, Update
@@ -29,7 +30,7 @@ from understudy.common.store import Store
 from understudy.common.store_layout import Environment
 from understudy.common.types import START, Lsn
 from understudy.v1 import log_pb2
-from understudy.v1.store_pb2 import CheckpointJob, CheckpointRow
+from understudy.v1.store_pb2 import CheckpointRow
 
 CLIENTS = [b"1" * 16, b"2" * 16]
 KEYS = [b"\x00", b"a", b"aa", b"b", b"b\x00", b"c", b"\xff", b"\xff" * 480]
@@ -85,10 +86,7 @@ class Node:
 
 def write_here(environment: Environment, table: Memtable) -> None:
     """Writes a checkpoint in this process."""
-    job = CheckpointJob()
-    for part in table.parts():
-        merge(job, part)
-    apply_checkpoint(environment, job)
+    apply_checkpoint(environment, table.parts())
 
 
 @contextlib.contextmanager
@@ -528,6 +526,7 @@ def test_a_change_that_does_not_follow_is_corruption(layers: Layers, wrong: dict
         (log_pb2.Entry(time_us=5).SerializeToString(), "of a kind that this version does not know"),
         (b"\xff\xff", "can't be decoded"),
         (log_pb2.Entry(change=b"\xff\xff").SerializeToString(), "can't be decoded"),
+        (log_pb2.Entry(change=b"").SerializeToString(), "of a kind that this version does not know"),
     ],
 )
 def test_an_entry_that_is_not_understood_is_refused_never_skipped(
@@ -552,19 +551,17 @@ def test_unknown_realms_are_named(layers: Layers) -> None:
 def test_a_memtable_handed_over_in_many_parts_is_the_same_as_in_one(
     layers: Layers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However small the parts, merged they are the one job that large parts give."""
+    """However small the parts, put together they are the one job that large parts give."""
     for number in range(1, 40):
         layers.commit(f"/r{number % 3}", Put(b"k%02d" % number, b"v" * number), number=number)
     layers.commit("/r0", Delete(b"k03"), DeleteRange(b"k10", b"k20"), number=40)
     layers.freeze()
     [table] = layers.state.frozen
 
-    def merged() -> tuple[int, CheckpointJob]:
-        job = CheckpointJob()
+    def merged() -> tuple[int, list[list[object]]]:
         parts = list(table.parts())
-        for part in parts:
-            merge(job, part)
-        return len(parts), job
+        deltas = Job(parts).deltas
+        return len(parts), [[getattr(delta, name) for name in delta.__slots__] for delta in deltas]
 
     count, whole = merged()
     assert count == 1

@@ -50,7 +50,7 @@ def filled(path: Path, *steps: list[Edit]) -> Iterator[tuple[Store, Model]]:
         model = Model()
         for edits in steps:
             model, job = model.step(edits)
-            apply_checkpoint(environment, job)
+            apply_checkpoint(environment, [job])
         store.refresh()
         yield store, model
 
@@ -323,11 +323,11 @@ def test_a_snapshot_stays_as_it_was(tmp_path: Path) -> None:
     environment, store = open_both(make_store(tmp_path))
     with store:
         model, job = Model().step([Edit(path="/a", puts={b"k": b"old"})])
-        apply_checkpoint(environment, job)
+        apply_checkpoint(environment, [job])
         store.refresh()
         with store.hold() as held:
             later, job = model.step([Edit(path="/a", puts={b"k": b"new"}), Edit(path="/b")])
-            apply_checkpoint(environment, job)
+            apply_checkpoint(environment, [job])
             assert_equal(store.current, model)
             latest = store.refresh()
             assert_equal(held, model)
@@ -359,11 +359,11 @@ def test_a_scan_keeps_its_snapshot_open(tmp_path: Path) -> None:
     environment, store = open_both(make_store(tmp_path))
     with store:
         model, job = Model().step([Edit(path="/a", puts=puts)])
-        apply_checkpoint(environment, job)
+        apply_checkpoint(environment, [job])
         scan = store.refresh().scan(model.realms["/a"].id)
         first = next(scan)
         _, job = model.step([Edit(path="/a", ranges=((b"", b""),))])
-        apply_checkpoint(environment, job)
+        apply_checkpoint(environment, [job])
         store.refresh()
         assert [first, *scan] == sorted(puts.items())
         assert environment.env.readers().count("\n") - 1 == 1
@@ -413,7 +413,7 @@ def test_a_killed_readers_slot_is_freed(tmp_path: Path) -> None:
             assert reader.stdout.readline() == b"reading\n"
             reader.kill()
         assert str(reader.pid) in environment.env.readers()
-        apply_checkpoint(environment, Model().step([])[1])
+        apply_checkpoint(environment, [Model().step([])[1]])
         assert str(reader.pid) not in environment.env.readers()
     finally:
         environment.close()

@@ -33,10 +33,10 @@ def two_realms(path: Path) -> list[Model]:
     environment, store = open_both(make_store(path))
     with store:
         first, job = Model().step([Edit(path="/a", puts=PUTS, changes=20), Edit(path="/b", puts=PUTS)])
-        apply_checkpoint(environment, job)
+        apply_checkpoint(environment, [job])
         edit = Edit(path="/a", ranges=((b"key 1", b"key 15"),), puts={b"key 003": b"new"}, changes=5)
         second, job = first.step([edit])
-        apply_checkpoint(environment, job)
+        apply_checkpoint(environment, [job])
     return [first, second]
 
 
@@ -324,9 +324,9 @@ def test_a_check_sees_one_state_while_checkpoints_go_on(tmp_path: Path) -> None:
     environment, store = open_both(make_store(tmp_path))
     with store:
         model, job = Model().step([Edit(path="/a", puts={b"%05d" % n: b"v" for n in range(10_000)})])
-        apply_checkpoint(environment, job)
+        apply_checkpoint(environment, [job])
         later, job = model.step([Edit(path="/a", ranges=((b"", b""),)), Edit(path="/b")])
-        found = check_state(store, progress=lambda _: apply_checkpoint(environment, job) and None)
+        found = check_state(store, progress=lambda _: apply_checkpoint(environment, [job]) and None)
         assert found.problems == []
         assert (found.lsn, found.entries_checked) == (model.lsn, 10_000)
         assert_equal(store.refresh(), later)
