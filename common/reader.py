@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import TypeVar, cast
 
 from understudy.common.errors import NotPermitted, Overloaded, TransactionTooLarge
 from understudy.common.scan import Scan
@@ -21,6 +22,8 @@ SCAN_S_MAX = 600.0  # a scan pins its snapshot, and what is pinned makes the sto
 SCANS_MAX = 64
 KEYS_PER_GET_MAX = 10_000
 ANSWER_BYTES_MAX = 16 << 20
+
+_T = TypeVar("_T")
 
 
 class OpenScan:
@@ -116,7 +119,10 @@ class Reader:
         _check_readable(path)
         state = self._state()
         if not start and not end:
-            return state.count(path), state.applied.lsn
+            lsn, steps = state.applied.lsn, state.counting(path)
+            known = await _finished(steps)
+            if known is not None:
+                return known, lsn
         with self.scan(path, start, end) as scan:
             count = 0
             while not scan.at_end:
@@ -145,6 +151,16 @@ class Reader:
                     )
                 )
         return found
+
+
+async def _finished(steps: Generator[None, None, _T]) -> _T:
+    """What ``steps`` return; others get a turn between two of them."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return cast(_T, end.value)
+        await asyncio.sleep(0)
 
 
 def _check_readable(path: str) -> None:

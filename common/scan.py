@@ -71,10 +71,6 @@ class Scan:
             self._detached = True
         return keys, values, False
 
-    def count(self) -> int:
-        """How many pairs are left."""
-        return sum(1 for _ in self._pairs)
-
     def _merge(self) -> Generator[tuple[bytes, bytes], None, None]:
         pair = next(self._overlay, None)
         for key, value in self._stored or ():

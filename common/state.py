@@ -7,6 +7,7 @@ calls sees all of a transaction or nothing of it (G2).
 from __future__ import annotations
 
 import struct
+from collections.abc import Generator
 from dataclasses import dataclass
 from hashlib import sha256
 
@@ -30,6 +31,7 @@ from understudy.v1 import log_pb2, replication_pb2, store_pb2
 _LSN = struct.Struct("<Q")
 # How far back a retried transaction's receipt is looked for among a realm's changes.
 RECEIPT_SEARCH_VERSIONS = 50_000
+_COUNTED_AT_ONCE = 1_000  # keys looked up in a few milliseconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,28 +230,35 @@ class State:
         deltas, store_id = self._deltas(path)
         return Scan(self.store, deltas, store_id, start, end, reverse=reverse)
 
-    def count(self, path: str, start: bytes = b"", end: bytes = b"") -> int:
-        """How many keys there are from ``start`` to before ``end``.
+    def counting(self, path: str) -> Generator[None, None, int | None]:
+        """How many keys a realm has at the present LSN, worked out in steps; entries may be applied between them.
 
-        The whole realm is answered from the store's own count, corrected by what is in memory; a part of it is
-        counted by walking it.
+        It is the store's own count, corrected by what is in memory.
+
+        Returns:
+            None where that does not tell, so that the realm has to be walked.
 
         Raises:
             UnknownRealm: no such realm.
         """
         deltas, store_id = self._deltas(path)
-        if start or end or any(delta.deleted for delta in deltas):
-            with self.scan(path, start, end) as scan:
-                return scan.count()
+        if any(delta.deleted for delta in deltas):
+            return None
         newest: dict[bytes, bytes | None] = {}
         for delta in reversed(deltas):
             newest.update(delta.values)
-        added = sum(value is not None for value in newest.values())
-        row = self.store.current.realm(path) if store_id else None
-        if row is None:
-            return added
-        stored = self.store.current.get_many(row.id, list(newest))
-        return row.entries + added - sum(value is not None for value in stored)
+        count = sum(value is not None for value in newest.values())
+        if not store_id:
+            return count
+        with self.store.current.acquire() as snapshot:
+            row = snapshot.realm(path)
+            count += row.entries if row is not None else 0
+            keys = list(newest)
+            for start in range(0, len(keys), _COUNTED_AT_ONCE):
+                stored = snapshot.get_many(store_id, keys[start : start + _COUNTED_AT_ONCE])
+                count -= sum(value is not None for value in stored)
+                yield
+        return count
 
     def realms(self) -> dict[str, RealmHead]:
         """Every realm, by path."""
