@@ -359,7 +359,7 @@ class CommitStream:
         for refusal in results.refusals:
             commit = self._answer(refusal.number)
             if commit is not None:
-                _fail(commit.answer, from_code(refusal.code, refusal.message))
+                _fail(commit.answer, from_code(refusal.code, refusal.message, refusal.remedy))
         if numbers or results.refusals:
             # Not when the stream opens: a server that takes us and fails each stream would be asked without a pause.
             self._backoff.reset()

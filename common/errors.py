@@ -219,6 +219,6 @@ def _subclasses(cls: type[UnderstudyError]) -> dict[str, type[UnderstudyError]]:
     return found
 
 
-def from_code(code: str, message: str) -> UnderstudyError:
+def from_code(code: str, message: str, remedy: str) -> UnderstudyError:
     """The error that ``code`` names; an unknown code gives the base class."""
-    return _subclasses(UnderstudyError).get(code, UnderstudyError)(message)
+    return _subclasses(UnderstudyError).get(code, UnderstudyError)(message, remedy=remedy)

@@ -154,13 +154,18 @@ FORK_REMEDY = "start processes with subprocess or multiprocessing's `spawn`, or 
 _process: int | None = None  # that uses gRPC
 
 
+def is_forked() -> bool:
+    """Whether this is a fork of a process that has used gRPC."""
+    return _process not in (None, os.getpid())
+
+
 def check_not_forked() -> None:
     """Refuses gRPC in a fork of a process that has used it: its threads are missing, and every call would hang.
 
     Raises:
         UsageError.
     """
-    if _process not in (None, os.getpid()):
+    if is_forked():
         raise UsageError(
             f"gRPC is in use by process {_process}, of which this one is a fork", remedy=FORK_REMEDY
         )
@@ -318,6 +323,4 @@ def from_rpc(error: grpc.aio.AioRpcError, address: str) -> UnderstudyError:
 
 def _sent(code: str, text: str, remedy: str) -> UnderstudyError:
     """The error that was sent as ``code`` and :func:`str`, with its remedy apart again."""
-    error = from_code(code, text.removesuffix(f" ({remedy})") if remedy else text)
-    error.remedy = remedy
-    return error
+    return from_code(code, text.removesuffix(f" ({remedy})") if remedy else text, remedy)

@@ -166,7 +166,7 @@ class _Answers:
     def refuse(self, number: int, error: UnderstudyError) -> None:
         """A transaction was not taken in."""
         self._metrics.refusals.labels(error.code).inc()
-        self._results.refusals.add(number=number, code=error.code, message=str(error))
+        self._results.refusals.add(number=number, code=error.code, message=error.message, remedy=error.remedy)
         self._ready.set()
 
     @property

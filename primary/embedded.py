@@ -25,6 +25,7 @@ from understudy.common.errors import OutcomeUnknown, Overloaded, UnderstudyError
 from understudy.common.memtable import Receipt
 from understudy.common.operations import Operation, to_protos
 from understudy.common.reader import OpenScan, Reader
+from understudy.common.rpc import check_not_forked, is_forked
 from understudy.common.settings import PrimarySettings
 from understudy.common.transaction import TransactionBuilder
 from understudy.common.types import Durability, Lsn, RealmInfo, check_realm_path, new_id
@@ -76,6 +77,7 @@ class Primary:
             insecure=insecure,
         )
         settings.validate()
+        check_not_forked()
 
         async def opened() -> tuple[PrimaryServer, contextlib.AsyncExitStack]:
             async with contextlib.AsyncExitStack() as stack:
@@ -85,8 +87,8 @@ class Primary:
         return cls(*portal.call(opened()))
 
     def close(self) -> None:
-        """Finishes what was taken in and closes the directory."""
-        if not self._closed:
+        """Finishes what was taken in and closes the directory; in a fork of the process that has it, does nothing."""
+        if not self._closed and not is_forked():
             self._closed = True
             portal.call(self._stack.aclose())
 
@@ -114,6 +116,11 @@ class Primary:
         if self._closed:
             work.close()
             raise UsageError("this primary is closed")
+        try:
+            check_not_forked()  # in a fork, the loop that would answer does not run
+        except UsageError:
+            work.close()
+            raise
         return portal.call(in_time())
 
     # -- writing -------------------------------------------------------------------------------------------

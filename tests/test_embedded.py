@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -175,3 +176,20 @@ def test_a_closed_primary_says_so(tmp_path: Path) -> None:
     ):
         with pytest.raises(UsageError, match="closed"):
             call()
+
+
+def test_a_fork_is_told_that_the_primary_is_its_parents(primary: Primary, tmp_path: Path) -> None:
+    """In a fork every call but close says so, and none waits for a thread that a fork does not have."""
+    primary.commit("/realm", [Put(b"a", b"1")])
+    with pytest.MonkeyPatch.context() as patch:
+        # A real fork of a process with gRPC's threads in it now and then crashes before any of our code runs.
+        patch.setattr(os, "getpid", lambda: 1)
+        primary.close()
+        for call in (
+            lambda: primary.get("/realm", b"a"),
+            lambda: primary.commit("/realm", [Put(b"a", b"2")]),
+            lambda: Primary.open(tmp_path / "b", listen="127.0.0.1:0"),
+        ):
+            with pytest.raises(UsageError, match="one is a fork"):
+                call()
+    assert primary.get("/realm", b"a") == b"1"

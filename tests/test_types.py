@@ -164,14 +164,14 @@ def all_errors() -> list[type[UnderstudyError]]:
 def test_an_error_comes_back_from_its_code_as_the_same_class(cls: type[UnderstudyError]) -> None:
     """Every class of the tree survives being named on the wire."""
     error = cls("what happened", remedy="what mends it")
-    back = from_code(error.code, str(error))
+    back = from_code(error.code, error.message, error.remedy)
     assert type(back) is cls
     assert str(back) == "what happened (what mends it)"
 
 
 def test_an_unknown_code_gives_the_base_class() -> None:
     """An error that only a newer version knows is still one of ours, with its message."""
-    error = from_code("InventedLater", "it is new")
+    error = from_code("InventedLater", "it is new", "")
     assert type(error) is UnderstudyError
     assert str(error) == "it is new"
     assert error.exit_code is ExitCode.FAILED
