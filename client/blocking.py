@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from understudy.client.direct import TIMEOUT_S, AsyncServer
@@ -101,10 +101,11 @@ class Server:
         timeout_s: float | None = None,
     ) -> Iterator[tuple[bytes, bytes]]:
         """Pairs from ``start`` to before ``end``, in key order, all as of one LSN."""
-        pairs = self._server.scan(
-            realm, start=start, end=end, limit=limit, reverse=reverse, timeout_s=timeout_s
+        return self._scan(
+            self._server.scan(realm, start=start, end=end, limit=limit, reverse=reverse, timeout_s=timeout_s)
         )
 
+    def _scan(self, pairs: AsyncIterator[tuple[bytes, bytes]]) -> Iterator[tuple[bytes, bytes]]:
         async def batch() -> list[tuple[bytes, bytes]]:
             found = []
             size = 0

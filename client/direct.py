@@ -29,7 +29,7 @@ from understudy.common.operations import Operation, to_protos
 from understudy.common.rpc import FORK_REMEDY, peer_errors
 from understudy.common.transaction import TransactionBuilder
 from understudy.common.types import Lsn, RealmInfo, check_realm_path
-from understudy.v1 import admin_pb2, data_pb2, data_pb2_grpc
+from understudy.v1 import admin_pb2, data_pb2
 
 TIMEOUT_S = 30.0
 _RETRY_S = 0.02  # between two attempts to read while the primary is looked for
@@ -55,6 +55,7 @@ class AsyncServer:
             PeerUnreachable, NotPrimary, Fenced, ProtocolError: after ``timeout_s``, why not.
             Diverged: there are two primaries of one epoch.
         """
+        check_timeout(timeout_s)
         if self._peers.is_one:
             await self.status(timeout_s=timeout_s)
         else:
@@ -160,10 +161,11 @@ class AsyncServer:
             OutcomeUnknown: no answer came.
         """
         request = data_pb2.DropRealmRequest(realm=check_realm_path(realm))
-        address = await self._reading_address(timeout_s)
+        left_s = _time_left(timeout_s)
+        address = await self._reading_address(left_s())
         try:
             with peer_errors(address):
-                response = await self._peers.data(address).DropRealm(request, timeout=timeout_s)
+                response = await self._peers.data(address).DropRealm(request, timeout=left_s())
         except PeerUnreachable as error:
             # Not tried again: by now somebody may have begun a new realm of that name.
             raise OutcomeUnknown(
@@ -187,7 +189,9 @@ class AsyncServer:
     ) -> list[bytes | None]:
         """The values at ``keys``, all as of one LSN."""
         request = data_pb2.GetRequest(realm=check_realm_path(realm), keys=checked_keys(keys))
-        response = await self._data(lambda stub, left_s: stub.Get(request, timeout=left_s), timeout_s)
+        response = await self._read(
+            lambda address, left_s: self._peers.data(address).Get(request, timeout=left_s), timeout_s
+        )
         return [
             value if present else None
             for value, present in zip(response.values, response.present, strict=True)
@@ -199,10 +203,12 @@ class AsyncServer:
         """How many keys there are from ``start`` to before ``end``."""
         check_bounds(start, end)
         request = data_pb2.CountRequest(realm=check_realm_path(realm), start=start, end=end)
-        response = await self._data(lambda stub, left_s: stub.Count(request, timeout=left_s), timeout_s)
+        response = await self._read(
+            lambda address, left_s: self._peers.data(address).Count(request, timeout=left_s), timeout_s
+        )
         return response.count
 
-    async def scan(
+    def scan(
         self,
         realm: str,
         *,
@@ -215,6 +221,7 @@ class AsyncServer:
         """Pairs from ``start`` (included) to ``end`` (excluded), in key order, all as of one LSN.
 
         Raises:
+            UsageError: for arguments at once, before the first pair is asked for.
             UnknownRealm; PeerUnreachable: also in the middle, when the server goes away.
         """
         check_bounds(start, end)
@@ -223,11 +230,17 @@ class AsyncServer:
         request = data_pb2.ScanRequest(
             realm=check_realm_path(realm), start=start, end=end, limit=limit or 0, reverse=bool(reverse)
         )
+        return self._scan(request, limit, timeout_s)
+
+    async def _scan(
+        self, request: data_pb2.ScanRequest, limit: int | None, timeout_s: float | None
+    ) -> AsyncIterator[tuple[bytes, bytes]]:
         self._check_usable()
         if limit == 0:
             return
-        address = await self._reading_address(TIMEOUT_S if timeout_s is None else timeout_s)
-        call = self._peers.data(address).Scan(request, timeout=timeout_s)
+        left_s = _time_left(TIMEOUT_S if timeout_s is None else timeout_s)
+        address = await self._reading_address(left_s())
+        call = self._peers.data(address).Scan(request, timeout=None if timeout_s is None else left_s())
         try:
             with peer_errors(address):
                 async for page in call:
@@ -238,50 +251,55 @@ class AsyncServer:
 
     async def realms(self, *, timeout_s: float = TIMEOUT_S) -> list[RealmInfo]:
         """All realms, in order of their paths."""
-        address = await self._reading_address(timeout_s)
-        found = []
-        with peer_errors(address):
-            async for page in self._peers.data(address).Realms(data_pb2.RealmsRequest(), timeout=timeout_s):
-                found += [
-                    RealmInfo(path=one.path, version=one.version, entries=one.entries, bytes=one.bytes)
-                    for one in page.realms
-                ]
-        return found
+
+        async def listed(address: str, left_s: float) -> list[RealmInfo]:
+            return [
+                RealmInfo(path=one.path, version=one.version, entries=one.entries, bytes=one.bytes)
+                async for page in self._peers.data(address).Realms(data_pb2.RealmsRequest(), timeout=left_s)
+                for one in page.realms
+            ]
+
+        return await self._read(listed, timeout_s)
 
     async def status(self, *, timeout_s: float = TIMEOUT_S) -> admin_pb2.StatusResponse:
         """The server's own account of itself."""
-        address = await self._reading_address(timeout_s)
-        with peer_errors(address):
-            return await self._peers.admin(address).Status(admin_pb2.StatusRequest(), timeout=timeout_s)
+        request = admin_pb2.StatusRequest()
+        return await self._read(
+            lambda address, left_s: self._peers.admin(address).Status(request, timeout=left_s), timeout_s
+        )
 
     async def _reading_address(self, timeout_s: float) -> str:
         """Where to read: the only address, or the primary among several (a replica may be behind)."""
         self._check_usable()
-        check_timeout(timeout_s)
         if not self._peers.is_one:
             await self._stream.bound_within(timeout_s)
         return self._peers.addresses[self._peers.current]
 
-    async def _data(
-        self, call: Callable[[data_pb2_grpc.DataAsyncStub, float], Awaitable[_T]], timeout_s: float
-    ) -> _T:
-        check_timeout(timeout_s)
-        deadline = time.monotonic() + timeout_s
-
-        def left_s() -> float:
-            return max(deadline - time.monotonic(), 0.0)
-
+    async def _read(self, call: Callable[[str, float], Awaitable[_T]], timeout_s: float) -> _T:
+        """What ``call`` returns, given an address and the seconds that are left."""
+        left_s = _time_left(timeout_s)
         while True:
             address = await self._reading_address(left_s())
             try:
                 with peer_errors(address):
-                    return await call(self._peers.data(address), left_s())
+                    return await call(address, left_s())
             except (PeerUnreachable, NotPrimary):
                 # With several addresses, another one may be primary by now.
                 if self._peers.is_one or not left_s():
                     raise
                 self._stream.check_open()
                 await asyncio.sleep(_RETRY_S)
+
+
+def _time_left(timeout_s: float) -> Callable[[], float]:
+    """Tells how much of ``timeout_s`` is left whenever it is asked: seconds, 0 when it is over.
+
+    Raises:
+        UsageError: that is no time to wait.
+    """
+    check_timeout(timeout_s)
+    deadline_s = time.monotonic() + timeout_s
+    return lambda: max(deadline_s - time.monotonic(), 0.0)
 
 
 @contextlib.asynccontextmanager

@@ -13,7 +13,6 @@ import random
 import time
 from collections import OrderedDict, deque
 from dataclasses import dataclass
-from functools import partial
 
 from understudy.client.peers import Peers, Stream, stream_end
 from understudy.common.errors import (
@@ -185,6 +184,7 @@ class CommitStream:
                 f"transaction {number!r} of this client is not unanswered",
                 remedy="give the `number` of an OutcomeUnknown that this connection raised",
             )
+        self._run()  # after a crash, it is not on its way
         try:
             async with asyncio.timeout(timeout_s):
                 return await asyncio.shield(commit.answer)  # others may wait for it, too
@@ -196,6 +196,7 @@ class CommitStream:
         return len(self._unanswered) < IN_FLIGHT_MAX and self._unanswered_bytes < IN_FLIGHT_BYTES_MAX
 
     async def _wait_for_room(self, deadline: float | None) -> None:
+        self._run()  # after a crash, nobody makes room
         while not self._has_room and not self._closed:
             self._room.clear()
             try:
@@ -222,14 +223,10 @@ class CommitStream:
         """Lets the caller go; the transaction is still sent, and its outcome kept for :meth:`wait`."""
         late, commit.answer = commit.answer, asyncio.get_running_loop().create_future()
         commit.deadline_s, commit.given_up = None, True
-        commit.answer.add_done_callback(partial(self._note_late, commit.message.number))
         _fail(late, self._outcome_unknown(commit.message))
 
-    def _note_late(self, number: int, answer: asyncio.Future[Receipt]) -> None:
-        if answer.cancelled():
-            return
-        error = answer.exception()
-        self._late[number] = error if isinstance(error, UnderstudyError) else answer.result()
+    def _note_late(self, number: int, outcome: Receipt | UnderstudyError) -> None:
+        self._late[number] = outcome
         while len(self._late) > _LATE_MAX:
             self._late.popitem(last=False)
 
@@ -244,9 +241,8 @@ class CommitStream:
     def _fail_unsent(self, error: UnderstudyError) -> None:
         """Nobody will take writes: what no server has ever seen was certainly not applied."""
         for number in [number for number, commit in self._unanswered.items() if not commit.sent]:
-            commit = self._answer(number)
-            if commit is not None:
-                _fail(commit.answer, error)
+            self._refuse(number, error)
+        self._unsent.clear()  # nobody sends now; what is left is put back when there is a connection again
         self._room.set()
 
     # -- connections -----------------------------------------------------------------------------------------
@@ -258,8 +254,10 @@ class CommitStream:
             self._watcher = spawn(self._watch_deadlines(), self._on_crash)
 
     def _on_crash(self, error: UnderstudyError) -> None:
+        # They are kept, and sent again: whoever took them for refused would have them applied twice.
+        self._peers.last_error = error
         for commit in self._unanswered.values():
-            _fail(commit.answer, error)
+            self._give_up(commit)
 
     async def _run_forever(self) -> None:
         while True:
@@ -269,7 +267,9 @@ class CommitStream:
     async def _attempt(self) -> None:
         """Tries the addresses until one takes us, and stays with it while it does."""
         try:
-            for index in await self._peers.in_order():
+            order = await self._peers.in_order()
+            self._split_brain = None  # as far as anybody who answers can tell
+            for index in order:
                 if await self._converse(index):
                     return
         except UnderstudyError as error:
@@ -355,15 +355,23 @@ class CommitStream:
             commit = self._answer(number)
             if commit is not None and not commit.answer.done():
                 digest = Digest(digests[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES])
-                commit.answer.set_result(Receipt(commit.message.realm, version, Lsn(lsn), digest))
+                receipt = Receipt(commit.message.realm, version, Lsn(lsn), digest)
+                commit.answer.set_result(receipt)
+                if commit.given_up:
+                    self._note_late(number, receipt)
         for refusal in results.refusals:
-            commit = self._answer(refusal.number)
-            if commit is not None:
-                _fail(commit.answer, from_code(refusal.code, refusal.message, refusal.remedy))
+            self._refuse(refusal.number, from_code(refusal.code, refusal.message, refusal.remedy))
         if numbers or results.refusals:
             # Not when the stream opens: a server that takes us and fails each stream would be asked without a pause.
             self._backoff.reset()
         self._room.set()
+
+    def _refuse(self, number: int, error: UnderstudyError) -> None:
+        commit = self._answer(number)
+        if commit is not None:
+            _fail(commit.answer, error)
+            if commit.given_up:
+                self._note_late(number, error)
 
     def _answer(self, number: int) -> _Commit | None:
         commit = self._unanswered.pop(number, None)

@@ -5,11 +5,12 @@ Pure: how a position is looked up is passed in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from understudy.common.follow_table import Relation
 from understudy.common.types import NO_LSN, START, Digest, Epoch, Lsn, Position
+from understudy.v1 import replication_pb2
 
 LOCATOR_POSITIONS_MAX = 64  # twice the doublings that 2^32 entries take: a longer one is a peer's mistake
 
@@ -28,6 +29,21 @@ class EpochSpan:
     def fork(self) -> Position:
         """The last position before the epoch."""
         return Position(Lsn(self.first_lsn - 1), self.previous)
+
+
+def span_of(info: replication_pb2.EpochInfo) -> EpochSpan:
+    """The span that a message tells of."""
+    return EpochSpan(epoch=Epoch(info.epoch), first_lsn=Lsn(info.first_lsn), previous=Digest(info.previous))
+
+
+def lookup_in(position_at: Callable[[Lsn], Position | None], marks: Mapping[Lsn, Digest]) -> Lookup:
+    """Looks a digest up in the log, by ``position_at``, and below it among ``marks`` that were kept."""
+
+    def lookup(lsn: Lsn) -> Digest | None:
+        position = position_at(lsn)
+        return position.digest if position is not None else marks.get(lsn)
+
+    return lookup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

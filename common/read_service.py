@@ -21,12 +21,12 @@ class ReadService(data_pb2_grpc.DataServicer):
 
     def __init__(self, state: Callable[[], State]) -> None:
         """``state`` gives the present state, or raises where there is none to read from."""
-        self.reader = Reader(state)
+        self._reader = Reader(state)
 
     async def Get(self, request: data_pb2.GetRequest, context: Context) -> data_pb2.GetResponse:
         """Values of some keys, all at one LSN."""
         async with answering_errors(context):
-            values, lsn = self.reader.get(request.realm, request.keys)
+            values, lsn = self._reader.get(request.realm, request.keys)
             return data_pb2.GetResponse(
                 lsn=lsn,
                 present=[value is not None for value in values],
@@ -37,7 +37,7 @@ class ReadService(data_pb2_grpc.DataServicer):
     async def Scan(self, request: data_pb2.ScanRequest, context: Context) -> AsyncIterator[data_pb2.ScanPage]:
         """Pages of one consistent state."""
         async with answering_errors(context):
-            with self.reader.scan(
+            with self._reader.scan(
                 request.realm,
                 request.start,
                 request.end,
@@ -51,7 +51,7 @@ class ReadService(data_pb2_grpc.DataServicer):
     async def Count(self, request: data_pb2.CountRequest, context: Context) -> data_pb2.CountResponse:
         """How many keys there are."""
         async with answering_errors(context):
-            count, lsn = await self.reader.count(request.realm, request.start, request.end)
+            count, lsn = await self._reader.count(request.realm, request.start, request.end)
             return data_pb2.CountResponse(count=count, lsn=lsn)
         raise AssertionError("aborted")
 
@@ -60,7 +60,7 @@ class ReadService(data_pb2_grpc.DataServicer):
     ) -> AsyncIterator[data_pb2.RealmsPage]:
         """All realms but the system's own, in order of their paths."""
         async with answering_errors(context):
-            realms = await self.reader.realms()
+            realms = await self._reader.realms()
             for start in range(0, max(len(realms), 1), PAGE_PAIRS):
                 page = data_pb2.RealmsPage()
                 for realm in realms[start : start + PAGE_PAIRS]:

@@ -38,11 +38,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
 
-import lmdb
-
-from understudy.common.errors import CorruptionError, Overloaded
+from understudy.common.errors import CorruptionError
 from understudy.common.files import OsFile, publish, storage_errors, sync_directory
-from understudy.common.lmdb_pages import Meta, read_metas
 from understudy.common.snapshot_ranges import (
     RANGE_BYTES,
     RANGE_DIGEST_BYTES,
@@ -52,14 +49,11 @@ from understudy.common.snapshot_ranges import (
     open_newest,
     range_digest,
 )
-from understudy.common.store_layout import lmdb_errors
 
 # Each flush waits for the disk; what was written since the last one is fetched again after a power failure.
 FLUSH_RANGES = 64
 # What is read back is still in memory, as a rule, so that it takes processors and not the disk.
 _READERS = 2
-# A try costs some 50 us and fails only if a commit ends in them.
-_PIN_TRIES_MAX = 1000
 
 _MAGIC = b"USRANGES"
 _VERSION = 1
@@ -68,88 +62,6 @@ _MARKS_AT = _HEADER.size + RANGE_DIGEST_BYTES
 _NO_MARK = bytes(RANGE_DIGEST_BYTES)
 # The file systems can't do it, or not with each other.
 _NO_CLONING = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
-
-
-# -- the source --------------------------------------------------------------------------------------------
-
-
-class PinnedSnapshot:
-    """A snapshot that stays readable, range by range, until it is closed. Its reads may run in any thread."""
-
-    range_bytes = RANGE_BYTES
-
-    def __init__(self, txn: lmdb.Transaction[bytes], ranges: FileRanges) -> None:
-        self.txn = txn
-        self._ranges = ranges
-        self.file_bytes = ranges.meta.file_bytes
-        self.ranges = ranges.count
-        self.meta_pages = ranges.meta_pages  # both, as they must be in the copy
-
-    @classmethod
-    def open(cls, env: lmdb.Environment, data_file: Path) -> Self:
-        """Pins the newest snapshot of ``env``, whose file is ``data_file``.
-
-        ``env`` must use LMDB's lock file, or the writer would not see the pin.
-
-        Raises:
-            Overloaded: too many snapshots are pinned, or commits end faster than one can be.
-            CorruptionError, StorageFailed.
-        """
-        with storage_errors("open", data_file):
-            fd = os.open(data_file, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            txn, meta, page = _pin(env, fd, data_file)
-        except BaseException:
-            os.close(fd)
-            raise
-        return cls(txn, FileRanges(fd, data_file, meta, page))
-
-    def read(self, index: int) -> bytes:
-        """One range, of :data:`RANGE_BYTES` but for the last.
-
-        Raises:
-            CorruptionError: the file was cut off, or its list of free pages is damaged.
-            StorageFailed: it can't be read.
-            IndexError: there is no such range.
-            ValueError: the snapshot is closed.
-        """
-        return self._ranges.read(index)
-
-    def close(self) -> None:
-        """Lets go of the snapshot."""
-        self._ranges.close()
-        self.txn.abort()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def _pin(env: lmdb.Environment, fd: int, path: Path) -> tuple[lmdb.Transaction[bytes], Meta, bytes]:
-    """A read transaction and its own meta page."""
-    for _ in range(_PIN_TRIES_MAX):
-        with contextlib.ExitStack() as opened, lmdb_errors("pin a snapshot of", path.parent):
-            txn = opened.enter_context(env.begin())
-            own, page = read_metas(fd, path)[txn.id() & 1]
-            # The next commit but one overwrites this meta page. It can't begin before the next one has ended, so if
-            # a transaction begun now still gets the same snapshot, neither LMDB nor we have read a page that was half
-            # written. The other meta page can't tell: a commit writes it before it ends, and may be killed between.
-            with env.begin() as later:
-                if txn.id() != later.id():
-                    continue
-            if own.txn_id != txn.id():
-                raise CorruptionError(
-                    f"{path} has no meta page of transaction {txn.id()}, which was read from it",
-                    remedy="was the file replaced while it was open? If not, restore this node from its peer",
-                )
-            opened.pop_all()
-            return txn, own, page
-    raise Overloaded(f"commits to {path} end faster than a snapshot can be pinned", remedy="try again")
-
-
-# -- the copy ----------------------------------------------------------------------------------------------
 
 
 class SnapshotCopy:

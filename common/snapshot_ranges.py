@@ -11,7 +11,7 @@ from pathlib import Path
 
 import xxhash
 
-from understudy.common.errors import CorruptionError
+from understudy.common.errors import CorruptionError, Unavailable
 from understudy.common.files import storage_errors
 from understudy.common.lmdb_pages import Meta, free_pages, lone_meta_pages, read_metas
 
@@ -54,7 +54,7 @@ class FileRanges:
             raise IndexError(f"range {index} of {self.count}")
         with self._lock:
             if self._closed:
-                raise ValueError("the snapshot is closed")
+                raise Unavailable("that snapshot is not pinned any more", remedy="pin a new one")
             # Not when opening: where millions of pages are free, this takes a second.
             if self._free is None:
                 self._free = free_pages(self.fd, self.meta, self._path)

@@ -78,7 +78,8 @@ class _Pending:
     record: Record
     receipt: Receipt
     level: Durability
-    client: tuple[str, bytes] | None
+    path: str | None  # of the realm whose head it changes
+    client: bytes
     number: int
     done: list[Done]
 
@@ -195,7 +196,7 @@ class Committer:
         if receipt.lsn <= self._reached(level):
             done(receipt)
             return
-        waiting = _Pending(Record(receipt.lsn, receipt.digest, b""), receipt, level, None, 0, [done])
+        waiting = _Pending(Record(receipt.lsn, receipt.digest, b""), receipt, level, None, b"", 0, [done])
         queue = self._answering[level]
         at = next((index for index, one in enumerate(queue) if one.record.lsn > receipt.lsn), len(queue))
         queue.insert(at, waiting)
@@ -223,13 +224,14 @@ class Committer:
         head.digest = digest
         head.in_flight += 1
         receipt = Receipt(path, head.version, record.lsn, record.digest)
-        owner = (path, client)
-        pending = _Pending(record, receipt, level, owner, transaction.number, [done])
+        pending = _Pending(record, receipt, level, path, client, transaction.number, [done])
         self._pending.append(pending)
-        self._in_flight.setdefault(owner, {})[transaction.number] = pending
+        self._in_flight.setdefault((path, client), {})[transaction.number] = pending
 
-    def submit_mark(self, make_payload: Callable[[int], bytes], done: Done | None = None) -> Lsn:
-        """Appends an entry that is no change; ``make_payload`` gets the entry's time.
+    def submit_mark(
+        self, make_payload: Callable[[int], bytes], done: Done | None = None, *, path: str | None = None
+    ) -> Lsn:
+        """Appends an entry that is no change; ``make_payload`` gets the entry's time, ``path`` is the realm it ends.
 
         Raises:
             Fenced, DiskFull: no writes now.
@@ -239,7 +241,7 @@ class Committer:
         record = self._append(make_payload(self._now_us()))
         receipt = Receipt("", 0, record.lsn, record.digest)
         level = self._policy.durability
-        self._pending.append(_Pending(record, receipt, level, None, 0, [done] if done else []))
+        self._pending.append(_Pending(record, receipt, level, path, b"", 0, [done] if done else []))
         return record.lsn
 
     def drop_realm(self, path: str, done: Done) -> None:
@@ -250,11 +252,10 @@ class Committer:
             Fenced, DiskFull: no writes now.
         """
         _check_path(path)
-        self.submit_mark(lambda time_us: entries.drop_entry(time_us, path), done)
+        self.submit_mark(lambda time_us: entries.drop_entry(time_us, path), done, path=path)
         head = self._heads.setdefault(path, _Head(0, b"", 0))
         head.version, head.digest = 0, b""
         head.in_flight += 1
-        self._pending[-1].client = (path, b"")
 
     def _append(self, payload: bytes) -> Record:
         if len(payload) > PAYLOAD_BYTES_MAX:  # no reader would take it for an entry
@@ -355,32 +356,37 @@ class Committer:
         self.pending_bytes -= record.encoded_bytes
         if entry.HasField("freeze"):
             self._freezing = False
-        if pending.client is not None:
-            self._land(pending)
+        if pending.path is not None:
+            self._land(pending, pending.path)
         # Its bytes are in the memtable now: what is left is to answer, which can take as long as a replica is away.
         pending.record = Record(record.lsn, record.digest, b"")
         self._answering[pending.level].append(pending)
 
-    def _land(self, pending: _Pending) -> None:
+    def _land(self, pending: _Pending, path: str) -> None:
         """Forgets what was remembered of a change only while it was in flight."""
-        assert pending.client is not None
-        path, _ = pending.client
         head = self._heads[path]
         head.in_flight -= 1
         if not head.in_flight:
             del self._heads[path]
-        in_flight = self._in_flight.get(pending.client)
+        owner = (path, pending.client)
+        in_flight = self._in_flight.get(owner)
         if in_flight is not None:
             in_flight.pop(pending.number, None)
             if not in_flight:
-                del self._in_flight[pending.client]
+                del self._in_flight[owner]
 
     # -- refusing ------------------------------------------------------------------------------------------
 
-    def fence(self, epoch: Epoch) -> None:
-        """Takes nothing more in and acknowledges nothing more, for good (G7)."""
+    def fence(self, epoch: Epoch | None) -> None:
+        """Takes nothing more in and acknowledges nothing more, for good (G7).
+
+        Args:
+            epoch: the one that has begun elsewhere; None if an operator says so.
+        """
         self.refusal = Fenced(
-            f"this server is fenced: epoch {epoch} has begun elsewhere",
+            "this server was fenced by an operator"
+            if epoch is None
+            else f"this server is fenced: epoch {epoch} has begun elsewhere",
             remedy="write to the new primary; bring this one back with `understudy rewind DIR --to HOST:PORT`",
         )
         for queue in self._answering.values():

@@ -53,7 +53,6 @@ class PrimaryDataService(ReadService):
                     cluster=node.engine.directory.cluster,
                     epoch=node.engine.epoch,
                     proof=node.epoch_proof,
-                    node=node.engine.directory.node,
                 )
             )
         )

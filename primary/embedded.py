@@ -137,9 +137,10 @@ class Primary:
 
         Raises:
             UsageError: the transaction can't be.
-            OutcomeUnknown: it was not durable enough in time; :meth:`wait` tells when it is.
+            OutcomeUnknown: it was not durable enough in time, and :meth:`wait` tells when it is; or the primary was
+                fenced or closed meanwhile.
             Overloaded: too much waits for replicas already; it was not taken in.
-            DiskFull, Fenced, StorageFailed: no writes.
+            DiskFull, Fenced, StorageFailed: no writes; it was not taken in.
         """
         check_timeout_or_none(timeout_s)
         transaction = data_pb2.Transaction(
@@ -170,7 +171,7 @@ class Primary:
     ) -> Receipt:
         try:
             async with asyncio.timeout_at(deadline):
-                return await self._node.answered(answer)
+                return await self._node.answered(answer, f"transaction {number}", number=number)
         except TimeoutError:
             self._late[number] = answer
             while len(self._late) > _LATE_MAX:
@@ -186,8 +187,7 @@ class Primary:
 
         Raises:
             UsageError: no transaction of that number is unanswered.
-            OutcomeUnknown: still no answer.
-            Fenced, StorageFailed, Unavailable: there will be none; whether it was applied is not known.
+            OutcomeUnknown: still no answer; or there will be none, the primary having been fenced or closed.
         """
         check_timeout_or_none(timeout_s)
 

@@ -16,6 +16,7 @@ from understudy.common.engine import HISTORY_KEY, Engine
 from understudy.common.errors import (
     DiskFull,
     Fenced,
+    OutcomeUnknown,
     Unavailable,
     UnderstudyError,
     UnknownRealm,
@@ -134,7 +135,8 @@ class PrimaryNode:
         """Drops a realm; returns when that is as durable as the server's level asks for.
 
         Raises:
-            UnknownRealm, Fenced, DiskFull.
+            UnknownRealm, Fenced, DiskFull: it was not dropped.
+            OutcomeUnknown: this server came to its end meanwhile.
         """
         if self.engine.state.realm(path) is None:
             raise UnknownRealm(f"no realm {path}")
@@ -146,14 +148,23 @@ class PrimaryNode:
 
         self.committer.drop_realm(path, done)
         self.flush_soon()
-        return await self.answered(answer)
+        return await self.answered(answer, f"the drop of {path}")
 
-    async def answered(self, answer: asyncio.Future[Receipt]) -> Receipt:
-        """The receipt, or why there will be none."""
+    async def answered(self, answer: asyncio.Future[Receipt], what: str, *, number: int = 0) -> Receipt:
+        """The receipt of what was taken in.
+
+        Raises:
+            OutcomeUnknown: there will be none, but what was taken in may be durable by now, or become so elsewhere.
+        """
         either: list[asyncio.Future[Any]] = [answer, self.over]
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not answer.done():
-            raise self.over.result()
+            error = self.over.result()
+            raise OutcomeUnknown(
+                f"{what} may or may not have been applied: {error.message}",
+                remedy="look before you repeat it",
+                number=number,
+            ) from error
         return answer.result()
 
     def flush_soon(self) -> None:
@@ -261,11 +272,11 @@ class PrimaryNode:
             )
         )
 
-    def fence(self, epoch: Epoch) -> None:
-        """Accepts no more writes, durably, for good (G7)."""
+    def fence(self, epoch: Epoch | None) -> None:
+        """Accepts no more writes, durably, for good (G7): because of an epoch, or (None) of an operator."""
         if self.is_fenced:
             return
-        log.error("fenced", epoch=epoch)
+        log.error("fenced", epoch=epoch, by_operator=epoch is None)
         self.committer.fence(epoch)  # first: whatever the disk says, nothing is acknowledged from here on
         for stream in self.streams:
             stream.cancel()

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Iterable
 import grpc.aio
 
 from understudy.common import entries
-from understudy.common.errors import ProtocolError
+from understudy.common.errors import ProtocolError, Unavailable
 from understudy.common.events import log
 from understudy.common.follow_table import (
     PROTOCOL_VERSION,
@@ -24,10 +24,10 @@ from understudy.common.follow_table import (
     Slot,
     decide,
 )
-from understudy.common.locator import LOCATOR_POSITIONS_MAX, EpochSpan, History, last_common, relate
+from understudy.common.locator import LOCATOR_POSITIONS_MAX, History, last_common, lookup_in, relate, span_of
+from understudy.common.pinned_snapshot import PinnedSnapshot
 from understudy.common.read_service import Context
 from understudy.common.rpc import answering_errors, first_message
-from understudy.common.snapshot import PinnedSnapshot
 from understudy.common.snapshot_ranges import digest_of_zeros, range_digest
 from understudy.common.types import ID_BYTES, Digest, Epoch, Lsn, Position
 from understudy.primary import slots
@@ -42,7 +42,6 @@ from understudy.primary.node import PrimaryNode, now_us
 from understudy.primary.snapshots import PinBoard
 from understudy.v1 import replication_pb2, replication_pb2_grpc
 
-_ADDRESS_BYTES_MAX = 300
 _DIGESTS_PER_MESSAGE = 64
 _READ_AHEAD = 4  # ranges read at a time; each trip to another thread costs as much as a tenth of reading one
 
@@ -144,26 +143,16 @@ class ReplicationService(replication_pb2_grpc.ReplicationServicer):
 
     def _history(self) -> History:
         engine = self._node.engine
-        epochs = [
-            EpochSpan(
-                epoch=Epoch(row.info.epoch),
-                first_lsn=Lsn(row.info.first_lsn),
-                previous=Digest(row.info.previous),
-            )
-            for row in engine.state.epochs
-        ]
+        epochs = [span_of(row.info) for row in engine.state.epochs]
         marks = {mark.lsn: mark.digest for mark in engine.state.store.current.marks()}
         marks |= {span.fork.lsn: span.fork.digest for span in epochs}
-
-        def lookup(lsn: Lsn) -> Digest | None:
-            position = engine.log.position_at(lsn)
-            return position.digest if position else marks.get(lsn)
-
+        lookup = lookup_in(engine.log.position_at, marks)
         return History(head=engine.durable, epochs=epochs, first_held=engine.log.first_lsn, lookup=lookup)
 
     def _start_offset(self, hello: replication_pb2.Hello) -> int:
         offset = self._node.engine.log.offset_behind(_head(hello).lsn)
-        assert offset is not None, "STREAM is answered only where the log goes on"
+        if offset is None:
+            raise Unavailable("the log that this replica needs was removed just now", remedy="ask again")
         return offset
 
     def _answer(
@@ -188,7 +177,6 @@ class ReplicationService(replication_pb2_grpc.ReplicationServicer):
         node, replica_id = self._node, hello.replica_id
         lsn = _head(hello).lsn
         slot = node.slots.claim(replica_id, hello.node, lsn=lsn, offset=offset, now_us=now_us())
-        slot.address = hello.address
         node.forget_progress(replica_id)
         node.slots.connect(replica_id)
         session = FollowerSession(lsn=lsn, offset=offset, now_s=time.monotonic())
@@ -355,10 +343,8 @@ def _head(hello: replication_pb2.Hello) -> Position:
 
 def _checked(hello: replication_pb2.Hello) -> replication_pb2.Hello:
     _checked_id(hello.replica_id)
-    if {len(hello.node), len(hello.run)} != {ID_BYTES} or len(hello.address) > _ADDRESS_BYTES_MAX:
-        raise ProtocolError(
-            f"ids of node and run have {ID_BYTES} bytes, an address at most {_ADDRESS_BYTES_MAX}"
-        )
+    if {len(hello.node), len(hello.run)} != {ID_BYTES}:
+        raise ProtocolError(f"ids of node and run have {ID_BYTES} bytes")
     if len(hello.locator) > LOCATOR_POSITIONS_MAX or (hello.cluster and not hello.locator):
         raise ProtocolError(f"a locator has 1 to {LOCATOR_POSITIONS_MAX} positions, not {len(hello.locator)}")
     return hello

@@ -6,9 +6,9 @@ import time
 from dataclasses import dataclass
 
 from understudy.common.engine import Engine
-from understudy.common.errors import Overloaded, PeerError
+from understudy.common.errors import Overloaded, Unavailable
 from understudy.common.events import log
-from understudy.common.snapshot import PinnedSnapshot
+from understudy.common.pinned_snapshot import PinnedSnapshot
 from understudy.common.store import Store
 from understudy.common.store_layout import CHECKPOINT_KEY
 from understudy.common.types import new_id
@@ -68,11 +68,11 @@ class PinBoard:
         """The pin of that name.
 
         Raises:
-            PeerError: there is none, or no longer.
+            Unavailable: there is none, or no longer.
         """
         pin = self._pins.get(snapshot_id)
         if pin is None:
-            raise PeerError("that snapshot is not pinned any more", remedy="pin a new one")
+            raise Unavailable("that snapshot is not pinned any more", remedy="pin a new one")
         pin.used_s = time.monotonic()
         return pin
 

@@ -60,6 +60,7 @@ class Copy:
         self._progressed = Signal()
         self._told_s = 0.0
         self._applier: asyncio.Task[None] | None = None
+        self._replacing: asyncio.Task[None] | None = None
 
     # -- life ----------------------------------------------------------------------------------------------
 
@@ -87,6 +88,8 @@ class Copy:
         if self._applier is not None:
             self._applier.cancel()
             await asyncio.gather(self._applier, return_exceptions=True)
+        if self._replacing is not None:
+            await asyncio.gather(self._replacing, return_exceptions=True)
         if self._engine is not None:
             await self._engine.close()
 
@@ -94,21 +97,20 @@ class Copy:
         """Puts the complete copy from ``incoming/`` in this one's place.
 
         Raises:
-            UnderstudyError: it can't be put there, or can't be opened; the process ends. The next start finishes
-                what was begun. To fetch once more instead would be into the very place that an unfinished
-                installation takes its copy from.
+            UnderstudyError: it can't be put there, or can't be opened; the next start finishes what was begun.
         """
+        # Once begun it goes on, whoever stops waiting: its thread can't be stopped, and needs the directory's lock.
+        self._replacing = asyncio.create_task(self._replace(cluster))
+        await asyncio.shield(self._replacing)
+
+    async def _replace(self, cluster: ClusterId) -> None:
         old, self._engine = self._engine, None
         self._to_apply.clear()
         if old is not None:
             await old.close()
-        try:
-            await asyncio.to_thread(self.directory.install, cluster, keep_old=False)
-            self._engine = await asyncio.to_thread(Engine.open, self.directory, metrics=self._metrics)
-            self._start_engine()
-        except UnderstudyError as error:
-            self._on_end(error)
-            raise
+        await asyncio.to_thread(self.directory.install, cluster, keep_old=False)
+        self._engine = await asyncio.to_thread(Engine.open, self.directory, metrics=self._metrics)
+        self._start_engine()
 
     @property
     def opened(self) -> Engine | None:

@@ -235,7 +235,9 @@ class FollowSession:
 
     def on_tick(self, *, now_s: float) -> list[Action]:
         """Time has passed."""
-        if now_s - self._heard_s > SILENCE_S_MAX:
+        if not self.has_room:
+            self._heard_s = now_s  # the primary may well speak: it is we who do not listen
+        elif now_s - self._heard_s > SILENCE_S_MAX:
             return [ComeAgain(reason=PeerUnreachable(f"nothing heard from it for {SILENCE_S_MAX:.0f} s"))]
         if now_s - self._told_s >= PROGRESS_S:
             self._told_s = now_s

@@ -13,16 +13,17 @@ from collections.abc import Callable
 
 import grpc.aio
 
-from understudy.common.errors import Fenced, PeerUnreachable, ProtocolError, UnderstudyError
+from understudy.common.errors import Fenced, PeerUnreachable, UnderstudyError
 from understudy.common.events import log
 from understudy.common.follow_table import PROTOCOL_VERSION, Decision
-from understudy.common.locator import make_locator
+from understudy.common.locator import lookup_in, make_locator
 from understudy.common.records import Record
 from understudy.common.rpc import open_channel, peer_errors
 from understudy.common.settings import ReplicaSettings
 from understudy.common.tasks import spawn
-from understudy.common.types import ID_BYTES, START, Digest, Lsn, Position, new_id
+from understudy.common.types import START, Lsn, Position, new_id
 from understudy.replica import bootstrap
+from understudy.replica.asking import Call, ask
 from understudy.replica.copy import Copy
 from understudy.replica.follow_session import (
     Action,
@@ -39,10 +40,7 @@ from understudy.replica.follow_session import (
 from understudy.v1 import admin_pb2, replication_pb2, replication_pb2_grpc
 
 _TICK_S = 0.25
-_ANSWER_S_MAX = 30.0  # the primary may have to read its log to answer
 _PROBLEMS_SAID_MAX = 20  # of one outage: whatever comes after so many different ones is no news
-
-_Call = grpc.aio.StreamStreamCall[replication_pb2.FollowRequest, replication_pb2.FollowResponse]
 
 
 class Follower:
@@ -51,7 +49,6 @@ class Follower:
     def __init__(
         self, copy: Copy, settings: ReplicaSettings, *, on_end: Callable[[UnderstudyError], None]
     ) -> None:
-        self.address = ""  # where this replica serves
         self.problem = "not yet connected"
         self.bootstrap_progress: tuple[int, int] | None = None  # bytes in place, bytes in all
         self._copy = copy
@@ -61,7 +58,8 @@ class Follower:
         self._run = new_id()
         self._session: FollowSession | None = None
         self._upstream = ""
-        self._heard_s = 0.0
+        self._heard_us = 0  # by the primary's clock; 0: never
+        self._head = Lsn(0), 0  # the primary's, when it was heard last: LSN and log offset
         self._silence: UnderstudyError | None = None  # why the ticker has ended the call
         self._said: dict[str, set[str]] = {}  # problems logged since we last followed, by address
         self._reign = replication_pb2.Answer()  # of the latest epoch whose primary let us follow or copy it
@@ -70,8 +68,14 @@ class Follower:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begins to follow."""
-        self._task = spawn(self._follow_forever(), self._on_end)
+        """Begins to follow, once what was stopped and has perhaps not ended yet is over."""
+        self._task = spawn(self._follow_after(self._task), self._on_end)
+
+    async def _follow_after(self, previous: asyncio.Task[None] | None) -> None:
+        if previous is not None:
+            previous.cancel()
+            await asyncio.gather(previous, return_exceptions=True)
+        await self._follow_forever()
 
     async def stop(self) -> None:
         """Follows no more; what was received is still on its way to the log."""
@@ -91,13 +95,15 @@ class Follower:
         status = admin_pb2.UpstreamStatus(
             address=self._upstream or self._settings.primary, connected=session is not None
         )
-        if session is None or engine is None:
-            status.lag_seconds = time.monotonic() - self._heard_s if self._heard_s else 0.0
+        if engine is None:
             return status
-        status.lag_entries = max(session.head_lsn - engine.durable.lsn, 0)
-        status.lag_bytes = max(session.head_offset - engine.log.end_offset, 0)
-        if engine.state.applied.lsn < session.head_lsn:
-            status.lag_seconds = max(session.clock_us - engine.state.time_us, 0) / 1e6
+        head_lsn, head_offset = self._head
+        status.lag_entries = max(head_lsn - engine.durable.lsn, 0)
+        status.lag_bytes = max(head_offset - engine.log.end_offset, 0)
+        now_us = session.clock_us if session is not None else time.time_ns() // 1_000
+        had_all = self._heard_us if engine.state.applied.lsn >= head_lsn else 0
+        since_us = had_all or engine.state.time_us or now_us  # the last: a copy of nothing
+        status.lag_seconds = max(now_us - since_us, 0) / 1e6
         return status
 
     # -- asking --------------------------------------------------------------------------------------------
@@ -133,9 +139,9 @@ class Follower:
         """
         async with open_channel(address) as channel:
             with peer_errors(address):
-                call: _Call = replication_pb2_grpc.ReplicationStub(channel).Follow()
+                call: Call = replication_pb2_grpc.ReplicationStub(channel).Follow()
                 try:
-                    answer = await self._greet(call, address, await self._hello())
+                    answer = await ask(call, address, await self._hello())
                     await self._check_reign(channel, answer, address)
                     match on_answer(
                         answer.decision, directory=str(self._copy.directory.path), address=address
@@ -143,29 +149,17 @@ class Follower:
                         case None:
                             await self._stream(call, answer, address, backoff)
                         case Bootstrap():
-                            await self._bootstrap(channel, address)
+                            error = await self._bootstrap(channel, address)
+                            if error is not None:
+                                return error
                             backoff.reset()
                         case ComeAgain(reason=reason):
                             raise reason
-                        case Stop(error=error):
-                            return error
+                        case Stop(error=reason):
+                            return reason
                 finally:
                     call.cancel()
         return None
-
-    async def _greet(self, call: _Call, address: str, hello: replication_pb2.Hello) -> replication_pb2.Answer:
-        try:
-            async with asyncio.timeout(_ANSWER_S_MAX):
-                await call.write(replication_pb2.FollowRequest(hello=hello))
-                response = await call.read()
-        except TimeoutError:
-            raise PeerUnreachable(f"{address} did not answer within {_ANSWER_S_MAX:.0f} s") from None
-        if not isinstance(response, replication_pb2.FollowResponse):
-            raise PeerUnreachable(f"{address} closed the connection")
-        answer = response.answer
-        if answer.decision not in Decision.values() or len(answer.cluster) not in (0, ID_BYTES):
-            raise ProtocolError(f"{address} gave an answer that this version does not know")
-        return answer
 
     async def _check_reign(
         self, channel: grpc.aio.Channel, answer: replication_pb2.Answer, address: str
@@ -189,9 +183,9 @@ class Follower:
         hello.proof.CopyFrom(reign.proof)
         if not hello.locator:
             hello.locator.add(lsn=START.lsn, digest=START.digest)
-        call: _Call = replication_pb2_grpc.ReplicationStub(channel).Follow()
+        call: Call = replication_pb2_grpc.ReplicationStub(channel).Follow()
         try:
-            await self._greet(call, address, hello)
+            await ask(call, address, hello)
         finally:
             call.cancel()
         raise Fenced(f"{address} is in epoch {answer.epoch}, and epoch {reign.epoch} has begun elsewhere")
@@ -206,14 +200,9 @@ class Follower:
             node=directory.node,
             run=self._run,
             replica_id=self._settings.id,
-            address=self.address,
         )
         if engine is None:
             return hello
-
-        def lookup(lsn: Lsn) -> Digest | None:
-            position = engine.log.position_at(lsn)
-            return position.digest if position else None
 
         hello.cluster = directory.cluster
         hello.epoch = engine.epoch
@@ -221,14 +210,14 @@ class Follower:
             hello.proof.CopyFrom(engine.state.epochs[-1].proof)
         with engine.state.store.hold() as snapshot:  # this runs beside the loop, which may replace it
             marks = snapshot.marks()
-        for position in make_locator(engine.durable, lookup, marks):
+        for position in make_locator(engine.durable, lookup_in(engine.log.position_at, {}), marks):
             hello.locator.add(lsn=position.lsn, digest=position.digest)
         return hello
 
     # -- streaming -----------------------------------------------------------------------------------------
 
     async def _stream(
-        self, call: _Call, answer: replication_pb2.Answer, address: str, backoff: Backoff
+        self, call: Call, answer: replication_pb2.Answer, address: str, backoff: Backoff
     ) -> None:
         engine = self._copy.engine
         session = FollowSession(
@@ -246,7 +235,8 @@ class Follower:
             raise PeerUnreachable(f"{address} ended the stream")
         except asyncio.CancelledError:
             # A call that the ticker has cancelled ends in the same way as a task that its owner has.
-            if self._silence is not None:
+            task = asyncio.current_task()
+            if self._silence is not None and task is not None and not task.cancelling():
                 raise self._silence from None
             raise
         finally:
@@ -257,20 +247,22 @@ class Follower:
 
     def _begin(self, session: FollowSession, address: str) -> None:
         self._session, self._copy.listener = session, self
-        self._upstream, self._heard_s, self.problem = address, time.monotonic(), ""
+        self._upstream, self.problem = address, ""
         self._silence = None
+        self._progress = None  # of the session before, and older than what this one has begun with
+        self._wake_sender.clear()
         self._said.pop(address, None)
         log.info("following", primary=address, lsn=session.head_lsn)
 
     def _take_chunk(self, session: FollowSession, chunk: replication_pb2.Chunk) -> None:
-        self._heard_s = time.monotonic()
+        self._head, self._heard_us = (Lsn(chunk.head_lsn), chunk.head_offset), chunk.clock_us
         self._do(
             session.on_chunk(
                 chunk.records,
                 head_lsn=Lsn(chunk.head_lsn),
                 head_offset=chunk.head_offset,
                 clock_us=chunk.clock_us,
-                now_s=self._heard_s,
+                now_s=time.monotonic(),
             )
         )
 
@@ -287,7 +279,7 @@ class Follower:
                 case _:
                     raise AssertionError(f"not for the shell: {action}")
 
-    async def _send_progress_forever(self, call: _Call) -> None:
+    async def _send_progress_forever(self, call: Call) -> None:
         while True:
             await self._wake_sender.wait()
             self._wake_sender.clear()
@@ -301,7 +293,7 @@ class Follower:
                 )
                 await call.write(replication_pb2.FollowRequest(progress=progress))
 
-    async def _tick_forever(self, session: FollowSession, call: _Call) -> None:
+    async def _tick_forever(self, session: FollowSession, call: Call) -> None:
         while True:
             await asyncio.sleep(_TICK_S)
             for action in session.on_tick(now_s=time.monotonic()):
@@ -330,21 +322,33 @@ class Follower:
 
     # -- bootstrap -----------------------------------------------------------------------------------------
 
-    async def _bootstrap(self, channel: grpc.aio.Channel, address: str) -> None:
-        """Fetches a copy beside the present one, then puts it in its place."""
+    async def _bootstrap(self, channel: grpc.aio.Channel, address: str) -> UnderstudyError | None:
+        """Fetches a copy beside the present one, then puts it in its place; returns why that failed, if it did.
+
+        Raises:
+            UnderstudyError: it could not be fetched; ask again later.
+        """
         self.problem = f"fetching a copy from {address}"
         log.info("bootstrap_begins", primary=address)
 
         def on_progress(done: int, total: int) -> None:
             self.bootstrap_progress = (done, total)
 
-        fetched = await bootstrap.fetch(
-            channel,
-            self._copy.directory,
-            replica_id=self._settings.id,
-            rate=self._settings.bootstrap_rate,
-            progress=on_progress,
-        )
-        self.bootstrap_progress = None
-        await self._copy.replace(fetched.cluster)
+        try:
+            fetched = await bootstrap.fetch(
+                channel,
+                self._copy.directory,
+                replica_id=self._settings.id,
+                rate=self._settings.bootstrap_rate,
+                progress=on_progress,
+            )
+        finally:
+            self.bootstrap_progress = None
+        try:
+            await self._copy.replace(fetched.cluster)
+        except UnderstudyError as error:
+            # The next start finishes what was begun. To fetch once more here would be into the very place that an
+            # unfinished installation takes its copy from.
+            return error
         log.info("bootstrap_done", lsn=self._copy.engine.durable.lsn, bytes=fetched.bytes_total)
+        return None

@@ -41,10 +41,9 @@ class ReplicaNode:
         _check_role(self.directory)
         self._copy.open()
 
-    def start(self, address: str) -> None:
-        """Begins to follow; ``address`` is where this replica serves."""
+    def start(self) -> None:
+        """Begins to follow."""
         self._copy.start()
-        self._follower.address = address
         self._follower.start()
 
     async def close(self) -> None:
@@ -75,8 +74,8 @@ class ReplicaNode:
         """
         started_s = time.monotonic()
         engine = self.engine
-        await self._follower.stop()
         try:
+            await self._follower.stop()
             await self._copy.drain()
             return begin_reign(engine, started_s=started_s)
         except BaseException as error:

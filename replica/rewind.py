@@ -8,8 +8,8 @@ fetched, and then the two change places. Cut off anywhere, it can be run again.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
-import os
 import socket
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -26,23 +26,22 @@ from understudy.common.errors import (
     ForeignCluster,
     NotADataDirectory,
     NotPrimary,
-    PeerUnreachable,
     ProtocolError,
     UnderstudyError,
     WrongRole,
 )
 from understudy.common.events import log
-from understudy.common.files import OsFileSystem, storage_errors, sync_directory
+from understudy.common.files import OsFileSystem, beside_ours, publishing, storage_errors
 from understudy.common.follow_table import PROTOCOL_VERSION, Decision
-from understudy.common.locator import EpochSpan, History, fork_position, make_locator
+from understudy.common.locator import EpochSpan, History, fork_position, lookup_in, make_locator, span_of
 from understudy.common.records import Record
 from understudy.common.rpc import open_channel, peer_errors
 from understudy.common.store import Store
 from understudy.common.types import Digest, Epoch, Lsn, Position, new_id
 from understudy.replica import bootstrap
+from understudy.replica.asking import Call, ask
 from understudy.v1 import replication_pb2, replication_pb2_grpc
 
-ANSWER_S_MAX = 60.0
 # Decisions after which this node can become a replica, whatever it gives up for that.
 _REWINDABLE = (Decision.STREAM, Decision.BOOTSTRAP, Decision.DIVERGED, Decision.AHEAD_OF_PRIMARY)
 
@@ -112,44 +111,32 @@ class _Own:
 
 
 def _read_own(directory: DataDirectory) -> _Own:
-    store = Store.open(directory.store, cluster=directory.cluster)
-    try:
+    with contextlib.ExitStack() as opened:
+        store = opened.enter_context(Store.open(directory.store, cluster=directory.cluster))
         row = store.current.checkpoint
-        changelog = ChangeLog.open(
-            directory.log,
-            cluster=directory.cluster,
-            after=Position(Lsn(row.lsn), Digest(row.digest)),
-            after_offset=row.log_offset,
-            files=OsFileSystem(),
-        )
-    except BaseException:
-        store.close()
-        raise
-    spans = []
-    proof = replication_pb2.EpochProof()
-    for epoch_row in store.current.epochs():
-        spans.append(_span(epoch_row.info))
-        proof = epoch_row.proof
-    for record in changelog.records(Lsn(row.lsn)):
-        parsed = entries.parse_epoch_start(record.payload)
-        if parsed is not None:
-            start = parsed[0]
-            spans.append(
-                EpochSpan(epoch=Epoch(start.epoch), first_lsn=record.lsn, previous=Digest(start.previous))
+        changelog = opened.enter_context(
+            ChangeLog.open(
+                directory.log,
+                cluster=directory.cluster,
+                after=Position(Lsn(row.lsn), Digest(row.digest)),
+                after_offset=row.log_offset,
+                files=OsFileSystem(),
             )
-            proof = replication_pb2.EpochProof(entry=record.payload)
-    marks = {mark.lsn: mark.digest for mark in store.current.marks()}
-
-    def lookup(lsn: Lsn) -> Digest | None:
-        position = changelog.position_at(lsn)
-        return position.digest if position else marks.get(lsn)
-
-    history = History(head=changelog.end, epochs=spans, first_held=changelog.first_lsn, lookup=lookup)
-    return _Own(changelog, store, history, proof)
-
-
-def _span(info: replication_pb2.EpochInfo) -> EpochSpan:
-    return EpochSpan(epoch=Epoch(info.epoch), first_lsn=Lsn(info.first_lsn), previous=Digest(info.previous))
+        )
+        spans = [span_of(epoch_row.info) for epoch_row in store.current.epochs()]
+        proof = store.current.epochs()[-1].proof if spans else replication_pb2.EpochProof()
+        for record in changelog.records(Lsn(row.lsn)):
+            parsed = entries.parse_epoch_start(record.payload)
+            if parsed is not None:
+                start = parsed[0]
+                spans.append(
+                    EpochSpan(epoch=Epoch(start.epoch), first_lsn=record.lsn, previous=Digest(start.previous))
+                )
+                proof = replication_pb2.EpochProof(entry=record.payload)
+        lookup = lookup_in(changelog.position_at, {mark.lsn: mark.digest for mark in store.current.marks()})
+        history = History(head=changelog.end, epochs=spans, first_held=changelog.first_lsn, lookup=lookup)
+        opened.pop_all()
+        return _Own(changelog, store, history, proof)
 
 
 async def _ask(
@@ -166,18 +153,11 @@ async def _ask(
     )
     for position in make_locator(own.history.head, own.history.lookup, own.store.current.marks()):
         hello.locator.add(lsn=position.lsn, digest=position.digest)
-    call = replication_pb2_grpc.ReplicationStub(channel).Follow()
+    call: Call = replication_pb2_grpc.ReplicationStub(channel).Follow()
     try:
-        async with asyncio.timeout(ANSWER_S_MAX):
-            await call.write(replication_pb2.FollowRequest(hello=hello))
-            response = await call.read()
-    except TimeoutError:
-        raise PeerUnreachable(f"{to} did not answer within {ANSWER_S_MAX:.0f} s") from None
+        return await ask(call, to, hello)
     finally:
         call.cancel()
-    if not isinstance(response, replication_pb2.FollowResponse) or not response.HasField("answer"):
-        raise ProtocolError(f"{to} did not answer the hello")
-    return response.answer
 
 
 def _check_role(directory: DataDirectory) -> None:
@@ -261,7 +241,7 @@ def _common(own: _Own, answer: replication_pb2.Answer) -> Position:
     told = Position(Lsn(answer.common.lsn), Digest(answer.common.digest))
     if answer.decision in (Decision.STREAM, Decision.BOOTSTRAP):
         return own.history.head
-    return fork_position(own.history, [_span(info) for info in answer.epochs], told)
+    return fork_position(own.history, [span_of(info) for info in answer.epochs], told)
 
 
 # -- exporting -----------------------------------------------------------------------------------------------
@@ -282,15 +262,9 @@ def _export(directory: DataDirectory, own: _Own, common: Position) -> tuple[Path
 
 def _publish_lines(path: Path, records: Iterable[Record]) -> int:
     """Writes a line for each record as it comes, there may be more than memory holds; returns how many."""
-    beside, count = path.with_name(path.name + ".new"), 0
-    with storage_errors("write", beside):
-        fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with open(fd, "w", encoding="utf-8") as file:
-            for record in records:
-                file.write(json.dumps(entry_row(record), ensure_ascii=False) + "\n")
-                count += 1
-            file.flush()
-            os.fsync(fd)
-        os.rename(beside, path)
-    sync_directory(path.parent)
+    count = 0
+    with publishing(path, beside=beside_ours(path)) as file:
+        for record in records:
+            file.write(json.dumps(entry_row(record), ensure_ascii=False).encode() + b"\n")
+            count += 1
     return count

@@ -11,12 +11,13 @@ import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc.aio
 import pytest
 from faulty_proxy import FaultyProxy
-from harness import DEADLINE_S, Process, Processes
+from harness import DEADLINE_S, Process, Processes, wait_until
 from nodes import Pair, pairs, put, status, wait_until_caught_up
 
 from understudy.client import (
@@ -24,6 +25,7 @@ from understudy.client import (
     AsyncServer,
     Delete,
     DeleteRange,
+    DiskFull,
     Diverged,
     OutcomeUnknown,
     Overloaded,
@@ -35,6 +37,7 @@ from understudy.client import (
     UsageError,
     aconnect,
     connect,
+    direct,
     stream,
 )
 from understudy.common import portal
@@ -242,6 +245,17 @@ def test_a_mistake_leaves_the_connection_as_it_was(server: Server) -> None:
     assert server.get("/realm", b"0") == b"value"
 
 
+def test_a_scan_s_arguments_are_checked_before_it_is_walked(server: Server) -> None:
+    """A mistake is told where it was made, though nobody has asked for the first pair yet."""
+    wrong: dict[str, Any] = {"start": "a", "end": None, "limit": -1, "timeout_s": -1}
+    for connection in (server, server._server):
+        for name, value in wrong.items():
+            with pytest.raises(UsageError, match=name):
+                connection.scan("/realm", **{name: value})
+        with pytest.raises(UsageError, match="bad realm path"):
+            connection.scan("realm")
+
+
 # -- closed, shared, forked ------------------------------------------------------------------------------------
 
 
@@ -446,16 +460,28 @@ class _FakePrimary(data_pb2_grpc.DataServicer, admin_pb2_grpc.AdminServicer):
         self.binds = 0
         self.drops = 0
         self.numbers: list[int] = []
+        self.binds_nobody = False
+        self.failures_left = 0  # so many calls fail before one is answered
+        self.left_s: list[float] = []  # of the deadline of each call, when it came
         self.address = ""
         self.role, self.epoch, self.proof = role, epoch, proof
         self.rest: Callable[[Context], Any] = self.answer_all
 
-    async def Status(self, request: object, context: object) -> admin_pb2.StatusResponse:
+    async def _begin(self, context: Context) -> None:
+        self.left_s.append(context.time_remaining())
+        if self.failures_left:
+            self.failures_left -= 1
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "not today")
+
+    async def Status(self, request: object, context: Context) -> admin_pb2.StatusResponse:
+        await self._begin(context)
         answer = admin_pb2.StatusResponse(role=self.role, cluster=_CLUSTER, epoch=self.epoch)
         answer.proof.entry = self.proof
         return answer
 
     async def Commit(self, _: object, context: Context) -> None:  # type: ignore[override]
+        if self.binds_nobody:
+            await context.abort(grpc.StatusCode.INTERNAL, "nobody is bound")
         await context.read()
         bound = data_pb2.Bound(cluster=_CLUSTER, epoch=self.epoch)
         bound.proof.entry = self.proof
@@ -473,7 +499,20 @@ class _FakePrimary(data_pb2_grpc.DataServicer, admin_pb2_grpc.AdminServicer):
             )
             await context.write(data_pb2.CommitResponse(results=rows))
 
+    async def Realms(  # type: ignore[override]
+        self, request: object, context: Context
+    ) -> AsyncIterator[data_pb2.RealmsPage]:
+        await self._begin(context)
+        yield data_pb2.RealmsPage(realms=[data_pb2.RealmInfo(path="/realm")])
+
+    async def Scan(  # type: ignore[override]
+        self, request: object, context: Context
+    ) -> AsyncIterator[data_pb2.ScanPage]:
+        await self._begin(context)
+        yield data_pb2.ScanPage(keys=[b"key"], values=[b"value"])
+
     async def DropRealm(self, request: object, context: Context) -> data_pb2.DropRealmResponse:
+        await self._begin(context)
         self.drops += 1
         await context.abort(grpc.StatusCode.UNAVAILABLE, "connection reset")
         raise AssertionError("aborted")
@@ -492,10 +531,13 @@ class _FakePrimary(data_pb2_grpc.DataServicer, admin_pb2_grpc.AdminServicer):
             await server.stop(None)
 
 
-def _with_fake(story: Callable[[_FakePrimary, AsyncServer], Any]) -> None:
+_NOBODY = ",127.0.0.1:1"  # a second address, where nobody is
+
+
+def _with_fake(story: Callable[[_FakePrimary, AsyncServer], Any], others: str = "") -> None:
     async def run() -> None:
         fake = _FakePrimary()  # type: ignore[abstract]
-        async with fake.serving() as address, aconnect(address) as client:
+        async with fake.serving() as address, aconnect(address + others) as client:
             await asyncio.wait_for(story(fake, client), DEADLINE_S)
 
     portal.call(run())
@@ -641,6 +683,140 @@ def test_dropping_a_realm_is_not_tried_again() -> None:
     _with_fake(story)
 
 
+@pytest.mark.parametrize("outcome", ["applied", "refused"])
+def test_a_late_answer_is_told_to_who_asks_as_it_comes(monkeypatch: pytest.MonkeyPatch, outcome: str) -> None:
+    """G6: a transaction is unanswered, or its answer is known; there is no moment between."""
+    waiting: list[asyncio.Task[Receipt]] = []
+    take_results = stream.CommitStream._take_results
+
+    async def story(fake: _FakePrimary, client: AsyncServer) -> None:
+        given_up = asyncio.Event()
+
+        async def answer_late(context: Context) -> None:
+            await given_up.wait()
+            if outcome == "applied":
+                await fake.answer_all(context)
+            refusal = data_pb2.Refusal(number=1, code="DiskFull", message="full")
+            await context.write(data_pb2.CommitResponse(results=data_pb2.Results(refusals=[refusal])))
+            await context.read()
+
+        def noted(self: stream.CommitStream, results: data_pb2.Results) -> None:
+            if results.numbers or results.refusals:
+                waiting.append(asyncio.create_task(client.wait(1)))  # it runs right after what follows
+            take_results(self, results)
+
+        monkeypatch.setattr(stream.CommitStream, "_take_results", noted)
+        fake.rest = answer_late
+        with pytest.raises(OutcomeUnknown) as unknown:
+            await client.commit("/realm", [Put(b"key", b"value")], timeout_s=0.1)
+        assert unknown.value.number == 1
+        first = asyncio.create_task(client.wait(1))
+        await asyncio.sleep(0)  # it begins
+        given_up.set()
+        await asyncio.wait([first])
+        (second,) = waiting
+        for one in (first, second, asyncio.create_task(client.wait(1))):
+            if outcome == "applied":
+                assert (await one).version == 1
+            else:
+                with pytest.raises(DiskFull):
+                    await one
+
+    _with_fake(story)
+
+
+def test_what_was_refused_unsent_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """G9: against a server that takes nobody for a long time, a client that goes on trying does not grow."""
+    monkeypatch.setattr(stream.Backoff, "next_s", lambda _: 0.0)
+
+    async def story(fake: _FakePrimary, client: AsyncServer) -> None:
+        fake.binds_nobody = True
+        for _ in range(20):
+            with pytest.raises(ProtocolError, match="nobody"):
+                await client.commit("/realm", [Put(b"key", b"value")])
+        assert not client._stream._unsent
+        fake.binds_nobody = False
+        await client.commit("/realm", [Put(b"key", b"value")])
+        assert fake.numbers == [21]
+
+    _with_fake(story)
+
+
+@pytest.mark.parametrize("then", ["wait", "commit"])
+def test_after_a_crash_nobody_is_told_that_a_transaction_failed_which_is_sent_again(
+    monkeypatch: pytest.MonkeyPatch, then: str
+) -> None:
+    """G6: its outcome is unknown until somebody waits for it, or the next one needs its place."""
+    take_results = stream.CommitStream._take_results
+    crashes = iter([ZeroDivisionError("a mistake")])
+
+    def crash_once(self: stream.CommitStream, results: data_pb2.Results) -> None:
+        if results.numbers and (mistake := next(crashes, None)):
+            raise mistake
+        take_results(self, results)
+
+    monkeypatch.setattr(stream.CommitStream, "_take_results", crash_once)
+    monkeypatch.setattr(stream, "IN_FLIGHT_MAX", 1)
+
+    async def story(fake: _FakePrimary, client: AsyncServer) -> None:
+        with pytest.raises(OutcomeUnknown, match="a mistake") as unknown:
+            await client.commit("/realm", [Put(b"key", b"value")], timeout_s=None)
+        if then == "commit":
+            await client.commit("/realm", [Put(b"key", b"value")], timeout_s=None)
+        assert (await client.wait(unknown.value.number, timeout_s=None)).version == 1
+        assert fake.numbers == [1, 1] + [2] * (then == "commit")
+
+    _with_fake(story)
+
+
+def test_reads_are_tried_again_where_another_server_may_be_primary_by_now() -> None:
+    """Those of the server's own affairs, too; with one address alone, its failure is told at once."""
+
+    async def again(fake: _FakePrimary, client: AsyncServer) -> None:
+        fake.failures_left = 2
+        assert [realm.path for realm in await client.realms()] == ["/realm"]
+        fake.failures_left = 2
+        assert (await client.status()).role == "primary"
+        assert fake.failures_left == 0
+
+    async def once(fake: _FakePrimary, client: AsyncServer) -> None:
+        fake.failures_left = 2
+        for call in (client.realms, client.status):
+            with pytest.raises(PeerUnreachable, match="not today"):
+                await call()
+
+    _with_fake(again, _NOBODY)
+    _with_fake(once)
+
+
+@pytest.mark.parametrize("call", ["drop_realm", "scan", "realms", "status"])
+def test_looking_for_the_primary_is_part_of_a_call_s_time(monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    """G9: what took 900 of its 1,000 seconds to find the primary has 100 left to ask it."""
+    now_s = 0.0
+    bound_within = stream.CommitStream.bound_within
+
+    async def bound_late(self: stream.CommitStream, timeout_s: float) -> None:
+        nonlocal now_s
+        await bound_within(self, timeout_s)
+        now_s += 900
+
+    monkeypatch.setattr(stream.CommitStream, "bound_within", bound_late)
+    monkeypatch.setattr(direct, "time", SimpleNamespace(monotonic=lambda: now_s))
+
+    async def story(fake: _FakePrimary, client: AsyncServer) -> None:
+        match call:
+            case "drop_realm":
+                with pytest.raises(OutcomeUnknown):
+                    await client.drop_realm("/realm", timeout_s=1_000)
+            case "scan":
+                assert [pair async for pair in client.scan("/realm", timeout_s=1_000)] == [(b"key", b"value")]
+            case _:
+                await getattr(client, call)(timeout_s=1_000)
+        assert fake.left_s[-1] < 200  # gRPC rounds up what it sends
+
+    _with_fake(story, _NOBODY)
+
+
 # -- whom to believe -------------------------------------------------------------------------------------------
 
 
@@ -763,6 +939,26 @@ def test_a_client_that_was_bound_to_one_does_not_go_over_to_the_other(
             client.commit("/realm", [Put(b"key", b"lost")], timeout_s=DEADLINE_S)
     assert pairs(second.address, "/realm") == {b"key": b"shared"}
     assert pairs(split.addresses[0], "/realm") == {b"key": b"first again"}
+
+
+def test_split_brain_is_told_only_while_it_is_there_to_be_seen() -> None:
+    """When both primaries are gone, a client says that nobody answers."""
+
+    serving = contextlib.AsyncExitStack()
+
+    async def start() -> AsyncServer:
+        fakes = [_FakePrimary(proof=proof) for proof in (b"first", b"second")]  # type: ignore[abstract]
+        return AsyncServer([await serving.enter_async_context(fake.serving()) for fake in fakes])
+
+    def error(timeout_s: float) -> type[UnderstudyError]:
+        with pytest.raises(UnderstudyError) as raised:
+            client.get("/realm", b"key", timeout_s=timeout_s)
+        return raised.type
+
+    with Server(portal.call(start())) as client:
+        assert error(DEADLINE_S) is Diverged
+        portal.call(serving.aclose())
+        wait_until(lambda: error(0.1) is PeerUnreachable, deadline_s=DEADLINE_S / 4)
 
 
 def test_another_primary_of_the_same_epoch_behind_one_address_is_noticed() -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from harness import wait_until
 
 from understudy.client import Add, Put, connect
 from understudy.client.blocking import Server
@@ -159,6 +161,26 @@ def _refusal(primary: Primary) -> type[UnderstudyError]:
     with pytest.raises(UnderstudyError) as refused:
         primary.commit("/realm", [Put(b"key", b"value")], timeout_s=0.05)
     return refused.type
+
+
+def test_g6_what_waits_when_it_is_closed_is_not_said_to_be_refused(tmp_path: Path) -> None:
+    """G6: a transaction that was taken in may be durable: that it failed would make its caller repeat it."""
+    primary = Primary.open(tmp_path / "a", listen="127.0.0.1:0", durability="replica")
+    outcome: list[BaseException] = []
+
+    def commit() -> None:
+        with pytest.raises(OutcomeUnknown) as unknown:
+            primary.commit("/realm", [Put(b"key", b"value")], timeout_s=30)
+        outcome.append(unknown.value)
+
+    waiting = threading.Thread(target=commit)
+    waiting.start()
+    wait_until(lambda: primary.status().durable_lsn == 3)
+    primary.close()
+    waiting.join()
+    assert "may or may not have been applied" in str(outcome[0])
+    with Primary.open(tmp_path / "a", listen="127.0.0.1:0") as again:
+        assert again.get("/realm", b"key") == b"value"
 
 
 def test_a_closed_primary_says_so(tmp_path: Path) -> None:

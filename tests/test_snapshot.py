@@ -16,10 +16,11 @@ from pathlib import Path
 import lmdb
 import pytest
 
-from understudy.common import lmdb_check, lmdb_pages, snapshot
-from understudy.common.errors import CorruptionError, Overloaded, StorageFailed
+from understudy.common import lmdb_check, lmdb_pages, pinned_snapshot, snapshot
+from understudy.common.errors import CorruptionError, Overloaded, StorageFailed, Unavailable
 from understudy.common.files import OsFile
-from understudy.common.snapshot import RANGE_BYTES, PinnedSnapshot, SnapshotCopy, range_digest
+from understudy.common.pinned_snapshot import PinnedSnapshot
+from understudy.common.snapshot import RANGE_BYTES, SnapshotCopy, range_digest
 
 NAME, OTHER_NAME = b"0123456789abcdef", b"fedcba9876543210"
 PAGE_BYTES = 4096
@@ -234,7 +235,7 @@ def test_a_copy_opens_at_the_pinned_transaction(tmp_path: Path, commits: int) ->
             expected = source.txn.id(), list(source.txn.cursor())
             assert expected[0] == commits
             copy = make_copy(source, tmp_path / "copy")
-            assert (copy / "data.mdb").read_bytes().startswith(source.meta_pages)
+            assert (copy / "data.mdb").read_bytes().startswith(source.read(0)[: 2 * PAGE_BYTES])
     assert lmdb_check.check_structure(copy) == []
     assert rows(copy) == expected
     with open_env(copy) as env:
@@ -248,10 +249,11 @@ def test_either_meta_page_of_a_copy_is_whole(tmp_path: Path, env: lmdb.Environme
     with PinnedSnapshot.open(env, env_file) as source:
         txn_id, expected = source.txn.id(), list(source.txn.cursor())
         copy = make_copy(source, tmp_path / "copy")
+        pages = source.read(0)[: 2 * PAGE_BYTES]
     own = lmdb_pages.Meta(page_bytes=PAGE_BYTES, last_page=0, txn_id=txn_id, free_root=None)
-    first, second = source.meta_pages[:PAGE_BYTES], source.meta_pages[PAGE_BYTES:]
+    first, second = pages[:PAGE_BYTES], pages[PAGE_BYTES:]
     newer, older = (second, first) if txn_id & 1 else (first, second)
-    assert lmdb_pages.lone_meta_pages(newer, own) == source.meta_pages
+    assert lmdb_pages.lone_meta_pages(newer, own) == pages
     older_meta = lmdb_pages.parse_meta(older, env_file)
     assert (older_meta.txn_id, older_meta.file_bytes) == (txn_id - 1, source.file_bytes)
     with (copy / "data.mdb").open("r+b") as file:
@@ -267,7 +269,7 @@ def test_a_commit_while_a_snapshot_is_being_pinned_is_noticed(
 ) -> None:
     """The pin is tried again until no commit fell into it, so that its meta page is its own, whole."""
     reads = []
-    read_metas = snapshot.read_metas
+    read_metas = pinned_snapshot.read_metas
 
     def read_and_commit(fd: int, path: Path) -> object:
         reads.append(1)
@@ -279,11 +281,11 @@ def test_a_commit_while_a_snapshot_is_being_pinned_is_noticed(
             fill(env, range(3), 30)
         return found
 
-    monkeypatch.setattr(snapshot, "read_metas", read_and_commit)
+    monkeypatch.setattr(pinned_snapshot, "read_metas", read_and_commit)
     newest = env.info()["last_txnid"]
     with PinnedSnapshot.open(env, env_file) as source:
         assert source.txn.id() == newest + 3
-        own_page = source.meta_pages[(newest + 3) % 2 * PAGE_BYTES :]
+        own_page = source.read(0)[(newest + 3) % 2 * PAGE_BYTES :]
         assert lmdb_pages.parse_meta(own_page, env_file).txn_id == newest + 3
     assert pinned_by(env) == []
 
@@ -312,14 +314,14 @@ def test_pinning_gives_up_where_commits_never_pause(
     env: lmdb.Environment, env_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After so many tries the caller is told to come back, and no transaction stays behind."""
-    read_metas = snapshot.read_metas
+    read_metas = pinned_snapshot.read_metas
 
     def commit_and_read(fd: int, path: Path) -> object:
         fill(env, range(1), 10)
         return read_metas(fd, path)
 
-    monkeypatch.setattr(snapshot, "read_metas", commit_and_read)
-    monkeypatch.setattr(snapshot, "_PIN_TRIES_MAX", 3)
+    monkeypatch.setattr(pinned_snapshot, "read_metas", commit_and_read)
+    monkeypatch.setattr(pinned_snapshot, "_PIN_TRIES_MAX", 3)
     with pytest.raises(Overloaded, match="can be pinned"):
         PinnedSnapshot.open(env, env_file)
     assert pinned_by(env) == []
@@ -440,7 +442,7 @@ def test_a_snapshot_closed_while_it_is_read_ends_the_reads(env: lmdb.Environment
     ended = threading.Event()
 
     def read_forever() -> None:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(Unavailable):
             while True:
                 source.read(1)
         ended.set()

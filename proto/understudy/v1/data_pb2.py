@@ -26,15 +26,15 @@ from understudy.v1 import log_pb2 as understudy_dot_v1_dot_log__pb2
 from understudy.v1 import replication_pb2 as understudy_dot_v1_dot_replication__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18understudy/v1/data.proto\x12\runderstudy.v1\x1a\x17understudy/v1/log.proto\x1a\x1funderstudy/v1/replication.proto\"t\n\rCommitRequest\x12#\n\x04\x62ind\x18\x01 \x01(\x0b\x32\x13.understudy.v1.BindH\x00\x12\x33\n\x0ctransactions\x18\x02 \x01(\x0b\x32\x1b.understudy.v1.TransactionsH\x00\x42\t\n\x07message\"z\n\x04\x42ind\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0e\n\x06\x63lient\x18\x02 \x01(\x0c\x12\x0f\n\x07\x63luster\x18\x03 \x01(\x0c\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12(\n\x05proof\x18\x05 \x01(\x0b\x32\x19.understudy.v1.EpochProof\"@\n\x0cTransactions\x12\x30\n\x0ctransactions\x18\x01 \x03(\x0b\x32\x1a.understudy.v1.Transaction\"\x89\x01\n\x0bTransaction\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\r\n\x05realm\x18\x02 \x01(\t\x12-\n\ndurability\x18\x03 \x01(\x0e\x32\x19.understudy.v1.Durability\x12,\n\noperations\x18\x04 \x03(\x0b\x32\x18.understudy.v1.Operation\"m\n\x0e\x43ommitResponse\x12%\n\x05\x62ound\x18\x01 \x01(\x0b\x32\x14.understudy.v1.BoundH\x00\x12)\n\x07results\x18\x02 \x01(\x0b\x32\x16.understudy.v1.ResultsH\x00\x42\t\n\x07message\"_\n\x05\x42ound\x12\x0f\n\x07\x63luster\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12(\n\x05proof\x18\x03 \x01(\x0b\x32\x19.understudy.v1.EpochProof\x12\x0c\n\x04node\x18\x04 \x01(\x0c\"u\n\x07Results\x12\x0f\n\x07numbers\x18\x01 \x03(\x04\x12\x0c\n\x04lsns\x18\x02 \x03(\x04\x12\x10\n\x08versions\x18\x03 \x03(\x04\x12\x0f\n\x07\x64igests\x18\x04 \x01(\x0c\x12(\n\x08refusals\x18\x05 \x03(\x0b\x32\x16.understudy.v1.Refusal\"H\n\x07Refusal\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0e\n\x06remedy\x18\x04 \x01(\t\")\n\nGetRequest\x12\r\n\x05realm\x18\x01 \x01(\t\x12\x0c\n\x04keys\x18\x02 \x03(\x0c\";\n\x0bGetResponse\x12\x0e\n\x06values\x18\x01 \x03(\x0c\x12\x0f\n\x07present\x18\x02 \x03(\x08\x12\x0b\n\x03lsn\x18\x03 \x01(\x04\"X\n\x0bScanRequest\x12\r\n\x05realm\x18\x01 \x01(\t\x12\r\n\x05start\x18\x02 \x01(\x0c\x12\x0b\n\x03\x65nd\x18\x03 \x01(\x0c\x12\r\n\x05limit\x18\x04 \x01(\x04\x12\x0f\n\x07reverse\x18\x05 \x01(\x08\"F\n\x08ScanPage\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\x12\x0e\n\x06values\x18\x02 \x03(\x0c\x12\x0b\n\x03lsn\x18\x03 \x01(\x04\x12\x0f\n\x07version\x18\x04 \x01(\x04\"9\n\x0c\x43ountRequest\x12\r\n\x05realm\x18\x01 \x01(\t\x12\r\n\x05start\x18\x02 \x01(\x0c\x12\x0b\n\x03\x65nd\x18\x03 \x01(\x0c\"+\n\rCountResponse\x12\r\n\x05\x63ount\x18\x01 \x01(\x04\x12\x0b\n\x03lsn\x18\x02 \x01(\x04\"\x0f\n\rRealmsRequest\"6\n\nRealmsPage\x12(\n\x06realms\x18\x01 \x03(\x0b\x32\x18.understudy.v1.RealmInfo\"J\n\tRealmInfo\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x0f\n\x07\x65ntries\x18\x03 \x01(\x04\x12\r\n\x05\x62ytes\x18\x04 \x01(\x04\"!\n\x10\x44ropRealmRequest\x12\r\n\x05realm\x18\x01 \x01(\t\" \n\x11\x44ropRealmResponse\x12\x0b\n\x03lsn\x18\x01 \x01(\x04*M\n\nDurability\x12\x1a\n\x16\x44URABILITY_UNSPECIFIED\x10\x00\x12\t\n\x05LOCAL\x10\x01\x12\x0b\n\x07REPLICA\x10\x02\x12\x0b\n\x07\x41PPLIED\x10\x03\x32\xa7\x03\n\x04\x44\x61ta\x12I\n\x06\x43ommit\x12\x1c.understudy.v1.CommitRequest\x1a\x1d.understudy.v1.CommitResponse(\x01\x30\x01\x12<\n\x03Get\x12\x19.understudy.v1.GetRequest\x1a\x1a.understudy.v1.GetResponse\x12=\n\x04Scan\x12\x1a.understudy.v1.ScanRequest\x1a\x17.understudy.v1.ScanPage0\x01\x12\x42\n\x05\x43ount\x12\x1b.understudy.v1.CountRequest\x1a\x1c.understudy.v1.CountResponse\x12\x43\n\x06Realms\x12\x1c.understudy.v1.RealmsRequest\x1a\x19.understudy.v1.RealmsPage0\x01\x12N\n\tDropRealm\x12\x1f.understudy.v1.DropRealmRequest\x1a .understudy.v1.DropRealmResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18understudy/v1/data.proto\x12\runderstudy.v1\x1a\x17understudy/v1/log.proto\x1a\x1funderstudy/v1/replication.proto\"t\n\rCommitRequest\x12#\n\x04\x62ind\x18\x01 \x01(\x0b\x32\x13.understudy.v1.BindH\x00\x12\x33\n\x0ctransactions\x18\x02 \x01(\x0b\x32\x1b.understudy.v1.TransactionsH\x00\x42\t\n\x07message\"z\n\x04\x42ind\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0e\n\x06\x63lient\x18\x02 \x01(\x0c\x12\x0f\n\x07\x63luster\x18\x03 \x01(\x0c\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12(\n\x05proof\x18\x05 \x01(\x0b\x32\x19.understudy.v1.EpochProof\"@\n\x0cTransactions\x12\x30\n\x0ctransactions\x18\x01 \x03(\x0b\x32\x1a.understudy.v1.Transaction\"\x89\x01\n\x0bTransaction\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\r\n\x05realm\x18\x02 \x01(\t\x12-\n\ndurability\x18\x03 \x01(\x0e\x32\x19.understudy.v1.Durability\x12,\n\noperations\x18\x04 \x03(\x0b\x32\x18.understudy.v1.Operation\"m\n\x0e\x43ommitResponse\x12%\n\x05\x62ound\x18\x01 \x01(\x0b\x32\x14.understudy.v1.BoundH\x00\x12)\n\x07results\x18\x02 \x01(\x0b\x32\x16.understudy.v1.ResultsH\x00\x42\t\n\x07message\"Q\n\x05\x42ound\x12\x0f\n\x07\x63luster\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12(\n\x05proof\x18\x03 \x01(\x0b\x32\x19.understudy.v1.EpochProof\"u\n\x07Results\x12\x0f\n\x07numbers\x18\x01 \x03(\x04\x12\x0c\n\x04lsns\x18\x02 \x03(\x04\x12\x10\n\x08versions\x18\x03 \x03(\x04\x12\x0f\n\x07\x64igests\x18\x04 \x01(\x0c\x12(\n\x08refusals\x18\x05 \x03(\x0b\x32\x16.understudy.v1.Refusal\"H\n\x07Refusal\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0e\n\x06remedy\x18\x04 \x01(\t\")\n\nGetRequest\x12\r\n\x05realm\x18\x01 \x01(\t\x12\x0c\n\x04keys\x18\x02 \x03(\x0c\";\n\x0bGetResponse\x12\x0e\n\x06values\x18\x01 \x03(\x0c\x12\x0f\n\x07present\x18\x02 \x03(\x08\x12\x0b\n\x03lsn\x18\x03 \x01(\x04\"X\n\x0bScanRequest\x12\r\n\x05realm\x18\x01 \x01(\t\x12\r\n\x05start\x18\x02 \x01(\x0c\x12\x0b\n\x03\x65nd\x18\x03 \x01(\x0c\x12\r\n\x05limit\x18\x04 \x01(\x04\x12\x0f\n\x07reverse\x18\x05 \x01(\x08\"F\n\x08ScanPage\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\x12\x0e\n\x06values\x18\x02 \x03(\x0c\x12\x0b\n\x03lsn\x18\x03 \x01(\x04\x12\x0f\n\x07version\x18\x04 \x01(\x04\"9\n\x0c\x43ountRequest\x12\r\n\x05realm\x18\x01 \x01(\t\x12\r\n\x05start\x18\x02 \x01(\x0c\x12\x0b\n\x03\x65nd\x18\x03 \x01(\x0c\"+\n\rCountResponse\x12\r\n\x05\x63ount\x18\x01 \x01(\x04\x12\x0b\n\x03lsn\x18\x02 \x01(\x04\"\x0f\n\rRealmsRequest\"6\n\nRealmsPage\x12(\n\x06realms\x18\x01 \x03(\x0b\x32\x18.understudy.v1.RealmInfo\"J\n\tRealmInfo\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x0f\n\x07\x65ntries\x18\x03 \x01(\x04\x12\r\n\x05\x62ytes\x18\x04 \x01(\x04\"!\n\x10\x44ropRealmRequest\x12\r\n\x05realm\x18\x01 \x01(\t\" \n\x11\x44ropRealmResponse\x12\x0b\n\x03lsn\x18\x01 \x01(\x04*M\n\nDurability\x12\x1a\n\x16\x44URABILITY_UNSPECIFIED\x10\x00\x12\t\n\x05LOCAL\x10\x01\x12\x0b\n\x07REPLICA\x10\x02\x12\x0b\n\x07\x41PPLIED\x10\x03\x32\xa7\x03\n\x04\x44\x61ta\x12I\n\x06\x43ommit\x12\x1c.understudy.v1.CommitRequest\x1a\x1d.understudy.v1.CommitResponse(\x01\x30\x01\x12<\n\x03Get\x12\x19.understudy.v1.GetRequest\x1a\x1a.understudy.v1.GetResponse\x12=\n\x04Scan\x12\x1a.understudy.v1.ScanRequest\x1a\x17.understudy.v1.ScanPage0\x01\x12\x42\n\x05\x43ount\x12\x1b.understudy.v1.CountRequest\x1a\x1c.understudy.v1.CountResponse\x12\x43\n\x06Realms\x12\x1c.understudy.v1.RealmsRequest\x1a\x19.understudy.v1.RealmsPage0\x01\x12N\n\tDropRealm\x12\x1f.understudy.v1.DropRealmRequest\x1a .understudy.v1.DropRealmResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'understudy.v1.data_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DURABILITY']._serialized_start=1538
-  _globals['_DURABILITY']._serialized_end=1615
+  _globals['_DURABILITY']._serialized_start=1524
+  _globals['_DURABILITY']._serialized_end=1601
   _globals['_COMMITREQUEST']._serialized_start=101
   _globals['_COMMITREQUEST']._serialized_end=217
   _globals['_BIND']._serialized_start=219
@@ -46,33 +46,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_COMMITRESPONSE']._serialized_start=549
   _globals['_COMMITRESPONSE']._serialized_end=658
   _globals['_BOUND']._serialized_start=660
-  _globals['_BOUND']._serialized_end=755
-  _globals['_RESULTS']._serialized_start=757
-  _globals['_RESULTS']._serialized_end=874
-  _globals['_REFUSAL']._serialized_start=876
-  _globals['_REFUSAL']._serialized_end=948
-  _globals['_GETREQUEST']._serialized_start=950
-  _globals['_GETREQUEST']._serialized_end=991
-  _globals['_GETRESPONSE']._serialized_start=993
-  _globals['_GETRESPONSE']._serialized_end=1052
-  _globals['_SCANREQUEST']._serialized_start=1054
-  _globals['_SCANREQUEST']._serialized_end=1142
-  _globals['_SCANPAGE']._serialized_start=1144
-  _globals['_SCANPAGE']._serialized_end=1214
-  _globals['_COUNTREQUEST']._serialized_start=1216
-  _globals['_COUNTREQUEST']._serialized_end=1273
-  _globals['_COUNTRESPONSE']._serialized_start=1275
-  _globals['_COUNTRESPONSE']._serialized_end=1318
-  _globals['_REALMSREQUEST']._serialized_start=1320
-  _globals['_REALMSREQUEST']._serialized_end=1335
-  _globals['_REALMSPAGE']._serialized_start=1337
-  _globals['_REALMSPAGE']._serialized_end=1391
-  _globals['_REALMINFO']._serialized_start=1393
-  _globals['_REALMINFO']._serialized_end=1467
-  _globals['_DROPREALMREQUEST']._serialized_start=1469
-  _globals['_DROPREALMREQUEST']._serialized_end=1502
-  _globals['_DROPREALMRESPONSE']._serialized_start=1504
-  _globals['_DROPREALMRESPONSE']._serialized_end=1536
-  _globals['_DATA']._serialized_start=1618
-  _globals['_DATA']._serialized_end=2041
+  _globals['_BOUND']._serialized_end=741
+  _globals['_RESULTS']._serialized_start=743
+  _globals['_RESULTS']._serialized_end=860
+  _globals['_REFUSAL']._serialized_start=862
+  _globals['_REFUSAL']._serialized_end=934
+  _globals['_GETREQUEST']._serialized_start=936
+  _globals['_GETREQUEST']._serialized_end=977
+  _globals['_GETRESPONSE']._serialized_start=979
+  _globals['_GETRESPONSE']._serialized_end=1038
+  _globals['_SCANREQUEST']._serialized_start=1040
+  _globals['_SCANREQUEST']._serialized_end=1128
+  _globals['_SCANPAGE']._serialized_start=1130
+  _globals['_SCANPAGE']._serialized_end=1200
+  _globals['_COUNTREQUEST']._serialized_start=1202
+  _globals['_COUNTREQUEST']._serialized_end=1259
+  _globals['_COUNTRESPONSE']._serialized_start=1261
+  _globals['_COUNTRESPONSE']._serialized_end=1304
+  _globals['_REALMSREQUEST']._serialized_start=1306
+  _globals['_REALMSREQUEST']._serialized_end=1321
+  _globals['_REALMSPAGE']._serialized_start=1323
+  _globals['_REALMSPAGE']._serialized_end=1377
+  _globals['_REALMINFO']._serialized_start=1379
+  _globals['_REALMINFO']._serialized_end=1453
+  _globals['_DROPREALMREQUEST']._serialized_start=1455
+  _globals['_DROPREALMREQUEST']._serialized_end=1488
+  _globals['_DROPREALMRESPONSE']._serialized_start=1490
+  _globals['_DROPREALMRESPONSE']._serialized_end=1522
+  _globals['_DATA']._serialized_start=1604
+  _globals['_DATA']._serialized_end=2027
 # @@protoc_insertion_point(module_scope)

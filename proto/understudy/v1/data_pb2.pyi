@@ -188,10 +188,8 @@ class Bound(_message.Message):
     CLUSTER_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     PROOF_FIELD_NUMBER: _builtins.int
-    NODE_FIELD_NUMBER: _builtins.int
     cluster: _builtins.bytes
     epoch: _builtins.int
-    node: _builtins.bytes
     @_builtins.property
     def proof(self) -> _replication_pb2.EpochProof: ...
     def __init__(
@@ -200,11 +198,10 @@ class Bound(_message.Message):
         cluster: _builtins.bytes = ...,
         epoch: _builtins.int = ...,
         proof: _replication_pb2.EpochProof | None = ...,
-        node: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["proof", b"proof"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "epoch", b"epoch", "node", b"node", "proof", b"proof"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "epoch", b"epoch", "proof", b"proof"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
