@@ -10,7 +10,7 @@ from understudy.cli.histories import Standing, check_related, diverged
 from understudy.cli.output import counted
 from understudy.common.directory import Role
 from understudy.common.errors import ProtocolError, Unavailable
-from understudy.common.rpc import from_rpc, open_channel, peer_errors, split_address
+from understudy.common.rpc import open_channel, peer_errors, split_address
 from understudy.common.types import Digest, Lsn
 from understudy.v1 import admin_pb2, admin_pb2_grpc
 
@@ -38,7 +38,7 @@ async def compare_servers(server: str, against: str) -> Comparison:
     A primary is asked for a fresh checkpoint first, so that all that it has committed is compared.
 
     Raises:
-        UsageError: a bad address.
+        UsageError: a bad address, or one primary by two.
         ForeignCluster: they have nothing to do with each other.
         Diverged: each has entries that the other lacks.
         ResetNeeded: both are primaries.
@@ -78,17 +78,13 @@ class _Node:
 
     async def digests(self, at_least_lsn: int, *, checkpoint: bool = False) -> admin_pb2.StateDigestsResponse:
         request = admin_pb2.StateDigestsRequest(at_least_lsn=at_least_lsn, checkpoint=checkpoint)
-        with peer_errors(self.address):
-            try:
+        try:
+            with peer_errors(self.address):
                 response = await self._stub.StateDigests(request, timeout=SCAN_S_MAX)
-            except grpc.aio.AioRpcError as error:
-                refused = from_rpc(error, self.address)
-                if isinstance(refused, Unavailable):
-                    raise Unavailable(
-                        f"{self.address} can't be compared now: {refused}",
-                        remedy="try again once it has caught up",
-                    ) from None
-                raise
+        except Unavailable as refused:
+            raise Unavailable(
+                f"{self.address} can't be compared now: {refused}", remedy="try again once it has caught up"
+            ) from None
         if response.lsn < at_least_lsn:
             raise ProtocolError(
                 f"{self.address} was asked for LSN {at_least_lsn} and answered for {response.lsn}"

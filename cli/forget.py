@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from understudy.cli.options import EPILOG, json_option, timeout_option
+from understudy.common.errors import UsageError
 
 if TYPE_CHECKING:
     from understudy.v1 import admin_pb2
@@ -32,6 +33,7 @@ def forget(replica_id: str, server: str, timeout_s: float, as_json: bool) -> Non
     from understudy.cli.output import print_json
     from understudy.common.portal import new_event_loop
 
+    name = _encoded(replica_id)
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         answer = runner.run(_ask(server, replica_id, timeout_s))
     if as_json:
@@ -39,7 +41,18 @@ def forget(replica_id: str, server: str, timeout_s: float, as_json: bool) -> Non
             {"id": replica_id, "durable_lsn": answer.durable_lsn, "released_bytes": answer.released_bytes}
         )
     else:
-        _tell(replica_id, answer)
+        _tell(name, answer)
+
+
+def _encoded(replica_id: str) -> bytes:
+    try:
+        return replica_id.encode()
+    except UnicodeEncodeError:
+        # Bytes of an argument that are not UTF-8 arrive as lone surrogates.
+        raise UsageError(
+            f"bad id {replica_id!r}: it is not UTF-8",
+            remedy="`understudy status --server HOST:PORT` shows the ids that are known",
+        ) from None
 
 
 async def _ask(server: str, replica_id: str, timeout_s: float) -> admin_pb2.ForgetResponse:
@@ -54,7 +67,7 @@ async def _ask(server: str, replica_id: str, timeout_s: float) -> admin_pb2.Forg
             )
 
 
-def _tell(replica_id: str, answer: admin_pb2.ForgetResponse) -> None:
+def _tell(name: bytes, answer: admin_pb2.ForgetResponse) -> None:
     from understudy.cli.output import printable, size_text
 
     released = (
@@ -62,6 +75,4 @@ def _tell(replica_id: str, answer: admin_pb2.ForgetResponse) -> None:
         if answer.released_bytes
         else "no log was kept for it alone"
     )
-    click.echo(
-        f"forgot {printable(replica_id.encode())}, which had got to LSN {answer.durable_lsn:,}: {released}"
-    )
+    click.echo(f"forgot {printable(name)}, which had got to LSN {answer.durable_lsn:,}: {released}")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from understudy.common.directory import Role
 from understudy.common.entries import parse_epoch_start
-from understudy.common.errors import Diverged, ForeignCluster, ResetNeeded, Unavailable
+from understudy.common.errors import Diverged, ForeignCluster, ResetNeeded, Unavailable, UsageError
 from understudy.common.types import format_id
 from understudy.v1 import admin_pb2, log_pb2
 
@@ -25,7 +25,7 @@ class Standing:
 
     @property
     def epoch_start(self) -> log_pb2.EpochStart | None:
-        """The start of its present epoch, if it tells (replicas do not)."""
+        """The start of its present epoch, once it has one."""
         parsed = parse_epoch_start(self.status.proof.entry)
         return parsed[0] if parsed else None
 
@@ -40,6 +40,7 @@ def check_related(one: Standing, other: Standing) -> None:
     Raises:
         ForeignCluster: they have nothing to do with each other.
         Diverged: each has entries that the other lacks.
+        UsageError: one primary was given by two addresses.
         ResetNeeded: both are primaries.
         Unavailable: one holds nothing yet.
     """
@@ -59,6 +60,11 @@ def check_related(one: Standing, other: Standing) -> None:
         raise diverged(one, other)
     # Each writes marks of its own, so the two would never come to a checkpoint at the same entry.
     if ours.role == theirs.role == Role.PRIMARY and one.address != other.address:
+        if ours.node == theirs.node:
+            raise UsageError(
+                f"{one.address} and {other.address} are the same node, {format_id(ours.node)}",
+                remedy="give two nodes; if they are two processes, one has a copy of the other's directory: stop it",
+            )
         raise ResetNeeded(
             f"{one} and {other} are both primaries: {_last_common(*_by_epoch(one, other))}",
             remedy=_remedy(one, other),

@@ -16,6 +16,7 @@ import click
 from understudy.cli.data import delete, get, put, scan
 from understudy.cli.demo import demo
 from understudy.cli.export import export
+from understudy.cli.fence import fence
 from understudy.cli.forget import forget
 from understudy.cli.import_ import import_
 from understudy.cli.log import log
@@ -40,6 +41,7 @@ _COMMANDS = (
     primary,
     replica,
     promote,
+    fence,
     rewind,
     forget,
     status,

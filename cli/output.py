@@ -1,6 +1,6 @@
 """What people and programs get to see: tables, JSON, numbers, and progress where someone watches.
 
-Everything but :func:`print_json` loads rich when it is first called, not before.
+Only :func:`print_table` and the bar of :class:`Progress` load rich, when they are first shown.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ durable, and not at all otherwise.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -19,7 +20,7 @@ from typing import IO, Protocol
 from understudy.cli.json_lines import encode_pair
 from understudy.cli.output import printable
 from understudy.common.errors import DiskFull, UnderstudyError, UsageError
-from understudy.common.files import storage_errors, sync_directory
+from understudy.common.files import publishing, storage_errors, sync_directory
 
 
 class Sink(AbstractContextManager["Sink"], Protocol):
@@ -58,43 +59,35 @@ class FileSink(Sink):
     def __init__(self, path: Path, *, replace: bool = False) -> None:
         self._path = path
         self._replace = replace
-        self._part = path
+        self._opened = contextlib.ExitStack()
         self._file: IO[bytes]
 
     def __enter__(self) -> FileSink:
-        with storage_errors("write", self._path):
-            self._check_free()
-            # A name of its own, so that no file of the user's and no other export is in its way.
-            fd, part = tempfile.mkstemp(prefix=f".{self._path.name}-", dir=self._path.absolute().parent)
-        self._part, self._file = Path(part), open(fd, "wb")
+        self._check_free()
+        self._file = self._opened.enter_context(publishing(self._path, mode=0o666))
+        self._opened.push(self._check_still_free)
         return self
 
     def _check_free(self) -> None:
-        if self._path.exists() and not self._path.is_file():  # a rename would take a device's place, too
-            raise UsageError(f"{self._path} is not a file")
-        if os.path.lexists(self._path) and not self._replace:
-            raise UsageError(f"{self._path} is there already", remedy="--force replaces it")
+        with storage_errors("write", self._path):
+            if self._path.exists() and not self._path.is_file():  # a rename would take a device's place, too
+                raise UsageError(f"{self._path} is not a file")
+            if os.path.lexists(self._path) and not self._replace:
+                raise UsageError(f"{self._path} is there already", remedy="--force replaces it")
+
+    def _check_still_free(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._check_free()  # the export may have taken long
 
     def write(self, key: bytes, value: bytes) -> None:
         """Writes one line."""
-        with storage_errors("write", self._part):
+        with storage_errors("write", self._path):
             self._file.write(encode_pair(key, value) + b"\n")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            with self._file, storage_errors("write", self._path):
-                if kind is None:
-                    self._file.flush()
-                    os.fchmod(self._file.fileno(), 0o666 & ~_umask())  # mkstemp's is for its owner only
-                    os.fsync(self._file.fileno())
-                    self._check_free()  # the export may have taken long
-                    self._part.rename(self._path)
-        finally:
-            self._part.unlink(missing_ok=True)
-        if kind is None:
-            sync_directory(self._path.absolute().parent)
+        self._opened.__exit__(kind, error, trace)
 
 
 class TreeSink(Sink):

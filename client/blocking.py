@@ -74,7 +74,7 @@ class Server:
         """Collects operations, and commits them when the block ends without an error."""
         builder = TransactionBuilder()
         yield builder
-        builder.committed(self.commit(realm, builder.operations, durability=durability, timeout_s=timeout_s))
+        builder.committed(self.commit(realm, builder.end(), durability=durability, timeout_s=timeout_s))
 
     def get(self, realm: str, key: bytes, *, timeout_s: float = TIMEOUT_S) -> bytes | None:
         """The value at ``key``, or None."""

@@ -149,9 +149,7 @@ class AsyncServer:
         """Collects operations, and commits them when the block ends without an error."""
         builder = TransactionBuilder()
         yield builder
-        builder.committed(
-            await self.commit(realm, builder.operations, durability=durability, timeout_s=timeout_s)
-        )
+        builder.committed(await self.commit(realm, builder.end(), durability=durability, timeout_s=timeout_s))
 
     async def drop_realm(self, realm: str, *, timeout_s: float = TIMEOUT_S) -> Lsn:
         """Drops a realm and everything in it; returns the LSN.

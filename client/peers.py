@@ -17,6 +17,7 @@ from understudy.common.directory import Role
 from understudy.common.errors import (
     Diverged,
     Fenced,
+    ForeignCluster,
     ProtocolError,
     Unavailable,
     UnderstudyError,
@@ -84,11 +85,13 @@ class Peers:
 
         Raises:
             Diverged: two primaries began the same epoch.
+            ForeignCluster: the addresses are of several clusters.
         """
         if self.is_one:
             return [0]
         answers = await asyncio.gather(*(self._survey(address) for address in self.addresses))
         claims = [answer for answer in answers if answer is not None]
+        _check_one_cluster(claims)
         highest = max(claims, key=lambda claim: (claim.epoch, claim.reigns), default=None)
         if highest is not None:
             self._learn(highest)
@@ -179,6 +182,17 @@ class Peers:
         self._learn(claim)
         self._check_one_reign([claim])
         self._reign = claim
+
+
+def _check_one_cluster(claims: Sequence[_Claim]) -> None:
+    """Refuses to choose between clusters: one of the addresses must be wrong."""
+    named = [claim for claim in claims if claim.cluster]  # a replica without a copy has none yet
+    for other in named[1:]:
+        if other.cluster != named[0].cluster:
+            raise ForeignCluster(
+                f"{named[0].address} and {other.address} are of different clusters",
+                remedy="give the addresses of one cluster",
+            )
 
 
 async def stream_end(call: Stream) -> UnderstudyError | grpc.aio.AioRpcError:

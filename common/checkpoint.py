@@ -18,7 +18,7 @@ from typing import TypeVar
 import lmdb
 
 from understudy.common.checkpoint_job import Delta, Job
-from understudy.common.errors import CorruptionError
+from understudy.common.errors import RESTORE, CorruptionError
 from understudy.common.state_digest import (
     REALM_PREFIX_BYTES,
     decode,
@@ -32,7 +32,6 @@ from understudy.common.store_layout import (
     CLIENTS_CURSOR_KEY,
     DROPPING_PREFIX,
     MARK_PREFIX,
-    RESTORE,
     Environment,
     dropping_key,
     epoch_key,

@@ -34,6 +34,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from understudy.common.errors import (
+    RESTORE,
     CorruptionError,
     DirectoryError,
     DirectoryInUse,
@@ -88,10 +89,9 @@ class NodeFile:
                 )
             cluster = str(uuid.UUID(raw["cluster"])) if raw["cluster"] else ""
             return cls(role=Role(raw["role"]), cluster=cluster, node=str(uuid.UUID(raw["node"])))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:  # the last is UUID's, of no text
-            raise CorruptionError(
-                f"{path} can't be read: {error}", remedy="restore this node from its peer or a backup"
-            ) from error
+        # Attributes are missed by UUID, of what is no text.
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CorruptionError(f"{path} can't be read: {error}", remedy=RESTORE) from error
 
 
 class DataDirectory:

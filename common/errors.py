@@ -30,6 +30,12 @@ from __future__ import annotations
 
 import enum
 
+# What mends a copy that is damaged.
+RESTORE = (
+    "keep this directory for examination under another name, and make the copy anew from its peer: "
+    "`understudy replica` on an empty directory bootstraps"
+)
+
 
 class ExitCode(enum.IntEnum):
     """What a command ends with; the same table stands in every ``--help``."""

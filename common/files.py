@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 from understudy.common.errors import DiskFull, StorageFailed
 
@@ -151,17 +152,53 @@ def sync_directory(path: Path) -> None:
 
 def publish(path: Path, data: bytes, *, mode: int = 0o600) -> None:
     """Replaces ``path`` by ``data``, so that after a crash it holds either the old or the new bytes, whole."""
-    beside = path.with_name(path.name + ".new")
-    with storage_errors("write", beside):
+    with publishing(path, mode=mode, beside=beside_ours(path)) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def publishing(path: Path, *, mode: int = 0o600, beside: Path | None = None) -> Iterator[IO[bytes]]:
+    """A file to write that takes the place of ``path`` when the block ends: whole, durable, or not at all.
+
+    If anything fails, here or in the block, nothing is left of it. An ``OSError`` in the block is taken for one of
+    writing.
+
+    Args:
+        path: the file's name.
+        mode: its permissions, less the umask.
+        beside: its name until then, in the same directory. If not given, a hidden one that nobody has.
+
+    Raises:
+        DiskFull, StorageFailed.
+    """
+    # The random part keeps everybody's files, and other exports to this name, out of each other's way.
+    beside = beside or path.with_name(f".{path.name}-{secrets.token_hex(8)}")
+    with storage_errors("write", path):
         fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+        file = os.fdopen(fd, "wb")  # closed below: when, and what then fails, depends on how the block ends
         try:
-            with open(fd, "wb", closefd=False) as file:
-                file.write(data)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        os.rename(beside, path)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+            os.rename(beside, path)
+        except BaseException:
+            # Closing flushes, which fails again where it has failed before; why is on its way already.
+            with contextlib.suppress(OSError):
+                file.close()
+            with contextlib.suppress(OSError):
+                os.unlink(beside)
+            raise
     sync_directory(path.parent)
+
+
+def beside_ours(path: Path) -> Path:
+    """Where a file of a data directory is written until it is published.
+
+    Always the same name, since nobody else writes there: what a crash leaves is overwritten by the next attempt
+    instead of staying for ever.
+    """
+    return path.with_name(path.name + ".new")
 
 
 def sync_tree(root: Path) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from understudy.common.errors import CorruptionError
+from understudy.common.errors import RESTORE, CorruptionError
 from understudy.common.files import storage_errors
 
 META_PAGES = 2
@@ -37,8 +37,6 @@ _NODE = struct.Struct("=HHHH")  # size low, size high, flags, key size; in a bra
 _BRANCH, _LEAF, _OVERFLOW, _META_FLAG = 0x01, 0x02, 0x04, 0x08
 _BIG_DATA = 0x01
 _NO_ROOT = (1 << 64) - 1
-
-_REMEDY = "restore this node from its peer or a backup"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,13 +61,13 @@ def parse_meta(page: bytes, path: Path) -> Meta:
         CorruptionError: it is none, or none of this format.
     """
     if len(page) < _META_BYTES or not _HEADER.unpack_from(page)[2] & _META_FLAG:
-        raise CorruptionError(f"{path} is not an LMDB file: it has no meta page", remedy=_REMEDY)
+        raise CorruptionError(f"{path} is not an LMDB file: it has no meta page", remedy=RESTORE)
     magic, version, _, _, page_bytes, free_root, last_page, txn_id = _META.unpack_from(page, _HEADER.size)
     if magic != _MAGIC or version != _DATA_VERSION:
-        raise CorruptionError(f"{path} is not an LMDB file of data format {_DATA_VERSION}", remedy=_REMEDY)
+        raise CorruptionError(f"{path} is not an LMDB file of data format {_DATA_VERSION}", remedy=RESTORE)
     if page_bytes not in _PAGE_SIZES or last_page < META_PAGES - 1:
         detail = f"page size {page_bytes}, last page {last_page}"
-        raise CorruptionError(f"the meta page of {path} is damaged: {detail}", remedy=_REMEDY)
+        raise CorruptionError(f"the meta page of {path} is damaged: {detail}", remedy=RESTORE)
     return Meta(
         page_bytes=page_bytes,
         last_page=last_page,
@@ -121,7 +119,7 @@ def free_pages(fd: int, meta: Meta, path: Path) -> bytearray:
                 free[number] = 1
     except (struct.error, IndexError, ValueError) as error:
         raise CorruptionError(
-            f"the list of free pages in {path} is damaged: {error}", remedy=_REMEDY
+            f"the list of free pages in {path} is damaged: {error}", remedy=RESTORE
         ) from error
     return free
 

@@ -16,13 +16,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO
 
-from understudy.common.errors import CorruptionError, UsageError
+from understudy.common.errors import RESTORE, CorruptionError, UsageError
 from understudy.common.files import storage_errors
 from understudy.common.log_recovery import is_torn
 from understudy.common.records import HEADER, RECORD_HEADER_BYTES, Record, read_headers, scan_chain
 from understudy.common.segment import (
     RECORDS_START,
-    REMEDY,
     SECTOR_BYTES,
     Segment,
     SegmentHeader,
@@ -84,11 +83,11 @@ def _header(sector: bytes, path: Path, cluster: ClusterId) -> SegmentHeader:
     if header.cluster != cluster:
         raise CorruptionError(
             f"{path}: of cluster {header.cluster.hex()}, but this directory belongs to {cluster.hex()}",
-            remedy=REMEDY,
+            remedy=RESTORE,
         )
     if segment_name(header.first_lsn) != path.name:
         raise CorruptionError(
-            f"{path}: the file that began with LSN {header.first_lsn}, renamed", remedy=REMEDY
+            f"{path}: the file that began with LSN {header.first_lsn}, renamed", remedy=RESTORE
         )
     return header
 
@@ -166,7 +165,7 @@ def sealed_end_problem(segment: Segment, end: SegmentEnd, following: Segment) ->
         return CorruptionError(
             f"{following.path}: goes on behind entry {following.header.before}, but {segment.path.name} ends with "
             f"entry {end.position} at byte {end.byte}",
-            remedy=REMEDY,
+            remedy=RESTORE,
         )
     return None
 
@@ -198,7 +197,7 @@ def _segments_behind(directory: Path, cluster: ClusterId, after: Lsn | None) -> 
     if damaged:
         raise damaged[0]
     if not segments:
-        raise CorruptionError(f"{directory} holds no segment of a change-log", remedy=REMEDY)
+        raise CorruptionError(f"{directory} holds no segment of a change-log", remedy=RESTORE)
     if after is None:
         return segments
     first = segments[0].header.first_lsn

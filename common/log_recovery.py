@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from understudy.common.errors import CorruptionError
+from understudy.common.errors import RESTORE, CorruptionError
 from understudy.common.files import FileSystem, WritableFile
 from understudy.common.records import scan_chain
 from understudy.common.segment import (
     RECORDS_START,
-    REMEDY,
     SECTOR_BYTES,
     Segment,
     SegmentHeader,
@@ -106,7 +105,7 @@ def _load(directory: Path, cluster: ClusterId, files: FileSystem) -> tuple[Segme
     if len(paths) > 1 and _is_unfinished(paths[-1], files):
         files.remove(paths.pop())  # durable with the directory in the end; until then, just found again
     if not paths:
-        raise CorruptionError(f"{directory} holds no segment of a change-log", remedy=REMEDY)
+        raise CorruptionError(f"{directory} holds no segment of a change-log", remedy=RESTORE)
     segments = tuple(_open_segment(path, cluster, files) for path in paths)
     for segment, following in pairwise(segments):
         _check_contiguous(segment, following, files)
@@ -127,10 +126,10 @@ def _open_segment(path: Path, cluster: ClusterId, files: FileSystem) -> Segment:
     if header.cluster != cluster:
         raise CorruptionError(
             f"{path}: of cluster {format_id(header.cluster)}, but the directory belongs to {format_id(cluster)}",
-            remedy=REMEDY,
+            remedy=RESTORE,
         )
     if segment_name(header.first_lsn) != path.name:
-        raise CorruptionError(f"{path}: renamed, it begins with LSN {header.first_lsn}", remedy=REMEDY)
+        raise CorruptionError(f"{path}: renamed, it begins with LSN {header.first_lsn}", remedy=RESTORE)
     return Segment(path, header)
 
 
@@ -142,7 +141,7 @@ def _check_contiguous(segment: Segment, following: Segment, files: FileSystem) -
         raise CorruptionError(
             f"{segment.path}: ends at byte {size}, but {following.path.name} goes on behind byte {wanted}: a file "
             f"or a part of one is missing before LSN {following.header.first_lsn}",
-            remedy=REMEDY,
+            remedy=RESTORE,
         )
 
 
@@ -156,7 +155,7 @@ def _check_checkpoint(segments: tuple[Segment, ...], after: Position, offset: in
         raise CorruptionError(
             f"{segments[0].path}: begins with LSN {segments[0].header.first_lsn}, but the store's checkpoint is at "
             f"LSN {after.lsn}: what is between is missing",
-            remedy=REMEDY,
+            remedy=RESTORE,
         )
     segment = segments[at]
     found = (segment.header.before, segment.header.first_offset)
@@ -166,7 +165,7 @@ def _check_checkpoint(segments: tuple[Segment, ...], after: Position, offset: in
         raise CorruptionError(
             f"{segment.path}: entry {found[0]} ends at byte {segment.byte_of(found[1])}, but the store's "
             f"checkpoint is {after} ending at byte {segment.byte_of(offset)}: they are not of one history",
-            remedy=REMEDY,
+            remedy=RESTORE,
         )
     return at
 
@@ -178,7 +177,7 @@ def _find(segment: Segment, lsn: Lsn, files: FileSystem) -> tuple[Position, int]
         except CorruptionError as error:
             raise CorruptionError(
                 f"the store's checkpoint at LSN {lsn} is not in the change-log: {error.message}",
-                remedy=REMEDY,
+                remedy=RESTORE,
             ) from error
 
 
@@ -192,7 +191,7 @@ def _scan_sealed(segments: tuple[Segment, ...], reached: _Reached, files: FileSy
             raise CorruptionError(
                 f"{following.path}: goes on behind entry {following.header.before}, but {segment.path.name} ends "
                 f"at byte {segment.byte_of(reached.offset)} with entry {reached.position}",
-                remedy=REMEDY,
+                remedy=RESTORE,
             )
     return reached
 

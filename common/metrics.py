@@ -6,18 +6,24 @@ when somebody scrapes, from the same status message that ``understudy status`` s
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from understudy.common.errors import Unavailable
 from understudy.common.types import format_id
 from understudy.v1 import admin_pb2
 
 _LATENCY_BUCKETS_S = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
 )  # fmt: skip
+
+
+# A loop that does not come round to it for so long is ill; below the ten seconds that Prometheus waits by default.
+STATUS_S_MAX = 5.0
 
 
 class EngineMetrics:
@@ -75,18 +81,27 @@ class EngineMetrics:
 
 
 class StatusCollector(Collector):
-    """Gauges made from a status message when scraped."""
+    """Gauges made from a status message when scraped, from any thread but the event loop's.
+
+    Args:
+        status: is called on the event loop that runs now, to which all that it reads belongs.
+    """
 
     def __init__(self, status: Callable[[], admin_pb2.StatusResponse]) -> None:
         self._status = status
+        self._loop = asyncio.get_running_loop()
 
     def describe(self) -> Iterable[Metric]:
         """Nothing: names are known only with a status at hand, which must not be asked for at registration."""
         return ()
 
     def collect(self) -> Iterable[Metric]:
-        """All gauges as of now."""
-        status = self._status()
+        """All gauges as of now.
+
+        Raises:
+            Unavailable: the loop did not answer in time.
+        """
+        status = self._fetch()
         yield InfoMetricFamily(
             "understudy_node",
             "Who this is.",
@@ -104,12 +119,27 @@ class StatusCollector(Collector):
             ("understudy_committed_lsn", "Last entry visible to reads.", status.committed_lsn),
             ("understudy_checkpoint_lsn", "Last entry in the store.", status.checkpoint_lsn),
             ("understudy_realms", "Number of realms.", status.realms),
+            (
+                "understudy_degraded",
+                "1 while durability is degraded to local.",
+                float(status.durability.endswith("(degraded)")),
+            ),
             ("understudy_warnings", "Number of warnings in the status.", len(status.warnings)),
         ):
             yield GaugeMetricFamily(name, text, value)
         yield from _replica_gauges(status)
         if status.HasField("upstream"):
             yield from _upstream_gauges(status.upstream)
+
+    def _fetch(self) -> admin_pb2.StatusResponse:
+        asked = asyncio.run_coroutine_threadsafe(self._ask(), self._loop)
+        try:
+            return asked.result(STATUS_S_MAX)
+        except TimeoutError:
+            raise Unavailable(f"the event loop has not come round for {STATUS_S_MAX:g} s") from None
+
+    async def _ask(self) -> admin_pb2.StatusResponse:
+        return self._status()
 
 
 def _replica_gauges(status: admin_pb2.StatusResponse) -> Iterable[Metric]:

@@ -66,7 +66,10 @@ class DeleteRange:
 
 @dataclass(frozen=True, slots=True)
 class Add:
-    """Adds ``amount`` to the counter at ``key``; a missing key counts as 0."""
+    """Adds ``amount`` to the counter at ``key``, a whole number as decimal text; a missing key counts as 0.
+
+    It has no effect where the value is no counter, or the sum would not fit into 64 bits, signed.
+    """
 
     key: bytes
     amount: int

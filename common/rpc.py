@@ -33,6 +33,7 @@ from understudy.common.errors import (
     UsageError,
     from_code,
 )
+from understudy.common.events import log
 from understudy.common.types import MESSAGE_BYTES_MAX
 
 CODE_METADATA = "understudy-code"
@@ -266,6 +267,10 @@ async def answering_errors(context: grpc.aio.ServicerContext) -> AsyncIterator[N
     """Turns our errors into the call's status."""
     try:
         yield
+    except grpc.aio.AbortError:
+        raise
+    except grpc.aio.BaseError as error:
+        log.debug("peer_gone", error=str(error))  # in the middle of an answer: nobody is left to hear of it
     except UnderstudyError as error:
         status = next((code for kind, code in _STATUS if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
         await context.abort(

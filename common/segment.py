@@ -23,7 +23,7 @@ from pathlib import Path
 
 import xxhash
 
-from understudy.common.errors import CorruptionError, DiskFull, NewerFormat, StorageFailed
+from understudy.common.errors import RESTORE, CorruptionError, DiskFull, NewerFormat, StorageFailed
 from understudy.common.files import FileSystem, WritableFile
 from understudy.common.records import HEADER, PAYLOAD_BYTES_MAX, RECORD_HEADER_BYTES, scan_chain
 from understudy.common.types import ClusterId, Digest, Epoch, Lsn, Position, format_lsn, parse_lsn
@@ -37,11 +37,6 @@ SEGMENT_BYTES = 64 << 20
 # is half written.
 PREALLOCATED_BYTES = 1 << 20
 SUFFIX = ".seg"
-REMEDY = (
-    "keep this directory for examination, and make the copy anew from its peer (`understudy rewind`, or the "
-    "bootstrap of a new replica) or from a backup"
-)
-
 _HEADER = struct.Struct("<8sII16sQQQ32s392x32s")
 _WATERMARK = struct.Struct("<QQQQ472xQ")
 _INDEX_STEP_BYTES = 64 << 10
@@ -98,10 +93,10 @@ class SegmentHeader:
             NewerFormat: it is one of a later version.
         """
         if len(sector) < SECTOR_BYTES or sha256(sector[:-32]).digest() != sector[-32:]:
-            raise CorruptionError(f"{path}: bytes 0 to 511 are not a segment's header", remedy=REMEDY)
+            raise CorruptionError(f"{path}: bytes 0 to 511 are not a segment's header", remedy=RESTORE)
         magic, version, _, cluster, epoch, first_lsn, first_offset, previous, _ = _HEADER.unpack(sector)
         if magic != MAGIC:
-            raise CorruptionError(f"{path}: not a segment of a change-log", remedy=REMEDY)
+            raise CorruptionError(f"{path}: not a segment of a change-log", remedy=RESTORE)
         if version != FORMAT_VERSION:
             raise NewerFormat(
                 f"{path}: format {version} of the change-log",
@@ -149,7 +144,7 @@ class Watermark:
         """
         checksum = int.from_bytes(sector[-8:], "little")
         if len(sector) < SECTOR_BYTES or xxhash.xxh3_64_intdigest(sector[:-8]) != checksum:
-            raise CorruptionError(f"{path}: bytes 512 to 1023 are not a watermark", remedy=REMEDY)
+            raise CorruptionError(f"{path}: bytes 512 to 1023 are not a watermark", remedy=RESTORE)
         first_lsn, last_lsn, start_offset, end_offset, _ = _WATERMARK.unpack(sector)
         return cls(
             first_lsn=Lsn(first_lsn), last_lsn=Lsn(last_lsn), start_offset=start_offset, end_offset=end_offset
@@ -217,7 +212,7 @@ class Segment:
     def damaged(self, lsn: int, offset: int, why: str) -> CorruptionError:
         """The error for entry ``lsn``, which should begin at log offset ``offset``."""
         return CorruptionError(
-            f"{self.path}: entry {lsn}, at byte {self.byte_of(offset)}, is damaged: {why}", remedy=REMEDY
+            f"{self.path}: entry {lsn}, at byte {self.byte_of(offset)}, is damaged: {why}", remedy=RESTORE
         )
 
     def _nearest(self, lsn: int) -> tuple[int, int]:

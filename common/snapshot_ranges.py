@@ -11,7 +11,7 @@ from pathlib import Path
 
 import xxhash
 
-from understudy.common.errors import CorruptionError, Unavailable
+from understudy.common.errors import RESTORE, CorruptionError, Unavailable
 from understudy.common.files import storage_errors
 from understudy.common.lmdb_pages import Meta, free_pages, lone_meta_pages, read_metas
 
@@ -89,7 +89,7 @@ class FileRanges:
         if not all(missing):
             raise CorruptionError(
                 f"{self._path} was cut off at {end} bytes",
-                remedy="restore this node from its peer or a backup",
+                remedy=RESTORE,
             )
 
     def _free_between(self, first: int, last: int) -> bytes:

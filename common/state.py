@@ -113,6 +113,8 @@ class State:
             self._start_epoch(record, entry)
         elif kind == "realm_dropped":
             self._drop(entry.realm_dropped.realm, record.lsn)
+        elif kind != "digest_mark":  # that changes nothing
+            raise CorruptionError(f"entry {record.lsn} is of kind {kind}, which is not applied here")
 
     def _open_delta(self, path: str, lsn: Lsn) -> RealmDelta:
         head = self.realm(path)

@@ -16,7 +16,7 @@ import lmdb
 from google.protobuf.message import DecodeError
 
 from understudy.common import store_layout as layout
-from understudy.common.errors import CorruptionError, DirectoryError
+from understudy.common.errors import RESTORE, CorruptionError, DirectoryError
 from understudy.common.files import sync_directory
 from understudy.common.state_digest import EMPTY_STATE, REALM_PREFIX_BYTES
 from understudy.common.store_layout import Environment, HistoryRow, lmdb_errors, realm_prefix, translated
@@ -47,9 +47,7 @@ class StoreSnapshot:
         try:
             row = self._meta(layout.CHECKPOINT_KEY)
             if row is None:
-                raise CorruptionError(
-                    f"the store {environment.path} has no checkpoint", remedy=layout.RESTORE
-                )
+                raise CorruptionError(f"the store {environment.path} has no checkpoint", remedy=RESTORE)
             self.checkpoint = self._parsed(CheckpointRow, row)
         except BaseException:
             self._txn.abort()
@@ -208,7 +206,7 @@ class StoreSnapshot:
             yield
         except (DecodeError, ValueError) as error:
             raise CorruptionError(
-                f"a row of the store {self._environment.path} can't be read: {error}", remedy=layout.RESTORE
+                f"a row of the store {self._environment.path} can't be read: {error}", remedy=RESTORE
             ) from error
 
 

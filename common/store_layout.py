@@ -17,6 +17,7 @@ from pathlib import Path
 import lmdb
 
 from understudy.common.errors import (
+    RESTORE,
     CorruptionError,
     DirectoryError,
     DiskFull,
@@ -57,7 +58,6 @@ _FORMAT_ROW = struct.Struct("<I")
 _HISTORY_ROW = struct.Struct(f"<Q{DIGEST_BYTES}s{DIGEST_BYTES}s")
 HISTORY_HEADER_BYTES = _HISTORY_ROW.size
 
-RESTORE = "restore this node from its peer or a backup"
 _DAMAGED = (
     lmdb.CorruptedError,
     lmdb.InvalidError,

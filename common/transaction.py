@@ -8,34 +8,45 @@ from understudy.common.operations import Add, Delete, DeleteRange, Operation, Pu
 
 
 class TransactionBuilder:
-    """Collects operations; whoever made it sends them when the ``with`` block ends.
+    """Collects operations; whoever made it sends them when the ``with`` block ends, at least one.
 
-    ``receipt`` is there afterwards. A block that raises sends nothing.
+    ``receipt`` is there afterwards. A block that raises sends nothing. After the block nothing can be added.
     """
 
     def __init__(self) -> None:
-        self.operations: list[Operation] = []
+        self._operations: list[Operation] = []
         self._receipt: Receipt | None = None
+        self._ended = False
+
+    def end(self) -> list[Operation]:
+        """What was collected; nothing is from here on."""
+        self._ended = True
+        return self._operations
+
+    def _collect(self, operation: Operation) -> None:
+        if self._ended:
+            raise BadOperation(f"{operation!r:.200} comes too late", remedy="begin another transaction")
+        self._operations.append(operation)
 
     def put(self, key: bytes, value: bytes) -> None:
         """Sets ``key`` to ``value``."""
-        self.operations.append(Put(key, value))
+        self._collect(Put(key, value))
 
     def update(self, key: bytes, value: bytes) -> None:
         """Sets ``key`` to ``value`` where the key exists."""
-        self.operations.append(Update(key, value))
+        self._collect(Update(key, value))
 
     def delete(self, key: bytes) -> None:
         """Removes ``key``."""
-        self.operations.append(Delete(key))
+        self._collect(Delete(key))
 
     def delete_range(self, start: bytes = b"", end: bytes = b"") -> None:
         """Removes every key from ``start`` to before ``end``; empty means without bound."""
-        self.operations.append(DeleteRange(start, end))
+        self._collect(DeleteRange(start, end))
 
     def add(self, key: bytes, amount: int) -> None:
-        """Adds to the counter at ``key``."""
-        self.operations.append(Add(key, amount))
+        """Adds to the counter at ``key``; without effect where the value is no counter, or the sum has no 64 bits."""
+        self._collect(Add(key, amount))
 
     @property
     def receipt(self) -> Receipt:

@@ -20,7 +20,7 @@ from google.protobuf.message import DecodeError
 from understudy.common.directory import DataDirectory
 from understudy.common.engine import HISTORY_KEY
 from understudy.common.entries import change_digest, parse_change, parse_entry, sign
-from understudy.common.errors import CorruptionError, NotADataDirectory, UnderstudyError
+from understudy.common.errors import RESTORE, CorruptionError, NotADataDirectory, UnderstudyError
 from understudy.common.lmdb_check import check_structure
 from understudy.common.log_reader import (
     SegmentEnd,
@@ -33,10 +33,9 @@ from understudy.common.log_reader import (
 )
 from understudy.common.operations import PUT
 from understudy.common.records import Record
-from understudy.common.segment import REMEDY, Segment
+from understudy.common.segment import Segment
 from understudy.common.store import Store, StoreSnapshot
 from understudy.common.store_check import check_state
-from understudy.common.store_layout import RESTORE
 from understudy.common.types import START, SYSTEM_REALM, Digest, Lsn, Position
 from understudy.v1 import log_pb2
 
@@ -166,7 +165,7 @@ class _LogCheck:
         for error in damaged:
             self._report(str(error))
         if not segments:
-            self._report(f"{self._directory.log} holds no segment of a change-log ({REMEDY})")
+            self._report(f"{self._directory.log} holds no segment of a change-log ({RESTORE})")
             return
         self._key = self._history_key()
         self._gap_end = segments[0].header.before.lsn
@@ -226,7 +225,7 @@ class _LogCheck:
             try:
                 self._check_record(record)
             except CorruptionError as error:
-                self._report(f"{segment.path}: {error.message} ({error.remedy or REMEDY})")
+                self._report(f"{segment.path}: {error.message} ({error.remedy or RESTORE})")
             self.position = record.position
             self._compare_position(record.position)
             self.entries += 1

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 
 from understudy.common.admin_service import AdminService
-from understudy.common.errors import Unavailable
+from understudy.common.directory import Role
+from understudy.common.errors import DiskFull, Unavailable
 from understudy.common.read_service import Context
 from understudy.common.rpc import answering_errors
 from understudy.common.types import Lsn
@@ -38,9 +39,19 @@ class PrimaryAdminService(AdminService):
             ) from None
 
     async def Fence(self, request: admin_pb2.FenceRequest, context: Context) -> admin_pb2.FenceResponse:
-        """Accepts no more writes, for good: an operator says that another primary reigns."""
+        """Accepts no more writes, for good: an operator says that another primary reigns or will.
+
+        Raises:
+            DiskFull: it does not, but that could not be recorded yet.
+        """
         async with answering_errors(context):
-            self._node.fence(self._node.engine.epoch)
+            self._node.fence(None)
+            directory = self._node.engine.directory
+            if directory.role is not Role.FENCED:
+                raise DiskFull(
+                    f"no space left in {directory.path}: fenced, but a restart would not remember it",
+                    remedy="free some space; it is recorded by itself then",
+                )
             return admin_pb2.FenceResponse(epoch=self._node.engine.epoch)
         raise AssertionError("aborted")
 

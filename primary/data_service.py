@@ -13,6 +13,7 @@ from understudy.common.errors import (
     Fenced,
     ForeignCluster,
     NotPermitted,
+    Overloaded,
     ProtocolError,
     UnderstudyError,
 )
@@ -26,6 +27,10 @@ from understudy.v1 import data_pb2
 
 # Results not yet taken by a client that does not read: its transactions are not read either then.
 UNREAD_RESULTS_MAX = 20_000
+# Our client sends a quarter of it. Taking so many in is done in some 20 ms, in which nobody else gets a turn.
+MESSAGE_TRANSACTIONS_MAX = 1_000
+# Messages of all clients that were read and wait for room; with more, the next ones are refused.
+HELD_BYTES_MAX = 64 << 20
 
 
 class PrimaryDataService(ReadService):
@@ -34,6 +39,7 @@ class PrimaryDataService(ReadService):
     def __init__(self, node: PrimaryNode) -> None:
         super().__init__(lambda: node.engine.state)
         self._node = node
+        self._held_bytes = 0
 
     async def Commit(self, _: object, context: Context) -> None:  # type: ignore[override]
         """One client's transactions, until it goes away."""
@@ -112,14 +118,38 @@ class PrimaryDataService(ReadService):
                 raise ProtocolError("transactions come after the first message, nothing else")
             self._refuse_if_fenced()
             message.DiscardUnknownFields()  # nothing enters the log that was not looked at
-            await node.wait_for_room()  # others may have filled it while this one was read
+            transactions = message.transactions.transactions
+            if len(transactions) > MESSAGE_TRANSACTIONS_MAX:
+                raise ProtocolError(
+                    f"a message of {len(transactions)} transactions",
+                    remedy=f"send at most {MESSAGE_TRANSACTIONS_MAX} at once",
+                )
+            too_much = await self._wait_with(message.ByteSize())
             arrived_s = time.monotonic()
-            for transaction in message.transactions.transactions:
+            for transaction in transactions:
                 answers.owed += 1
                 try:
+                    if too_much is not None:
+                        raise too_much
                     node.submit(client, transaction, partial(answers.add, transaction.number, arrived_s))
                 except UnderstudyError as error:
                     answers.refuse(transaction.number, error)
+
+    async def _wait_with(self, size: int) -> Overloaded | None:
+        """Waits for room with a message of ``size`` bytes at hand; or not, where too much waits already."""
+        if self._node.committer.has_room:
+            return None
+        if self._held_bytes + size > HELD_BYTES_MAX:
+            return Overloaded(
+                f"{self._held_bytes >> 20} MiB of transactions wait for room already",
+                remedy="try again later",
+            )
+        self._held_bytes += size
+        try:
+            await self._node.wait_for_room()
+        finally:
+            self._held_bytes -= size
+        return None
 
     async def DropRealm(
         self, request: data_pb2.DropRealmRequest, context: Context

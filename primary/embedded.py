@@ -207,7 +207,7 @@ class Primary:
         """Collects operations, and commits them when the block ends without an error."""
         builder = TransactionBuilder()
         yield builder
-        builder.committed(self.commit(realm, builder.operations, durability=durability, timeout_s=timeout_s))
+        builder.committed(self.commit(realm, builder.end(), durability=durability, timeout_s=timeout_s))
 
     def drop_realm(self, realm: str, *, timeout_s: float = TIMEOUT_S) -> Lsn:
         """Drops a realm and everything in it; returns the LSN.

@@ -14,6 +14,7 @@ from understudy.common.changelog import ChangeLog
 from understudy.common.directory import DataDirectory, Role
 from understudy.common.engine import HISTORY_KEY, Engine
 from understudy.common.errors import (
+    CorruptionError,
     DiskFull,
     Fenced,
     OutcomeUnknown,
@@ -79,6 +80,8 @@ class PrimaryNode:
         self.streams: set[asyncio.Task[None]] = set()  # clients' commit streams
         self._progress: dict[str, tuple[Lsn, Lsn]] = {}  # of replicas seen by this process
         self._flushing = False
+        self._was_degraded = False
+        self._log_damage = ""
         self._room = asyncio.Event()
         self._ticker: asyncio.Task[None] | None = None
 
@@ -120,9 +123,17 @@ class PrimaryNode:
             await asyncio.sleep(TICK_S)
             self._report_replicas()
             self.committer.on_tick(time.monotonic())
+            self._note_degraded()
             self._enforce_ceiling()
             self._record_fence()
             self._after_progress()
+
+    def _note_degraded(self) -> None:
+        if self.committer.degraded and not self._was_degraded:
+            log.warning("durability_degraded", connected=self.slots.connected_count)
+        elif self._was_degraded and not self.committer.degraded:
+            log.info("durability_restored")
+        self._was_degraded = self.committer.degraded
 
     # -- transactions --------------------------------------------------------------------------------------
 
@@ -272,6 +283,12 @@ class PrimaryNode:
             )
         )
 
+    def note_log_damage(self, problem: CorruptionError | None) -> None:
+        """What was found in our own log when a replica could not use what we had sent; None: it was sound."""
+        if problem is not None and str(problem) != self._log_damage:
+            log.error("log_damaged", detail=str(problem))
+        self._log_damage = str(problem or self._log_damage)
+
     def fence(self, epoch: Epoch | None) -> None:
         """Accepts no more writes, durably, for good (G7): because of an epoch, or (None) of an operator."""
         if self.is_fenced:
@@ -367,6 +384,8 @@ class PrimaryNode:
         found = list(self.engine.mismatches)
         if self.is_fenced:
             found.append(f"fenced: {self.committer.refusal}")
+        if self._log_damage:
+            found.append(self._log_damage)
         if self.engine.disk_full:
             found.append(f"no space left in {self.engine.directory.path}: writes are refused")
         if self.committer.degraded:

@@ -8,9 +8,10 @@ import time
 from collections.abc import AsyncIterator, Iterable
 
 import grpc.aio
+from google.protobuf.message import Message
 
 from understudy.common import entries
-from understudy.common.errors import ProtocolError, Unavailable
+from understudy.common.errors import CorruptionError, Overloaded, ProtocolError, Unavailable
 from understudy.common.events import log
 from understudy.common.follow_table import (
     PROTOCOL_VERSION,
@@ -43,6 +44,9 @@ from understudy.primary.snapshots import PinBoard
 from understudy.v1 import replication_pb2, replication_pb2_grpc
 
 _DIGESTS_PER_MESSAGE = 64
+# Each holds some 7 MiB of what was read and not yet taken; a bootstrap has two at a time.
+READINGS_MAX = 16
+UNREAD_S_MAX = 60.0  # a bootstrap that is throttled takes its ranges seldom
 _READ_AHEAD = 4  # ranges read at a time; each trip to another thread costs as much as a tenth of reading one
 
 
@@ -53,6 +57,8 @@ class ReplicationService(replication_pb2_grpc.ReplicationServicer):
         self._node = node
         self._pins = pins
         self._following: dict[str, tuple[bytes, asyncio.Task[None]]] = {}
+        self._displaced: set[asyncio.Task[None]] = set()
+        self._readings = 0  # of snapshots
 
     # -- following -----------------------------------------------------------------------------------------
 
@@ -65,7 +71,7 @@ class ReplicationService(replication_pb2_grpc.ReplicationServicer):
             if first.WhichOneof("message") != "hello":
                 raise ProtocolError("the first message of a Follow is a hello")
             hello = _checked(first.hello)
-            async with self._seat(hello) as seat:
+            async with self._displaced_told(), self._seat(hello) as seat:
                 decision, common = await self._decide(hello, seat)
                 bound = log.bind(replica=hello.replica_id, peer=context.peer())
                 if decision == Decision.STREAM:
@@ -79,6 +85,18 @@ class ReplicationService(replication_pb2_grpc.ReplicationServicer):
                     await self._stream(hello, offset, context)
 
     @contextlib.asynccontextmanager
+    async def _displaced_told(self) -> AsyncIterator[None]:
+        """Ends a call that gives way with a status; cancelling its task alone would leave the peer waiting."""
+        try:
+            yield
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task not in self._displaced:
+                raise
+            self._displaced.discard(task)
+            raise Unavailable("another connection of this replica has taken over") from None
+
+    @contextlib.asynccontextmanager
     async def _seat(self, hello: replication_pb2.Hello) -> AsyncIterator[Slot]:
         """The replica id's seat, held from before the decision until the stream ends.
 
@@ -88,6 +106,7 @@ class ReplicationService(replication_pb2_grpc.ReplicationServicer):
         noticed.
         """
         while (known := self._following.get(hello.replica_id)) and known[0] == hello.run:
+            self._displaced.add(known[1])
             known[1].cancel()
             await asyncio.wait([known[1]])
         if known is not None:
@@ -112,6 +131,11 @@ class ReplicationService(replication_pb2_grpc.ReplicationServicer):
             # Looking up digests reads the log: not on the loop.
             relation = await asyncio.to_thread(relate, locator, Epoch(hello.epoch), history)
             common = await asyncio.to_thread(last_common, locator, history.lookup)
+            if relation is Relation.ON_LOG and hello.damaged_lsn > locator[0].lsn:
+                problem = await asyncio.to_thread(self._damage, locator[0].lsn, Lsn(hello.damaged_lsn))
+                self._node.note_log_damage(problem)
+                if problem is not None:
+                    relation = Relation.PRUNED  # the log does not go on from there
         decision = decide(
             FollowFacts(
                 protocol=Protocol.SAME if hello.protocol_version == PROTOCOL_VERSION else Protocol.OTHER,
@@ -123,6 +147,15 @@ class ReplicationService(replication_pb2_grpc.ReplicationServicer):
             )
         )
         return decision, common
+
+    def _damage(self, after: Lsn, upto: Lsn) -> CorruptionError | None:
+        """What is wrong with our own log behind ``after``, where a replica says that ``upto`` came damaged."""
+        try:
+            for _ in self._node.engine.log.records(after, upto):
+                pass
+        except CorruptionError as error:
+            return error
+        return None
 
     def _cluster(self, hello: replication_pb2.Hello) -> Cluster:
         if not hello.cluster:
@@ -266,7 +299,7 @@ class ReplicationService(replication_pb2_grpc.ReplicationServicer):
                 raise ProtocolError(
                     f"another replica follows as {replica_id!r}", remedy="give each its own --id"
                 )
-            pin = self._pins.pin(replica_id, request.resume)
+            pin = self._pins.pin(replica_id, request.node, request.resume)
             row = pin.checkpoint
             self._node.forget_progress(replica_id)
             self._node.slots.claim(
@@ -275,23 +308,23 @@ class ReplicationService(replication_pb2_grpc.ReplicationServicer):
             return self._pins.info(pin, epoch=self._node.engine.epoch)
         raise AssertionError("aborted")
 
-    async def DigestSnapshot(
+    async def DigestSnapshot(  # type: ignore[override]  # it writes to the context, as gRPC lets it
         self, request: replication_pb2.DigestSnapshotRequest, context: Context
-    ) -> AsyncIterator[replication_pb2.RangeDigests]:
+    ) -> None:
         """The digests of all ranges."""
-        async with answering_errors(context):
+        async with answering_errors(context), self._one_reading():
             count = self._pins.get(request.snapshot).snapshot.ranges
             for first in range(0, count, _DIGESTS_PER_MESSAGE):
                 snapshot = self._pins.get(request.snapshot).snapshot
                 indexes = range(first, min(first + _DIGESTS_PER_MESSAGE, count))
                 digests = await asyncio.to_thread(_digests, snapshot, indexes)
-                yield replication_pb2.RangeDigests(first_range=first, digests=digests)
+                await _write(context, replication_pb2.RangeDigests(first_range=first, digests=digests))
 
-    async def ReadSnapshot(
+    async def ReadSnapshot(  # type: ignore[override]
         self, request: replication_pb2.ReadSnapshotRequest, context: Context
-    ) -> AsyncIterator[replication_pb2.RangeData]:
+    ) -> None:
         """The ranges asked for, each with its digest."""
-        async with answering_errors(context):
+        async with answering_errors(context), self._one_reading():
             count = self._pins.get(request.snapshot).snapshot.ranges
             wrong = next((index for index in request.ranges if index >= count), None)
             if wrong is not None:
@@ -301,7 +334,17 @@ class ReplicationService(replication_pb2_grpc.ReplicationServicer):
                 snapshot = self._pins.get(request.snapshot).snapshot
                 indexes = request.ranges[first : first + _READ_AHEAD]
                 for part in await asyncio.to_thread(_read, snapshot, indexes):
-                    yield part
+                    await _write(context, part)
+
+    @contextlib.asynccontextmanager
+    async def _one_reading(self) -> AsyncIterator[None]:
+        if self._readings >= READINGS_MAX:
+            raise Overloaded(f"{READINGS_MAX} snapshots are being read already", remedy="try again later")
+        self._readings += 1
+        try:
+            yield
+        finally:
+            self._readings -= 1
 
     async def ReleaseSnapshot(
         self, request: replication_pb2.ReleaseSnapshotRequest, context: Context
@@ -318,6 +361,15 @@ class ReplicationService(replication_pb2_grpc.ReplicationServicer):
                 f"{slots.SLOTS_MAX} replicas are known already",
                 remedy="remove those that are gone: understudy forget ID --server HOST:PORT",
             )
+
+
+async def _write(context: Context, message: Message) -> None:
+    """Sends a message, unless the peer takes none any more."""
+    try:
+        async with asyncio.timeout(UNREAD_S_MAX):
+            await context.write(message)
+    except TimeoutError:
+        raise Unavailable(f"it has taken nothing for {UNREAD_S_MAX:.0f} s") from None
 
 
 def _digests(snapshot: PinnedSnapshot, indexes: Iterable[int]) -> list[bytes]:

@@ -49,7 +49,8 @@ async def serving_primary(settings: PrimarySettings) -> AsyncIterator[PrimarySer
     async with contextlib.AsyncExitStack() as stack:
         directory = stack.enter_context(DataDirectory.open(settings.data_dir))
         if directory.is_new:
-            check_free(settings.listen)  # before anything is made there
+            for address in filter(None, (settings.listen, settings.metrics)):
+                check_free(address)  # before anything is made there
         node = PrimaryNode.open(directory, settings, metrics)
         stack.push_async_callback(node.close)
         await node.start()

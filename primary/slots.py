@@ -6,19 +6,33 @@ may be older than the truth, never newer; the cost of that is a little more log.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import get_type_hints
 
-from understudy.common.errors import CorruptionError, DiskFull, Unavailable, UnderstudyError, UsageError
+from understudy.common.errors import (
+    CorruptionError,
+    DiskFull,
+    NewerFormat,
+    Unavailable,
+    UnderstudyError,
+    UsageError,
+)
 from understudy.common.events import log
 from understudy.common.files import publish
 from understudy.common.types import Lsn
 
 SLOTS_FILE = "slots.json"
+FORMAT_VERSION = 1
 SLOTS_MAX = 64  # far more replicas than a primary can feed; a bound against a client that invents ids
 SAVE_INTERVAL_S = 5.0
+# Of the ids that are known, in an error: it crosses gRPC twice over, whose metadata hold 8 KiB, where a byte that is
+# not ASCII takes three.
+_NAMED_MAX = 10
+_NAMED_BYTES_MAX = 1_000
 
 
 @dataclass(slots=True, kw_only=True)
@@ -32,12 +46,23 @@ class Slot:
     applied_lsn: int = 0
     seen_us: int = 0  # when it was last heard, our clock
     lost: bool = False  # its log is gone: it will bootstrap again
-    address: str = ""
 
     @property
     def needs_from(self) -> Lsn:
         """The first LSN that it has yet to make durable."""
         return Lsn(self.durable_lsn + 1)
+
+
+_KINDS = get_type_hints(Slot)
+
+
+def _slot(row: dict[str, object]) -> Slot:
+    """The slot of a row; what a later version has added to it is passed over."""
+    values = {name: row[name] for name in _KINDS if name in row}
+    for name, value in values.items():
+        if type(value) is not _KINDS[name] or (isinstance(value, int) and not 0 <= value < 1 << 63):
+            raise ValueError(f"{name} is {value!r:.100}")
+    return Slot(**values)  # type: ignore[arg-type]  # checked just now
 
 
 class SlotTable:
@@ -53,10 +78,14 @@ class SlotTable:
 
     def _load(self) -> None:
         try:
-            rows = json.loads(self._path.read_bytes())["slots"]
-            known = {field.name for field in fields(Slot)}
-            self._slots = {row["id"]: Slot(**{k: v for k, v in row.items() if k in known}) for row in rows}
-        except (ValueError, KeyError, TypeError) as error:
+            table = json.loads(self._path.read_bytes())
+            if table["format"] > FORMAT_VERSION:
+                raise NewerFormat(
+                    f"{self._path} was written by a newer version of Understudy (format {table['format']})",
+                    remedy=f"this version reads format {FORMAT_VERSION}; upgrade it",
+                )
+            self._slots = {row["id"]: _slot(row) for row in table["slots"]}
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CorruptionError(
                 f"{self._path} can't be read: {error}",
                 remedy="remove it; replicas that are far behind will bootstrap again",
@@ -129,11 +158,7 @@ class SlotTable:
             DiskFull, StorageFailed: it stays.
         """
         if replica_id not in self._slots:
-            known = ", ".join(sorted(self._slots))
-            raise UsageError(
-                f"no replica {replica_id!r} is known here",
-                remedy=f"known are: {known}" if known else "none is known",
-            )
+            raise UsageError(f"no replica {replica_id!r:.200} is known here", remedy=self._known())
         if replica_id in self._connected:
             raise Unavailable(f"replica {replica_id!r} is connected", remedy="stop it first")
         slot = self._slots.pop(replica_id)
@@ -145,6 +170,15 @@ class SlotTable:
         log.info("slot_removed", replica=slot.id, needs_from=slot.needs_from)
         return slot
 
+    def _known(self) -> str:
+        if not self._slots:
+            return "none is known"
+        ids = sorted(self._slots)
+        sizes = itertools.accumulate(len(one.encode()) for one in ids[:_NAMED_MAX])
+        named = [one for one, size in zip(ids, sizes, strict=False) if size <= _NAMED_BYTES_MAX]
+        more = f" and {len(ids) - len(named)} more" if len(named) < len(ids) else ""
+        return f"known are: {', '.join(named)}{more}"
+
     def save(self) -> None:
         """Publishes the table. On a full disk the old one stays: older positions only keep more log."""
         try:
@@ -153,5 +187,5 @@ class SlotTable:
             log.warning("slots_not_saved", error=str(error))
 
     def _publish(self) -> None:
-        body = {"format": 1, "slots": [asdict(slot) for slot in self._slots.values()]}
+        body = {"format": FORMAT_VERSION, "slots": [asdict(slot) for slot in self._slots.values()]}
         publish(self._path, json.dumps(body, indent=1).encode() + b"\n")

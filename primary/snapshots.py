@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 
 from understudy.common.engine import Engine
-from understudy.common.errors import Overloaded, Unavailable
+from understudy.common.errors import Overloaded, ProtocolError, Unavailable
 from understudy.common.events import log
 from understudy.common.pinned_snapshot import PinnedSnapshot
 from understudy.common.store import Store
@@ -31,6 +31,7 @@ class Pin:
 
     id: bytes
     replica_id: str
+    node: bytes
     snapshot: PinnedSnapshot
     checkpoint: store_pb2.CheckpointRow
     used_s: float
@@ -43,23 +44,29 @@ class PinBoard:
         self._engine = engine
         self._pins: dict[bytes, Pin] = {}
 
-    def pin(self, replica_id: str, resume: bytes) -> Pin:
+    def pin(self, replica_id: str, node: bytes, resume: bytes) -> Pin:
         """Pins the present checkpoint for a replica, or takes up again what it had pinned.
 
         Raises:
+            ProtocolError: another node bootstraps under this name.
             Overloaded: too many are pinned already.
         """
-        known = self._pins.get(resume)
-        if known is not None and known.replica_id == replica_id:
-            known.used_s = time.monotonic()
-            return known
-        for old in [pin for pin in self._pins.values() if pin.replica_id == replica_id]:
-            self.release(old.id)
+        owned = [pin for pin in self._pins.values() if pin.replica_id == replica_id]
+        if any(pin.node != node for pin in owned):
+            raise ProtocolError(
+                f"another replica bootstraps as {replica_id!r}",
+                remedy=f"give each its own --id; one that is gone is forgotten after {IDLE_S_MAX:.0f} s",
+            )
+        for pin in owned:
+            if pin.id == resume:
+                pin.used_s = time.monotonic()
+                return pin
+            self.release(pin.id)
         if len(self._pins) >= PINS_MAX:
             raise Overloaded(f"{PINS_MAX} snapshots are pinned already", remedy="try again when one is done")
         store = self._engine.state.store
         snapshot = PinnedSnapshot.open(store.env, self._engine.directory.store / "data.mdb")
-        pin = Pin(new_id(), replica_id, snapshot, _checkpoint(store, snapshot), time.monotonic())
+        pin = Pin(new_id(), replica_id, node, snapshot, _checkpoint(store, snapshot), time.monotonic())
         self._pins[pin.id] = pin
         log.info("snapshot_pinned", replica=replica_id, lsn=pin.checkpoint.lsn, bytes=snapshot.file_bytes)
         return pin

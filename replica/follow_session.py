@@ -164,6 +164,11 @@ class FollowSession:
         """Whether more should be read from the connection."""
         return self._unapplied_bytes < BACKLOG_BYTES_MAX
 
+    @property
+    def next_lsn(self) -> Lsn:
+        """The first entry that has not come whole."""
+        return Lsn(self._reader.position.lsn + 1)
+
     def on_chunk(
         self, records: bytes, *, head_lsn: Lsn, head_offset: int, clock_us: int, now_s: float
     ) -> list[Action]:

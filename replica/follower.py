@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import grpc.aio
 
-from understudy.common.errors import Fenced, PeerUnreachable, UnderstudyError
+from understudy.common.errors import CorruptionError, Fenced, PeerUnreachable, UnderstudyError
 from understudy.common.events import log
 from understudy.common.follow_table import PROTOCOL_VERSION, Decision
 from understudy.common.locator import lookup_in, make_locator
@@ -62,6 +62,7 @@ class Follower:
         self._head = Lsn(0), 0  # the primary's, when it was heard last: LSN and log offset
         self._silence: UnderstudyError | None = None  # why the ticker has ended the call
         self._said: dict[str, set[str]] = {}  # problems logged since we last followed, by address
+        self._damaged = Lsn(0)  # the entry that came damaged last time; 0: none
         self._reign = replication_pb2.Answer()  # of the latest epoch whose primary let us follow or copy it
         self._progress: SendProgress | None = None
         self._wake_sender = asyncio.Event()
@@ -200,6 +201,7 @@ class Follower:
             node=directory.node,
             run=self._run,
             replica_id=self._settings.id,
+            damaged_lsn=self._damaged,
         )
         if engine is None:
             return hello
@@ -228,8 +230,10 @@ class Follower:
         ticker = spawn(self._tick_forever(session, call), self._on_end)
         try:
             while isinstance(response := await call.read(), replication_pb2.FollowResponse):
-                self._take_chunk(session, response.chunk)
-                backoff.reset()  # only now: one who sends nothing that can be used is not to be asked at once
+                if self._take_chunk(session, response.chunk):
+                    # Only now: who sends nothing that can be used is not to be asked at once, again and again.
+                    backoff.reset()
+                    self._all_is_well(address)
                 if not session.has_room:
                     await self._copy.wait_until(lambda: session.has_room)
             raise PeerUnreachable(f"{address} ended the stream")
@@ -247,24 +251,33 @@ class Follower:
 
     def _begin(self, session: FollowSession, address: str) -> None:
         self._session, self._copy.listener = session, self
-        self._upstream, self.problem = address, ""
+        self._upstream = address
         self._silence = None
         self._progress = None  # of the session before, and older than what this one has begun with
         self._wake_sender.clear()
-        self._said.pop(address, None)
         log.info("following", primary=address, lsn=session.head_lsn)
 
-    def _take_chunk(self, session: FollowSession, chunk: replication_pb2.Chunk) -> None:
+    def _all_is_well(self, address: str) -> None:
+        self.problem = ""
+        self._said.pop(address, None)
+        self._damaged = Lsn(0)
+
+    def _take_chunk(self, session: FollowSession, chunk: replication_pb2.Chunk) -> bool:
+        """Takes what came; whether it was of any use, be it only as a sign of life."""
         self._head, self._heard_us = (Lsn(chunk.head_lsn), chunk.head_offset), chunk.clock_us
-        self._do(
-            session.on_chunk(
+        try:
+            actions = session.on_chunk(
                 chunk.records,
                 head_lsn=Lsn(chunk.head_lsn),
                 head_offset=chunk.head_offset,
                 clock_us=chunk.clock_us,
                 now_s=time.monotonic(),
             )
-        )
+        except CorruptionError:
+            self._damaged = session.next_lsn  # so that the primary looks at its own log there
+            raise
+        self._do(actions)
+        return not chunk.records or any(isinstance(action, Append) for action in actions)
 
     def _do(self, actions: list[Action]) -> None:
         for action in actions:

@@ -126,7 +126,7 @@ class ReplicaNode:
         found = list(engine.mismatches) if engine else []
         if engine is not None and engine.disk_full:
             found.append(f"no space left in {self.directory.path}: nothing more is received")
-        if not follower.is_connected:
+        if follower.problem:
             found.append(f"not following: {follower.problem}")
         if follower.bootstrap_progress is not None:
             done, total = follower.bootstrap_progress

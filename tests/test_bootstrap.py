@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import errno
 import json
+import os
 import random
 import tracemalloc
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -535,7 +536,27 @@ def test_an_export_that_fails_is_not_there(tmp_path: Path) -> None:
         yield from long_records(3)
         raise CorruptionError("the log is damaged")
 
+    with pytest.raises(CorruptionError):
+        rewind._publish_lines(tmp_path / "entries.jsonl", damaged())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_g9_an_export_that_fills_the_disk_gives_the_space_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G4, G9: where entries find no space, the error says so and nothing of the file is left; what an export that was
+    killed has left is overwritten by the next.
+    """
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     path = tmp_path / "entries.jsonl"
-    with contextlib.suppress(CorruptionError):
-        rewind._publish_lines(path, damaged())
-    assert not path.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(DiskFull, match="entries"):
+            rewind._publish_lines(path, long_records(3))
+    assert list(tmp_path.iterdir()) == []
+    path.with_name(path.name + ".new").write_bytes(bytes(1_000_000))
+    assert rewind._publish_lines(path, long_records(3)) == 3
+    assert list(tmp_path.iterdir()) == [path]

@@ -253,7 +253,7 @@ def test_damage_ends_the_process(tmp_path: Path) -> None:
         assert txn.delete(history_key(1, 1))
     with checkpointing(path) as checkpointer:
         _, job = model.step([Edit(path="/r", changes=6, change_bytes=8 << 20)])
-        with pytest.raises(StorageFailed, match=r"history of realm /r has gaps.*restore"):
+        with pytest.raises(StorageFailed, match=r"history of realm /r has gaps.*make the copy anew"):
             checkpointer.run([job])
         wait_until(lambda: not is_alive(pid_of(checkpointer)))
         with pytest.raises(StorageFailed, match="ended with exit code 1"):

@@ -27,7 +27,8 @@ from understudy.common.operations import TRANSACTION_BYTES_MAX
 from understudy.common.types import KEY_BYTES_MAX
 
 COMMANDS = {
-    *("primary", "replica", "promote", "rewind", "forget", "status", "verify", "log", "realms"),
+    *("primary", "replica", "promote", "fence", "rewind", "forget"),
+    *("status", "verify", "log", "realms"),
     *("get", "put", "delete", "scan", "import", "export"),
 }
 
@@ -301,6 +302,13 @@ def test_wrong_usage_is_explained(processes: Processes, arguments: list[str], co
         (["status", "--server", "127.0.0.1:1"], ExitCode.UNREACHABLE, "127.0.0.1:1"),
         (["forget", "b", "--server", "127.0.0.1:1"], ExitCode.UNREACHABLE, "127.0.0.1:1"),
         (["forget", "b", "--server", "nowhere"], ExitCode.USAGE, "HOST:PORT"),
+        (
+            ["forget", "b\udcff", "--server", "127.0.0.1:1"],
+            ExitCode.USAGE,
+            r"bad id 'b\udcff': it is not UTF-8",
+        ),
+        (["fence", "--server", "127.0.0.1:1"], ExitCode.UNREACHABLE, "127.0.0.1:1"),
+        (["fence", "--server", "nowhere"], ExitCode.USAGE, "HOST:PORT"),
         (["get", "--server", "127.0.0.1:1", "/a", "k"], ExitCode.UNREACHABLE, "127.0.0.1:1"),
         (["put", "--server", "127.0.0.1:1", "/a", "k", "v"], ExitCode.UNREACHABLE, "127.0.0.1:1"),
         (["import", "--server", "127.0.0.1:1", "/a", "-"], ExitCode.UNREACHABLE, "127.0.0.1:1"),
@@ -599,7 +607,7 @@ def test_ctrl_c_ends_a_command_as_shells_expect(processes: Processes, server: Pr
     assert "Traceback" not in said
 
 
-@pytest.mark.parametrize("command", ["status", "get", "scan", "export", "put", "forget", "verify"])
+@pytest.mark.parametrize("command", ["status", "get", "scan", "export", "put", "fence", "forget", "verify"])
 def test_ctrl_c_while_a_server_is_silent_leaves_no_traceback(command: str) -> None:
     """Ctrl-C while a command waits for a server that accepts and says nothing ends it with 130, without a word."""
     with socket.create_server(("127.0.0.1", 0)) as silent:

@@ -6,7 +6,14 @@ import pytest
 
 from understudy.cli.histories import Standing, check_related
 from understudy.common import entries
-from understudy.common.errors import Diverged, ForeignCluster, ResetNeeded, Unavailable, UnderstudyError
+from understudy.common.errors import (
+    Diverged,
+    ForeignCluster,
+    ResetNeeded,
+    Unavailable,
+    UnderstudyError,
+    UsageError,
+)
 from understudy.common.types import ClusterId, Digest, Epoch, Lsn, NodeId, Position
 from understudy.v1 import admin_pb2, replication_pb2
 
@@ -23,6 +30,7 @@ def standing(
     digest: bytes = b"",
     fork: bytes = FORK,
     cluster: bytes = CLUSTER,
+    node: bytes = b"",
 ) -> Standing:
     """What a node says of itself; epoch 1 began at LSN 1, epoch 2 at LSN 11."""
     start = entries.epoch_entry(
@@ -38,11 +46,12 @@ def standing(
         admin_pb2.StatusResponse(
             role=role,
             cluster=cluster,
+            node=node or f"{role} of {epoch}".ljust(16).encode(),
             epoch=epoch,
             durable_lsn=lsn,
             committed_lsn=lsn if applied is None else applied,
             digest=digest or b"%d" % lsn,
-            proof=None if role == "replica" else replication_pb2.EpochProof(entry=start),
+            proof=replication_pb2.EpochProof(entry=start) if epoch else None,
         ),
     )
 
@@ -78,6 +87,7 @@ def test_what_may_be_of_one_history_is_compared(other: Standing) -> None:
         (standing("replica", epoch=1, lsn=11), Diverged),
         (standing("replica", epoch=2, lsn=20, digest=b"another"), Diverged),
         (standing("fenced", epoch=2, lsn=15, fork=b"another"), Diverged),
+        (standing("replica", epoch=2, lsn=15, fork=b"another"), Diverged),
         (standing(epoch=1, lsn=5), ResetNeeded),
         (standing("replica", epoch=2, lsn=20, cluster=b"d" * 16), ForeignCluster),
         (standing("replica", epoch=0, lsn=0, cluster=b""), Unavailable),
@@ -89,3 +99,18 @@ def test_what_can_not_be_of_one_history_is_refused(other: Standing, kind: type[U
         with pytest.raises(kind) as raised:
             check_related(*pair)
         assert type(raised.value) is kind
+
+
+def test_one_primary_under_two_names_is_no_second_one() -> None:
+    """A primary given by two addresses is told as one node, with no advice to rewind it, though it writes meanwhile."""
+    later = standing(epoch=2, lsn=25)
+    again = Standing("another name", later.status)
+    with pytest.raises(UsageError, match="are the same node") as raised:
+        check_related(NEW, again)
+    assert "rewind" not in str(raised.value)
+    check_related(NEW, later)  # by one address
+
+
+def test_a_copied_replica_is_compared() -> None:
+    """A replica that was seeded with a copy of its primary's directory has its node id, and is another node."""
+    check_related(NEW, standing("replica", epoch=2, lsn=15, node=NEW.status.node))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import shutil
@@ -10,10 +11,17 @@ import sys
 from pathlib import Path
 
 import nodes
-from harness import Launch, Processes, Running, complaint, wait_until
+import pytest
+from harness import DEADLINE_S, Launch, Processes, Running, complaint, wait_until
 
-from understudy.common.errors import ExitCode
+from understudy.cli.compare import _Node
+from understudy.common.directory import DataDirectory, Role
+from understudy.common.errors import DiskFull, ExitCode, Unavailable
+from understudy.common.rpc import open_channel, peer_errors
+from understudy.common.settings import PrimarySettings
 from understudy.common.store_layout import open_environment, realm_prefix
+from understudy.primary.server import serving_primary
+from understudy.v1 import admin_pb2, admin_pb2_grpc
 from understudy.v1.store_pb2 import RealmRow
 
 STATUS_KEYS = [
@@ -288,6 +296,19 @@ def test_the_node_that_is_not_reachable_is_named(processes: Processes, tmp_path:
         assert primary.address not in complaint(done)
 
 
+def test_a_node_that_is_behind_says_what_to_wait_for(tmp_path: Path) -> None:
+    """A node that can't answer for the other's LSN yet is named, with its own words and what to do."""
+
+    async def compare() -> None:
+        settings = PrimarySettings(data_dir=tmp_path / "a", listen="127.0.0.1:0")
+        async with serving_primary(settings) as primary, open_channel(primary.address) as channel:
+            said = f"^{primary.address} can't be compared now: this node is at LSN 2, before 1000 [(]try again once"
+            with pytest.raises(Unavailable, match=said):
+                await _Node(primary.address, channel).digests(1000)
+
+    asyncio.run(asyncio.wait_for(compare(), DEADLINE_S))
+
+
 def in_folder(folder: Path) -> Launch:
     """Runs the command that is installed, with ``folder`` as its working directory."""
 
@@ -327,6 +348,71 @@ def test_a_rewind_with_nothing_to_do_says_so(processes: Processes, tmp_path: Pat
     assert replica.terminate() == 0
     shown = processes.run("rewind", tmp_path / "b", "--to", primary.address, "--id", "b").stdout.decode()
     assert shown.startswith("nothing to rewind: ")
+
+
+# -- a primary that shall reign no more ------------------------------------------------------------------------
+
+
+def test_g7_an_operator_fences_a_primary(processes: Processes, tmp_path: Path) -> None:
+    """G7: ``fence`` ends a primary's reign while it runs and after a restart, and says how to bring it back."""
+    primary = processes.primary(tmp_path / "a")
+    replica = processes.replica(tmp_path / "b", primary.address)
+    at = ("--server", primary.address)
+    assert "not a primary" in complaint(
+        processes.run("fence", "--server", replica.address, code=ExitCode.DIRECTORY)
+    )
+    processes.run("put", *at, "/a", "key", "value")
+    shown = processes.run("fence", *at).stdout.decode()
+    assert shown.startswith(f"fenced {primary.address} in epoch 1")
+    assert "understudy rewind DIR --to HOST:PORT" in shown
+    assert json.loads(processes.run("fence", *at, "--json").stdout) == {"epoch": 1}  # as often as one likes
+    found = json.loads(processes.run("status", *at, "--json").stdout)
+    assert found["role"] == "fenced"
+    assert [warning for warning in found["warnings"] if "fenced by an operator" in warning]
+    assert "has begun elsewhere" not in str(found)
+    assert "is fenced" in complaint(
+        processes.run("put", *at, "/a", "key", "other", code=ExitCode.RESET_NEEDED)
+    )
+    primary.kill()
+    assert "rewind" in complaint(
+        processes.run("primary", "--data-dir", tmp_path / "a", code=ExitCode.DIRECTORY)
+    )
+
+
+def test_g9_a_fence_that_is_not_on_disk_is_not_confirmed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G7, G9: on a full disk a primary takes no more writes, but says that a restart would not know; later it does."""
+
+    async def ask(address: str) -> admin_pb2.FenceResponse:
+        async with open_channel(address) as channel:
+            with peer_errors(address):
+                return await admin_pb2_grpc.AdminStub(channel).Fence(admin_pb2.FenceRequest(), timeout=60)
+
+    def full(*_: object) -> None:
+        raise DiskFull("no space left")
+
+    async def fence() -> None:
+        settings = PrimarySettings(data_dir=tmp_path / "a", listen="127.0.0.1:0")
+        async with serving_primary(settings) as primary:
+            with monkeypatch.context() as patch:
+                patch.setattr(DataDirectory, "set_role", full)
+                with pytest.raises(DiskFull, match="a restart would not remember it"):
+                    await ask(primary.address)
+                assert primary.node.is_fenced
+            directory = primary.node.engine.directory
+            await asyncio.to_thread(wait_until, lambda: directory.role is Role.FENCED)
+            assert (await ask(primary.address)).epoch == 1
+
+    asyncio.run(asyncio.wait_for(fence(), DEADLINE_S))
+
+
+def test_one_primary_by_two_addresses_is_told(processes: Processes, tmp_path: Path) -> None:
+    """``verify --server --against`` with two names of one primary is a mistake of usage, not two reigns."""
+    primary = processes.primary(tmp_path / "a")
+    other = primary.address.replace("127.0.0.1", "localhost")
+    done = processes.run("verify", "--server", primary.address, "--against", other, code=ExitCode.USAGE)
+    assert "are the same node" in complaint(done)
 
 
 # -- replicas that will not come back --------------------------------------------------------------------------

@@ -152,7 +152,7 @@ def test_a_damaged_node_file_is_called_that(tmp_path: Path, changes: dict[str, o
     """Whatever node.json says that it can't, the answer is corruption with a remedy, never a traceback."""
     _rewrite(made(tmp_path), **changes)
     for _ in range(2):
-        with pytest.raises(CorruptionError, match=r"node\.json can't be read.*restore"):
+        with pytest.raises(CorruptionError, match=r"node\.json can't be read.*make the copy anew"):
             DataDirectory.open(tmp_path)
 
 

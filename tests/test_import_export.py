@@ -20,7 +20,14 @@ from understudy.cli import pairs, sinks
 from understudy.cli.json_lines import decode_pair, encode_pair
 from understudy.cli.loader import BATCH_BYTES, batches
 from understudy.cli.pairs import Pair
-from understudy.common.errors import BadImport, ExitCode, PeerUnreachable, UnderstudyError, UsageError
+from understudy.common.errors import (
+    BadImport,
+    DiskFull,
+    ExitCode,
+    PeerUnreachable,
+    UnderstudyError,
+    UsageError,
+)
 from understudy.common.types import KEY_BYTES_MAX, TRANSACTION_BYTES_MAX
 
 AWKWARD = {
@@ -455,6 +462,21 @@ def test_a_file_that_is_there_is_replaced_only_by_force(
     processes.run(*at)
     (tmp_path / "other").touch()
     assert out.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_g9_an_export_to_a_full_disk_is_told_as_that(tmp_path: Path) -> None:
+    """G9: an export that finds no space with its last lines only ends as ``DiskFull``, with nothing left."""
+    sink = sinks.FileSink(tmp_path / "out")
+
+    def scan() -> Iterator[tuple[bytes, bytes]]:
+        yield b"a", b"1"
+        full = os.open("/dev/full", os.O_WRONLY)
+        os.dup2(full, sink._file.fileno())
+        os.close(full)
+
+    with pytest.raises(DiskFull, match="no space left"):
+        write_all(sink, scan())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_that_came_meanwhile_is_not_replaced(tmp_path: Path) -> None:

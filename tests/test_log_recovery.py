@@ -136,7 +136,7 @@ def test_g1_entry_before_the_last_batch_is_never_taken_for_torn() -> None:
         place = f"{FIRST}: entry {entry_at(byte)}, at byte {STARTS[entry_at(byte) - 1]}, is damaged"
         with pytest.raises(CorruptionError, match=re.escape(place)) as caught:
             opened(flipped(content, byte, bit))
-        assert "understudy rewind" in caught.value.remedy
+        assert "understudy replica" in caught.value.remedy
 
 
 def test_g2_flipped_bit_in_a_batch_that_was_being_synced_is_torn() -> None:

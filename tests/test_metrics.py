@@ -5,13 +5,23 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
+import threading
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
+from prometheus_client import CollectorRegistry
+
 from understudy.client import Put, aconnect
+from understudy.common import metrics
+from understudy.common.errors import Unavailable
+from understudy.common.metrics import StatusCollector
+from understudy.common.metrics_server import serve_metrics
 from understudy.common.settings import PrimarySettings, ReplicaSettings
 from understudy.primary.server import serving_primary
 from understudy.replica.server import serving_replica
+from understudy.v1 import admin_pb2
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "metrics.md"
 
@@ -72,3 +82,34 @@ def test_a_replica_is_shown_with_its_lag_and_commits_are_counted(tmp_path: Path)
     assert 'understudy_replica_lag_entries{replica="r1"} 0.0' in primary
     assert "understudy_commits_total 1.0" in primary
     assert "understudy_upstream_connected 1.0" in replica
+
+
+async def _threads_that_read_the_status() -> list[int]:
+    threads = []
+
+    def status() -> admin_pb2.StatusResponse:
+        threads.append(threading.get_ident())
+        return admin_pb2.StatusResponse(cluster=bytes(16), node=bytes(16))
+
+    address, registry = _free_address(), CollectorRegistry()
+    registry.register(StatusCollector(status))
+    with serve_metrics(address, registry):
+        assert "understudy_lsn 0.0" in await _scrape(address)
+    return threads
+
+
+def test_a_scrape_reads_the_node_on_the_event_loop() -> None:
+    """Slots, log and store belong to the event loop, so a scrape's thread has the loop read them."""
+    assert asyncio.run(_threads_that_read_the_status()) == [threading.get_ident()]
+
+
+def test_a_scrape_does_not_wait_for_ever_for_a_loop_that_is_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
+    """G9: where the loop does not come round, the scrape fails after a while."""
+    monkeypatch.setattr(metrics, "STATUS_S_MAX", 0.05)
+
+    async def stuck() -> None:
+        collector = StatusCollector(admin_pb2.StatusResponse)
+        with ThreadPoolExecutor(1) as threads, pytest.raises(Unavailable, match="has not come round"):
+            threads.submit(lambda: list(collector.collect())).result(60)  # blocks this loop meanwhile
+
+    asyncio.run(stuck())

@@ -131,7 +131,7 @@ def test_a_builder_collects_operations_in_order_and_has_no_receipt_before_the_co
     builder.delete_range(b"d", b"e")
     builder.delete_range()
     builder.add(b"f", -3)
-    assert builder.operations == [
+    assert builder.end() == [
         Put(b"a", b"1"),
         Update(b"b", b"2"),
         Delete(b"c"),
@@ -141,6 +141,8 @@ def test_a_builder_collects_operations_in_order_and_has_no_receipt_before_the_co
     ]
     with pytest.raises(BadOperation, match="not committed"):
         _ = builder.receipt
+    with pytest.raises(BadOperation, match="too late"):
+        builder.put(b"g", b"7")
 
 
 # -- what may enter the log --------------------------------------------------------------------------------

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import string
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
-from understudy.common.errors import CorruptionError, DiskFull
+from understudy.common.errors import CorruptionError, DiskFull, NewerFormat, UsageError
 from understudy.common.types import Lsn
 from understudy.primary import slots
-from understudy.primary.slots import SAVE_INTERVAL_S, Slot, SlotTable
+from understudy.primary.slots import SAVE_INTERVAL_S, SLOTS_MAX, Slot, SlotTable
 
 NODE = bytes(range(16))
 
@@ -116,9 +118,14 @@ def test_connections_are_counted(path: Path) -> None:
         b"",
         b"[]",
         b"{}",
-        b'{"slots": 5}',
-        b'{"slots": [{}]}',
-        b'{"slots": [{"id": "r"}]}',
+        b'{"format": 1, "slots": 5}',
+        b'{"format": 1, "slots": [{}]}',
+        b'{"format": 1, "slots": [{"id": "r"}]}',
+        b'{"format": 1, "slots": [{"id": "r", "node": "00", "durable_lsn": -5}]}',
+        b'{"format": 1, "slots": [{"id": "r", "node": "00", "durable_lsn": 99999999999999999999}]}',
+        b'{"format": 1, "slots": [{"id": "r", "node": "00", "durable_lsn": "x"}]}',
+        b'{"format": 1, "slots": [{"id": "r", "node": "00", "lost": 1}]}',
+        b"[" * 100_000,
         b"\xff\xfe",
         b'{"slots": [',
     ],
@@ -127,6 +134,13 @@ def test_a_damaged_table_is_refused_with_the_remedy(path: Path, content: bytes) 
     """Whatever is in the file, it is either a table or called damaged, with what to do."""
     path.write_bytes(content)
     with pytest.raises(CorruptionError, match=r"slots\.json can't be read.*remove it"):
+        SlotTable(path)
+
+
+def test_a_table_of_a_newer_format_is_refused(path: Path) -> None:
+    """What a later version means by its rows is not guessed."""
+    path.write_bytes(b'{"format": 2, "slots": []}')
+    with pytest.raises(NewerFormat, match="upgrade"):
         SlotTable(path)
 
 
@@ -156,3 +170,31 @@ def test_g9_on_a_full_disk_the_old_table_stays(path: Path, monkeypatch: pytest.M
     found = SlotTable(path).get("r1")
     assert found is not None
     assert found.durable_lsn == 9
+
+
+@pytest.mark.parametrize(("letter", "named"), [("", 10), ("x", 10), ("\U0001f4be", 2)])
+def test_g9_however_many_ids_are_known_an_error_names_few(path: Path, letter: str, named: int) -> None:
+    """G9: the error for an id that nobody has names ten at most and counts the rest, so that it fits into gRPC's 8 KiB
+    of metadata twice over, three characters to a byte that is not ASCII; a long id that was asked for is cut.
+    """
+    table = SlotTable(path)
+    for number in range(SLOTS_MAX):
+        claim(table, f"{number:02}" + 98 * letter, 1)
+    with pytest.raises(UsageError, match=r"^no replica 'yyy") as raised:
+        table.remove("y" * 10_000)
+    known, _, more = raised.value.remedy.removeprefix("known are: ").partition(" and ")
+    assert known.split(", ") == [f"{number:02}" + 98 * letter for number in range(named)]
+    assert more == f"{SLOTS_MAX - named} more"
+    sent = len(quote(str(raised.value), safe=string.printable)) + len(raised.value.remedy.encode())
+    assert sent < 7_000
+
+
+def test_few_ids_are_all_named(path: Path) -> None:
+    """Where ten or fewer are known, the error for another id names each, in order."""
+    table = SlotTable(path)
+    with pytest.raises(UsageError, match="none is known"):
+        table.remove("c")
+    for name in ("b", "a"):
+        claim(table, name, 1)
+    with pytest.raises(UsageError, match=r"known are: a, b\)$"):
+        table.remove("c")

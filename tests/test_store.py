@@ -137,7 +137,7 @@ def test_a_file_of_another_kind_is_corruption(tmp_path: Path, content: bytes) ->
     """A data file that is empty or something else is reported with place and remedy (G11)."""
     path = make_store(tmp_path)
     (path / "data.mdb").write_bytes(content)
-    with pytest.raises(CorruptionError, match=r"store.*restore this node from its peer or a backup"):
+    with pytest.raises(CorruptionError, match=r"store.*make the copy anew"):
         Store.open(path)
 
 
@@ -149,7 +149,7 @@ def test_a_file_cut_off_anywhere_is_corruption(tmp_path: Path) -> None:
     whole = (tmp_path / "store" / "data.mdb").read_bytes()
     for length in range(4096, len(whole), 4096):
         (tmp_path / "store" / "data.mdb").write_bytes(whole[:length])
-        with pytest.raises(CorruptionError, match="restore"):
+        with pytest.raises(CorruptionError, match="make the copy anew"):
             Store.open(tmp_path / "store")
 
 
@@ -173,8 +173,8 @@ def test_other_damage_to_a_row_is_corruption(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("error", "code", "expected", "says"),
     [
-        (lmdb.CorruptedError, None, CorruptionError, "restore this node"),
-        (lmdb.PageNotFoundError, None, CorruptionError, "restore this node"),
+        (lmdb.CorruptedError, None, CorruptionError, "make the copy anew"),
+        (lmdb.PageNotFoundError, None, CorruptionError, "make the copy anew"),
         (lmdb.VersionMismatchError, None, NewerFormat, "newer version"),
         (lmdb.MapFullError, None, DiskFull, "1 TiB"),
         (lmdb.ReadersFullError, None, Overloaded, "1024 snapshots"),

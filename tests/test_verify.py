@@ -497,7 +497,7 @@ def test_a_damaged_page_does_not_end_the_check(sample: Sample) -> None:
     store.write_bytes(data)
     report = sample.verify()
     assert report.problems
-    assert all(str(store) in problem and "restore this node" in problem for problem in report.problems)
+    assert all(str(store) in problem and "make the copy anew" in problem for problem in report.problems)
     assert report.entries_checked == sample.end.lsn
     assert Position(report.lsn, report.digest) == sample.end
 

@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1funderstudy/v1/replication.proto\x12\runderstudy.v1\"\'\n\x08Position\x12\x0b\n\x03lsn\x18\x01 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\"\x1b\n\nEpochProof\x12\r\n\x05\x65ntry\x18\x01 \x01(\x0c\"n\n\rFollowRequest\x12%\n\x05hello\x18\x01 \x01(\x0b\x32\x14.understudy.v1.HelloH\x00\x12+\n\x08progress\x18\x02 \x01(\x0b\x32\x17.understudy.v1.ProgressH\x00\x42\t\n\x07message\"\xc4\x01\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0f\n\x07\x63luster\x18\x02 \x01(\x0c\x12\x0c\n\x04node\x18\x03 \x01(\x0c\x12\x12\n\nreplica_id\x18\x04 \x01(\t\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x12(\n\x07locator\x18\x06 \x03(\x0b\x32\x17.understudy.v1.Position\x12(\n\x05proof\x18\x07 \x01(\x0b\x32\x19.understudy.v1.EpochProof\x12\x0b\n\x03run\x18\x08 \x01(\x0c\"e\n\x08Progress\x12\x17\n\x0freceived_offset\x18\x01 \x01(\x04\x12\x13\n\x0b\x64urable_lsn\x18\x02 \x01(\x04\x12\x16\n\x0e\x64urable_offset\x18\x03 \x01(\x04\x12\x13\n\x0b\x61pplied_lsn\x18\x04 \x01(\x04\"k\n\x0e\x46ollowResponse\x12\'\n\x06\x61nswer\x18\x01 \x01(\x0b\x32\x15.understudy.v1.AnswerH\x00\x12%\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x14.understudy.v1.ChunkH\x00\x42\t\n\x07message\"\xa2\x02\n\x06\x41nswer\x12)\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0e\x32\x17.understudy.v1.Decision\x12\x13\n\x0b\x65xplanation\x18\x02 \x01(\t\x12\x0f\n\x07\x63luster\x18\x03 \x01(\x0c\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12(\n\x05proof\x18\x05 \x01(\x0b\x32\x19.understudy.v1.EpochProof\x12\'\n\x06\x63ommon\x18\x06 \x01(\x0b\x32\x17.understudy.v1.Position\x12(\n\x06\x65pochs\x18\x07 \x03(\x0b\x32\x18.understudy.v1.EpochInfo\x12%\n\x04head\x18\x08 \x01(\x0b\x32\x17.understudy.v1.Position\x12\x14\n\x0cstart_offset\x18\t \x01(\x04\"?\n\tEpochInfo\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x11\n\tfirst_lsn\x18\x02 \x01(\x04\x12\x10\n\x08previous\x18\x03 \x01(\x0c\"Q\n\x05\x43hunk\x12\x0f\n\x07records\x18\x01 \x01(\x0c\x12\x10\n\x08head_lsn\x18\x02 \x01(\x04\x12\x13\n\x0bhead_offset\x18\x03 \x01(\x04\x12\x10\n\x08\x63lock_us\x18\x04 \x01(\x04\"F\n\x12PinSnapshotRequest\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\x0c\x12\x0e\n\x06resume\x18\x03 \x01(\x0c\"\xa8\x01\n\x0cSnapshotInfo\x12\x10\n\x08snapshot\x18\x01 \x01(\x0c\x12)\n\x08position\x18\x02 \x01(\x0b\x32\x17.understudy.v1.Position\x12\x12\n\nlog_offset\x18\x03 \x01(\x04\x12\x0f\n\x07\x63luster\x18\x04 \x01(\x0c\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x12\x12\n\nfile_bytes\x18\x06 \x01(\x04\x12\x13\n\x0brange_bytes\x18\x07 \x01(\r\")\n\x15\x44igestSnapshotRequest\x12\x10\n\x08snapshot\x18\x01 \x01(\x0c\"4\n\x0cRangeDigests\x12\x13\n\x0b\x66irst_range\x18\x01 \x01(\x04\x12\x0f\n\x07\x64igests\x18\x02 \x03(\x0c\"7\n\x13ReadSnapshotRequest\x12\x10\n\x08snapshot\x18\x01 \x01(\x0c\x12\x0e\n\x06ranges\x18\x02 \x03(\x04\"8\n\tRangeData\x12\r\n\x05range\x18\x01 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"*\n\x16ReleaseSnapshotRequest\x12\x10\n\x08snapshot\x18\x01 \x01(\x0c\"\x19\n\x17ReleaseSnapshotResponse*\xd2\x01\n\x08\x44\x65\x63ision\x12\x18\n\x14\x44\x45\x43ISION_UNSPECIFIED\x10\x00\x12\n\n\x06STREAM\x10\x01\x12\r\n\tBOOTSTRAP\x10\x02\x12\x13\n\x0f\x46OREIGN_CLUSTER\x10\x03\x12\x14\n\x10\x41HEAD_OF_PRIMARY\x10\x04\x12\n\n\x06\x46\x45NCED\x10\x05\x12\x0c\n\x08\x44IVERGED\x10\x06\x12\x15\n\x11PROTOCOL_MISMATCH\x10\x07\x12\x10\n\x0c\x44UPLICATE_ID\x10\x08\x12\x0f\n\x0bNOT_PRIMARY\x10\t\x12\x12\n\x0eUNPROVEN_EPOCH\x10\n2\xb0\x03\n\x0bReplication\x12I\n\x06\x46ollow\x12\x1c.understudy.v1.FollowRequest\x1a\x1d.understudy.v1.FollowResponse(\x01\x30\x01\x12M\n\x0bPinSnapshot\x12!.understudy.v1.PinSnapshotRequest\x1a\x1b.understudy.v1.SnapshotInfo\x12U\n\x0e\x44igestSnapshot\x12$.understudy.v1.DigestSnapshotRequest\x1a\x1b.understudy.v1.RangeDigests0\x01\x12N\n\x0cReadSnapshot\x12\".understudy.v1.ReadSnapshotRequest\x1a\x18.understudy.v1.RangeData0\x01\x12`\n\x0fReleaseSnapshot\x12%.understudy.v1.ReleaseSnapshotRequest\x1a&.understudy.v1.ReleaseSnapshotResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1funderstudy/v1/replication.proto\x12\runderstudy.v1\"\'\n\x08Position\x12\x0b\n\x03lsn\x18\x01 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\"\x1b\n\nEpochProof\x12\r\n\x05\x65ntry\x18\x01 \x01(\x0c\"n\n\rFollowRequest\x12%\n\x05hello\x18\x01 \x01(\x0b\x32\x14.understudy.v1.HelloH\x00\x12+\n\x08progress\x18\x02 \x01(\x0b\x32\x17.understudy.v1.ProgressH\x00\x42\t\n\x07message\"\xd9\x01\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0f\n\x07\x63luster\x18\x02 \x01(\x0c\x12\x0c\n\x04node\x18\x03 \x01(\x0c\x12\x12\n\nreplica_id\x18\x04 \x01(\t\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x12(\n\x07locator\x18\x06 \x03(\x0b\x32\x17.understudy.v1.Position\x12(\n\x05proof\x18\x07 \x01(\x0b\x32\x19.understudy.v1.EpochProof\x12\x13\n\x0b\x64\x61maged_lsn\x18\t \x01(\x04\x12\x0b\n\x03run\x18\x08 \x01(\x0c\"e\n\x08Progress\x12\x17\n\x0freceived_offset\x18\x01 \x01(\x04\x12\x13\n\x0b\x64urable_lsn\x18\x02 \x01(\x04\x12\x16\n\x0e\x64urable_offset\x18\x03 \x01(\x04\x12\x13\n\x0b\x61pplied_lsn\x18\x04 \x01(\x04\"k\n\x0e\x46ollowResponse\x12\'\n\x06\x61nswer\x18\x01 \x01(\x0b\x32\x15.understudy.v1.AnswerH\x00\x12%\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x14.understudy.v1.ChunkH\x00\x42\t\n\x07message\"\xa2\x02\n\x06\x41nswer\x12)\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0e\x32\x17.understudy.v1.Decision\x12\x13\n\x0b\x65xplanation\x18\x02 \x01(\t\x12\x0f\n\x07\x63luster\x18\x03 \x01(\x0c\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12(\n\x05proof\x18\x05 \x01(\x0b\x32\x19.understudy.v1.EpochProof\x12\'\n\x06\x63ommon\x18\x06 \x01(\x0b\x32\x17.understudy.v1.Position\x12(\n\x06\x65pochs\x18\x07 \x03(\x0b\x32\x18.understudy.v1.EpochInfo\x12%\n\x04head\x18\x08 \x01(\x0b\x32\x17.understudy.v1.Position\x12\x14\n\x0cstart_offset\x18\t \x01(\x04\"?\n\tEpochInfo\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x11\n\tfirst_lsn\x18\x02 \x01(\x04\x12\x10\n\x08previous\x18\x03 \x01(\x0c\"Q\n\x05\x43hunk\x12\x0f\n\x07records\x18\x01 \x01(\x0c\x12\x10\n\x08head_lsn\x18\x02 \x01(\x04\x12\x13\n\x0bhead_offset\x18\x03 \x01(\x04\x12\x10\n\x08\x63lock_us\x18\x04 \x01(\x04\"F\n\x12PinSnapshotRequest\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\x0c\x12\x0e\n\x06resume\x18\x03 \x01(\x0c\"\xa8\x01\n\x0cSnapshotInfo\x12\x10\n\x08snapshot\x18\x01 \x01(\x0c\x12)\n\x08position\x18\x02 \x01(\x0b\x32\x17.understudy.v1.Position\x12\x12\n\nlog_offset\x18\x03 \x01(\x04\x12\x0f\n\x07\x63luster\x18\x04 \x01(\x0c\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x12\x12\n\nfile_bytes\x18\x06 \x01(\x04\x12\x13\n\x0brange_bytes\x18\x07 \x01(\r\")\n\x15\x44igestSnapshotRequest\x12\x10\n\x08snapshot\x18\x01 \x01(\x0c\"4\n\x0cRangeDigests\x12\x13\n\x0b\x66irst_range\x18\x01 \x01(\x04\x12\x0f\n\x07\x64igests\x18\x02 \x03(\x0c\"7\n\x13ReadSnapshotRequest\x12\x10\n\x08snapshot\x18\x01 \x01(\x0c\x12\x0e\n\x06ranges\x18\x02 \x03(\x04\"8\n\tRangeData\x12\r\n\x05range\x18\x01 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"*\n\x16ReleaseSnapshotRequest\x12\x10\n\x08snapshot\x18\x01 \x01(\x0c\"\x19\n\x17ReleaseSnapshotResponse*\xd2\x01\n\x08\x44\x65\x63ision\x12\x18\n\x14\x44\x45\x43ISION_UNSPECIFIED\x10\x00\x12\n\n\x06STREAM\x10\x01\x12\r\n\tBOOTSTRAP\x10\x02\x12\x13\n\x0f\x46OREIGN_CLUSTER\x10\x03\x12\x14\n\x10\x41HEAD_OF_PRIMARY\x10\x04\x12\n\n\x06\x46\x45NCED\x10\x05\x12\x0c\n\x08\x44IVERGED\x10\x06\x12\x15\n\x11PROTOCOL_MISMATCH\x10\x07\x12\x10\n\x0c\x44UPLICATE_ID\x10\x08\x12\x0f\n\x0bNOT_PRIMARY\x10\t\x12\x12\n\x0eUNPROVEN_EPOCH\x10\n2\xb0\x03\n\x0bReplication\x12I\n\x06\x46ollow\x12\x1c.understudy.v1.FollowRequest\x1a\x1d.understudy.v1.FollowResponse(\x01\x30\x01\x12M\n\x0bPinSnapshot\x12!.understudy.v1.PinSnapshotRequest\x1a\x1b.understudy.v1.SnapshotInfo\x12U\n\x0e\x44igestSnapshot\x12$.understudy.v1.DigestSnapshotRequest\x1a\x1b.understudy.v1.RangeDigests0\x01\x12N\n\x0cReadSnapshot\x12\".understudy.v1.ReadSnapshotRequest\x1a\x18.understudy.v1.RangeData0\x01\x12`\n\x0fReleaseSnapshot\x12%.understudy.v1.ReleaseSnapshotRequest\x1a&.understudy.v1.ReleaseSnapshotResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'understudy.v1.replication_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DECISION']._serialized_start=1611
-  _globals['_DECISION']._serialized_end=1821
+  _globals['_DECISION']._serialized_start=1632
+  _globals['_DECISION']._serialized_end=1842
   _globals['_POSITION']._serialized_start=50
   _globals['_POSITION']._serialized_end=89
   _globals['_EPOCHPROOF']._serialized_start=91
@@ -40,33 +40,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FOLLOWREQUEST']._serialized_start=120
   _globals['_FOLLOWREQUEST']._serialized_end=230
   _globals['_HELLO']._serialized_start=233
-  _globals['_HELLO']._serialized_end=429
-  _globals['_PROGRESS']._serialized_start=431
-  _globals['_PROGRESS']._serialized_end=532
-  _globals['_FOLLOWRESPONSE']._serialized_start=534
-  _globals['_FOLLOWRESPONSE']._serialized_end=641
-  _globals['_ANSWER']._serialized_start=644
-  _globals['_ANSWER']._serialized_end=934
-  _globals['_EPOCHINFO']._serialized_start=936
-  _globals['_EPOCHINFO']._serialized_end=999
-  _globals['_CHUNK']._serialized_start=1001
-  _globals['_CHUNK']._serialized_end=1082
-  _globals['_PINSNAPSHOTREQUEST']._serialized_start=1084
-  _globals['_PINSNAPSHOTREQUEST']._serialized_end=1154
-  _globals['_SNAPSHOTINFO']._serialized_start=1157
-  _globals['_SNAPSHOTINFO']._serialized_end=1325
-  _globals['_DIGESTSNAPSHOTREQUEST']._serialized_start=1327
-  _globals['_DIGESTSNAPSHOTREQUEST']._serialized_end=1368
-  _globals['_RANGEDIGESTS']._serialized_start=1370
-  _globals['_RANGEDIGESTS']._serialized_end=1422
-  _globals['_READSNAPSHOTREQUEST']._serialized_start=1424
-  _globals['_READSNAPSHOTREQUEST']._serialized_end=1479
-  _globals['_RANGEDATA']._serialized_start=1481
-  _globals['_RANGEDATA']._serialized_end=1537
-  _globals['_RELEASESNAPSHOTREQUEST']._serialized_start=1539
-  _globals['_RELEASESNAPSHOTREQUEST']._serialized_end=1581
-  _globals['_RELEASESNAPSHOTRESPONSE']._serialized_start=1583
-  _globals['_RELEASESNAPSHOTRESPONSE']._serialized_end=1608
-  _globals['_REPLICATION']._serialized_start=1824
-  _globals['_REPLICATION']._serialized_end=2256
+  _globals['_HELLO']._serialized_end=450
+  _globals['_PROGRESS']._serialized_start=452
+  _globals['_PROGRESS']._serialized_end=553
+  _globals['_FOLLOWRESPONSE']._serialized_start=555
+  _globals['_FOLLOWRESPONSE']._serialized_end=662
+  _globals['_ANSWER']._serialized_start=665
+  _globals['_ANSWER']._serialized_end=955
+  _globals['_EPOCHINFO']._serialized_start=957
+  _globals['_EPOCHINFO']._serialized_end=1020
+  _globals['_CHUNK']._serialized_start=1022
+  _globals['_CHUNK']._serialized_end=1103
+  _globals['_PINSNAPSHOTREQUEST']._serialized_start=1105
+  _globals['_PINSNAPSHOTREQUEST']._serialized_end=1175
+  _globals['_SNAPSHOTINFO']._serialized_start=1178
+  _globals['_SNAPSHOTINFO']._serialized_end=1346
+  _globals['_DIGESTSNAPSHOTREQUEST']._serialized_start=1348
+  _globals['_DIGESTSNAPSHOTREQUEST']._serialized_end=1389
+  _globals['_RANGEDIGESTS']._serialized_start=1391
+  _globals['_RANGEDIGESTS']._serialized_end=1443
+  _globals['_READSNAPSHOTREQUEST']._serialized_start=1445
+  _globals['_READSNAPSHOTREQUEST']._serialized_end=1500
+  _globals['_RANGEDATA']._serialized_start=1502
+  _globals['_RANGEDATA']._serialized_end=1558
+  _globals['_RELEASESNAPSHOTREQUEST']._serialized_start=1560
+  _globals['_RELEASESNAPSHOTREQUEST']._serialized_end=1602
+  _globals['_RELEASESNAPSHOTRESPONSE']._serialized_start=1604
+  _globals['_RELEASESNAPSHOTRESPONSE']._serialized_end=1629
+  _globals['_REPLICATION']._serialized_start=1845
+  _globals['_REPLICATION']._serialized_end=2277
 # @@protoc_insertion_point(module_scope)

@@ -133,6 +133,7 @@ class Hello(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     LOCATOR_FIELD_NUMBER: _builtins.int
     PROOF_FIELD_NUMBER: _builtins.int
+    DAMAGED_LSN_FIELD_NUMBER: _builtins.int
     RUN_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     cluster: _builtins.bytes
@@ -142,6 +143,8 @@ class Hello(_message.Message):
     replica_id: _builtins.str
     """names the slot"""
     epoch: _builtins.int
+    damaged_lsn: _builtins.int
+    """The entry that came damaged when this replica followed last, 0 if none did: the primary should look at its own log."""
     run: _builtins.bytes
     """16 bytes: new with each start of the replica's process"""
     @_builtins.property
@@ -162,11 +165,12 @@ class Hello(_message.Message):
         epoch: _builtins.int = ...,
         locator: _abc.Iterable[Global___Position] | None = ...,
         proof: Global___EpochProof | None = ...,
+        damaged_lsn: _builtins.int = ...,
         run: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["proof", b"proof"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "epoch", b"epoch", "locator", b"locator", "node", b"node", "proof", b"proof", "protocol_version", b"protocol_version", "replica_id", b"replica_id", "run", b"run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "damaged_lsn", b"damaged_lsn", "epoch", b"epoch", "locator", b"locator", "node", b"node", "proof", b"proof", "protocol_version", b"protocol_version", "replica_id", b"replica_id", "run", b"run"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,101 @@
+"""Publishing a file: under its name it is whole and durable, or not there, and nothing else is left."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+from understudy.common.errors import DiskFull, PeerUnreachable, StorageFailed
+from understudy.common.files import publish, publishing
+
+OLD = b"what was there"
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Iterator[Path]:
+    """A file that is there; whatever a test publishes badly, it is as it was and alone afterwards."""
+    path = tmp_path / "file"
+    path.write_bytes(OLD)
+    yield path
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == OLD
+
+
+def fill_disk(file: IO[bytes]) -> None:
+    """From here on the file finds no space, whatever is tried, as often as it is tried."""
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, file.fileno())
+    os.close(full)
+
+
+def write_to_full_disk(path: Path, data: bytes, error: Exception | None = None) -> None:
+    """Publishes ``data`` where there is no space, and then raises ``error``."""
+    with publishing(path) as file:
+        fill_disk(file)
+        file.write(data)
+        if error is not None:
+            raise error
+
+
+@pytest.mark.parametrize("length", [10, 1_000_000], ids=["buffered", "written at once"])
+def test_g9_a_full_disk_is_told_as_that_wherever_it_shows(path: Path, length: int) -> None:
+    """G9: what is written, and what a flush or the closing after it writes again, all fail as ``DiskFull``."""
+    with pytest.raises(DiskFull, match=f"no space left to write {path}"):
+        write_to_full_disk(path, bytes(length))
+
+
+def test_the_first_error_is_the_one_that_is_told(path: Path) -> None:
+    """Where a block fails by itself, a file that can't be closed properly does not take that error's place."""
+    with pytest.raises(PeerUnreachable):
+        write_to_full_disk(path, b"buffered", PeerUnreachable("gone"))
+
+
+@pytest.mark.parametrize("call", ["fsync", "rename"])
+@pytest.mark.parametrize(
+    "put", [lambda path: publish(path, b"new"), lambda path: put_all(path)], ids=["publish", "publishing"]
+)
+def test_a_step_that_fails_leaves_nothing_beside(
+    path: Path, call: str, put: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sync or a rename that fails is ``StorageFailed``, and what was written beside is gone."""
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(StorageFailed, match=f"can't write {path}: Input/output error"):
+        put(path)
+    monkeypatch.undo()
+
+
+def put_all(path: Path) -> None:
+    """Publishes a few bytes."""
+    with publishing(path) as file:
+        file.write(b"new")
+
+
+def test_two_that_publish_one_name_are_not_in_each_others_way(tmp_path: Path) -> None:
+    """Each writes a file of its own, hidden until its block ends, and the last to end is the one that is found."""
+    path = tmp_path / "file"
+    with publishing(path, mode=0o644) as one:
+        with publishing(path) as other:
+            one.write(b"one")
+            other.write(b"other")
+            assert len(list(tmp_path.iterdir())) == 2
+            assert all(child.name.startswith(".file-") for child in tmp_path.iterdir())
+        assert path.read_bytes() == b"other"
+    assert path.read_bytes() == b"one"
+    assert path.stat().st_mode & 0o777 == 0o644
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_crash_left_beside_a_file_of_ours_is_overwritten(tmp_path: Path) -> None:
+    """Half a file of a data directory's that was cut off does not stay beside it for ever."""
+    (tmp_path / "file.new").write_bytes(bytes(1000))
+    publish(tmp_path / "file", b"whole")
+    assert {child.name: child.read_bytes() for child in tmp_path.iterdir()} == {"file": b"whole"}
