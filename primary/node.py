@@ -127,6 +127,9 @@ class PrimaryNode:
             self._enforce_ceiling()
             self._record_fence()
             self._after_progress()
+            save_slots = self.slots.saving(time.monotonic())
+            if save_slots is not None:
+                await asyncio.to_thread(save_slots)
 
     def _note_degraded(self) -> None:
         if self.committer.degraded and not self._was_degraded:
@@ -267,7 +270,7 @@ class PrimaryNode:
         slot.durable_lsn, slot.durable_offset, slot.applied_lsn = durable, durable_offset, applied
         slot.seen_us = now_us()
         slot.lost = durable_offset < self.engine.log.first_offset
-        self.slots.touch(time.monotonic())
+        self.slots.touch()
         self._progress[slot.id] = (durable, applied)
         self._report_replicas()
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import get_type_hints
@@ -72,7 +73,10 @@ class SlotTable:
         self._path = path
         self._slots: dict[str, Slot] = {}
         self._connected: set[str] = set()
-        self._saved_s = 0.0
+        self._changed = False
+        self._due_s = 0.0  # not to be saved before, but for what can't wait
+        self._lock = threading.Lock()
+        self._version = self._written = 0
         if path.exists():
             self._load()
 
@@ -129,15 +133,24 @@ class SlotTable:
         self._connected.add(replica_id)
 
     def disconnect(self, replica_id: str) -> None:
-        """Notes that it does not follow any more; saved at once."""
+        """Notes that it does not follow any more."""
         self._connected.discard(replica_id)
-        self.save()
+        self._changed, self._due_s = True, 0.0
 
-    def touch(self, now_s: float) -> None:
-        """Something moved; saved now and then."""
-        if now_s - self._saved_s >= SAVE_INTERVAL_S:
-            self._saved_s = now_s
-            self.save()
+    def touch(self) -> None:
+        """A slot has moved."""
+        self._changed = True
+
+    def saving(self, now_s: float) -> Callable[[], None] | None:
+        """What has to be run, in any thread, for the table to be saved; None while nothing has to.
+
+        Not for the event loop: on a busy disk, making a file durable can wait for all else that is being written.
+        """
+        if not self._changed or now_s < self._due_s:
+            return None
+        self._changed, self._due_s = False, now_s + SAVE_INTERVAL_S
+        version, body = self._body()
+        return lambda: self._save(version, body)
 
     def retain_from(self, head: Lsn) -> Lsn:
         """The first LSN that some slot still needs."""
@@ -163,7 +176,7 @@ class SlotTable:
             raise Unavailable(f"replica {replica_id!r} is connected", remedy="stop it first")
         slot = self._slots.pop(replica_id)
         try:
-            self._publish()
+            self._write(*self._body())
         except UnderstudyError:
             self._slots[replica_id] = slot
             raise
@@ -181,11 +194,21 @@ class SlotTable:
 
     def save(self) -> None:
         """Publishes the table. On a full disk the old one stays: older positions only keep more log."""
+        self._save(*self._body())
+
+    def _save(self, version: int, body: bytes) -> None:
         try:
-            self._publish()
+            self._write(version, body)
         except DiskFull as error:
             log.warning("slots_not_saved", error=str(error))
 
-    def _publish(self) -> None:
+    def _body(self) -> tuple[int, bytes]:
+        self._version += 1
         body = {"format": FORMAT_VERSION, "slots": [asdict(slot) for slot in self._slots.values()]}
-        publish(self._path, json.dumps(body, indent=1).encode() + b"\n")
+        return self._version, json.dumps(body, indent=1).encode() + b"\n"
+
+    def _write(self, version: int, body: bytes) -> None:
+        with self._lock:
+            if version > self._written:  # else a newer one was quicker
+                publish(self._path, body)
+                self._written = version

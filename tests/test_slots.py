@@ -76,7 +76,8 @@ def test_a_saved_position_is_never_newer_than_the_truth(path: Path) -> None:
     saved = []
     for second in range(20):
         slot.durable_lsn = second
-        table.touch(100.0 + second)
+        table.touch()
+        save_what_is_due(table, 100.0 + second)
         found = SlotTable(path).get("r1")
         assert found is not None
         assert second - SAVE_INTERVAL_S < found.durable_lsn <= second
@@ -84,9 +85,29 @@ def test_a_saved_position_is_never_newer_than_the_truth(path: Path) -> None:
     assert 3 <= len(set(saved)) <= 5
     slot.durable_lsn = 25
     table.disconnect("r1")
+    save_what_is_due(table, 120.0)
     found = SlotTable(path).get("r1")
     assert found is not None
     assert found.durable_lsn == 25
+    assert table.saving(1e9) is None
+
+
+def save_what_is_due(table: SlotTable, now_s: float) -> None:
+    save = table.saving(now_s)
+    if save is not None:
+        save()
+
+
+def test_what_is_saved_late_does_not_undo_what_was_claimed_meanwhile(path: Path) -> None:
+    """Saving in another thread may be overtaken; the newest table is the one that stays."""
+    table = SlotTable(path)
+    claim(table, "r1", 1)
+    table.touch()
+    late = table.saving(100.0)
+    assert late is not None
+    claim(table, "r2", 2)
+    late()
+    assert SlotTable(path).get("r2") is not None
 
 
 def test_a_slot_claimed_anew_begins_where_its_new_owner_is(path: Path) -> None:
