@@ -46,7 +46,7 @@ def promote(directory: Path, as_json: bool) -> None:
         )
         return
     click.echo(
-        f"promoted in {seconds_text(promotion.seconds)}: epoch {promotion.epoch} begins at LSN {promotion.lsn}, "
+        f"promoted in {seconds_text(promotion.seconds)}: epoch {promotion.epoch}, at LSN {promotion.lsn}, "
         f"digest {promotion.digest.hex()}"
     )
     click.echo(

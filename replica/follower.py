@@ -58,6 +58,7 @@ class Follower:
         self._run = new_id()
         self._session: FollowSession | None = None
         self._upstream = ""
+        self._started_us = time.time_ns() // 1_000
         self._heard_us = 0  # by the primary's clock; 0: never
         self._head = Lsn(0), 0  # the primary's, when it was heard last: LSN and log offset
         self._silence: UnderstudyError | None = None  # why the ticker has ended the call
@@ -103,7 +104,7 @@ class Follower:
         status.lag_bytes = max(head_offset - engine.log.end_offset, 0)
         now_us = session.clock_us if session is not None else time.time_ns() // 1_000
         had_all = self._heard_us if engine.state.applied.lsn >= head_lsn else 0
-        since_us = had_all or engine.state.time_us or now_us  # the last: a copy of nothing
+        since_us = had_all or engine.state.time_us or self._started_us  # the last: a copy of nothing
         status.lag_seconds = max(now_us - since_us, 0) / 1e6
         return status
 

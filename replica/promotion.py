@@ -114,12 +114,34 @@ async def promote_directory(path: Path) -> Promotion:
     except DirectoryInUse:
         return await _ask_owner(path)
     with directory:
-        _check_promotable(directory)
+        if directory.role is not Role.PRIMARY:
+            _check_promotable(directory)
         engine = Engine.open(directory)
         try:
+            if directory.role is Role.PRIMARY:
+                return _promoted_before(engine, started_s=started_s)
             return begin_reign(engine, started_s=started_s)
         finally:
             await engine.close()
+
+
+def _promoted_before(engine: Engine, *, started_s: float) -> Promotion:
+    """What a promotion has made of this directory already: whoever did not hear of it asks again.
+
+    Raises:
+        WrongRole: it was never promoted; its cluster began here.
+    """
+    row, head = engine.state.epochs[-1], engine.durable
+    parsed = entries.parse_epoch_start(row.proof.entry)
+    if row.info.epoch == 1 or parsed is None or parsed[0].node != engine.directory.node:
+        _check_promotable(engine.directory)  # it never is
+    return Promotion(
+        epoch=engine.epoch,
+        lsn=head.lsn,
+        digest=head.digest,
+        seconds=time.monotonic() - started_s,
+        warnings=[f"{engine.directory.path} had been promoted before"],
+    )
 
 
 def _check_promotable(directory: DataDirectory) -> None:

@@ -237,6 +237,26 @@ def _files(path: Path) -> dict[str, bytes]:
     return {str(name.relative_to(path)): name.read_bytes().rstrip(b"\0") for name in names}
 
 
+def test_a_promotion_whose_answer_was_lost_can_be_asked_for_again(
+    processes: Processes, tmp_path: Path
+) -> None:
+    """Promoting what was promoted already changes nothing and says so; what never was a replica is refused."""
+    pair = Pair(processes, tmp_path)
+    put(pair.primary.address, "/realm", (b"key", b"value"))
+    wait_until_caught_up(pair.primary.address, pair.replica.address)
+    pair.primary.kill()
+    first = json.loads(processes.run("promote", pair.b, "--json").stdout)
+    pair.replica.wait()
+    again = processes.run("promote", pair.b, "--json")
+    assert {**json.loads(again.stdout), "seconds": 0} == {**first, "seconds": 0}
+    assert "had been promoted before" in again.stderr.decode()
+    new = processes.primary(pair.b)
+    put(new.address, "/realm", (b"key", b"other"))
+    assert new.terminate() == 0
+    assert json.loads(processes.run("promote", pair.b, "--json").stdout)["epoch"] == 2
+    complaint(processes.run("promote", pair.a, code=DIRECTORY))
+
+
 def test_a_copy_that_has_no_entries_yet_is_not_promoted(processes: Processes, tmp_path: Path) -> None:
     """G4: rewound to a primary's first checkpoint and not yet started, a directory is no new primary's."""
     pair = Pair(processes, tmp_path)

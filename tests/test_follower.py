@@ -91,7 +91,7 @@ def test_a_connection_does_not_begin_with_what_the_last_one_had_to_tell(
 
     async def story() -> None:
         async with serving_replica(_settings(tmp_path, primary.address)) as replica:
-            await _until(lambda: replica.node.status().upstream.connected)
+            await _until(lambda: replica.node.status().committed_lsn == 3)
             primary.kill()
             await _until(lambda: not replica.node.status().upstream.connected)
             away = replica.node.status().upstream
