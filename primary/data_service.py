@@ -29,7 +29,7 @@ from understudy.v1 import data_pb2
 UNREAD_RESULTS_MAX = 20_000
 # Our client sends a quarter of it. Taking so many in is done in some 20 ms, in which nobody else gets a turn.
 MESSAGE_TRANSACTIONS_MAX = 1_000
-# Messages of all clients that were read and wait for room; with more, the next ones are refused.
+# Messages of all clients that were read and wait for room; with more, the streams of the next ones are ended.
 HELD_BYTES_MAX = 64 << 20
 
 
@@ -124,23 +124,26 @@ class PrimaryDataService(ReadService):
                     f"a message of {len(transactions)} transactions",
                     remedy=f"send at most {MESSAGE_TRANSACTIONS_MAX} at once",
                 )
-            too_much = await self._wait_with(message.ByteSize())
+            await self._wait_with(message.ByteSize())
             arrived_s = time.monotonic()
             for transaction in transactions:
                 answers.owed += 1
                 try:
-                    if too_much is not None:
-                        raise too_much
                     node.submit(client, transaction, partial(answers.add, transaction.number, arrived_s))
                 except UnderstudyError as error:
                     answers.refuse(transaction.number, error)
 
-    async def _wait_with(self, size: int) -> Overloaded | None:
-        """Waits for room with a message of ``size`` bytes at hand; or not, where too much waits already."""
+    async def _wait_with(self, size: int) -> None:
+        """Returns when there is room for a message of ``size`` bytes that is at hand.
+
+        Raises:
+            Overloaded: too much waits already. It ends the stream, after which the client sends again: to refuse the
+                transactions would say that they were never applied, and one sent before may have been (G6).
+        """
         if self._node.committer.has_room:
-            return None
+            return
         if self._held_bytes + size > HELD_BYTES_MAX:
-            return Overloaded(
+            raise Overloaded(
                 f"{self._held_bytes >> 20} MiB of transactions wait for room already",
                 remedy="try again later",
             )
@@ -149,7 +152,6 @@ class PrimaryDataService(ReadService):
             await self._node.wait_for_room()
         finally:
             self._held_bytes -= size
-        return None
 
     async def DropRealm(
         self, request: data_pb2.DropRealmRequest, context: Context

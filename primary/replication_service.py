@@ -93,7 +93,6 @@ class ReplicationService(replication_pb2_grpc.ReplicationServicer):
             task = asyncio.current_task()
             if task not in self._displaced:
                 raise
-            self._displaced.discard(task)
             raise Unavailable("another connection of this replica has taken over") from None
 
     @contextlib.asynccontextmanager
@@ -109,6 +108,7 @@ class ReplicationService(replication_pb2_grpc.ReplicationServicer):
             self._displaced.add(known[1])
             known[1].cancel()
             await asyncio.wait([known[1]])
+            self._displaced.discard(known[1])
         if known is not None:
             yield Slot.TAKEN
             return
