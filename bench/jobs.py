@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 _J = TypeVar("_J")
+LocalDurability = Literal["durable", "relaxed"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +20,17 @@ class FillJob:
     value_bytes: int
     puts_each: int  # of one transaction
     mode: str = "fill"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FillRealmsJob:
+    """So many realms of ``keys_each`` keys, each made by one transaction; many are under way."""
+
+    address: str
+    realms: int
+    keys_each: int
+    value_bytes: int
+    mode: str = "fill_realms"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +108,83 @@ class RawJob:
     value_bytes: int
     seed: int
     batches: list[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalJob:
+    """So many local transactions of one put into a synced realm that has no server, one after the other."""
+
+    directory: str
+    durability: LocalDurability
+    transactions: int
+    keys: int
+    value_bytes: int
+    mode: str = "local"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UploadJob:
+    """So many local transactions of one put without a server; then with one, until all are uploaded."""
+
+    address: str
+    directory: str
+    transactions: int
+    keys: int
+    value_bytes: int
+    mode: str = "upload"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DownloadJob:
+    """The whole of a realm into a new directory."""
+
+    address: str
+    directory: str
+    mode: str = "download"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FollowJob:
+    """One realm open in several directories; a line says when all are up to date. Ends with standard input."""
+
+    address: str
+    directories: list[str]
+    mode: str = "follow"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DriveJob:
+    """``rate`` local transactions of one put a second, begun when they are due, while a server is connected.
+
+    ``watched``: processes whose processor time is read at both ends, by name.
+    """
+
+    address: str
+    directory: str
+    rate: int
+    seconds: float
+    keys: int
+    value_bytes: int
+    watched: dict[str, int]
+    mode: str = "drive"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RealmsJob:
+    """``realms_each`` realms of its own open in each directory; a line says when all are up to date.
+
+    Then ``rate`` local transactions a second for ``seconds``, all in all. Ends with standard input.
+    """
+
+    address: str
+    directories: list[str]
+    first_realm: int
+    realms_each: int
+    begin_s: float  # when to begin, by CLOCK_MONOTONIC
+    rate: int
+    seconds: float
+    value_bytes: int
+    mode: str = "realms"
 
 
 def parse_job(kind: type[_J], text: str) -> _J:

@@ -8,6 +8,11 @@ from collections.abc import Iterator
 REALM = "/bench"
 
 
+def realm(number: int) -> str:
+    """One of many realms."""
+    return f"{REALM}/{number:06d}"
+
+
 def key(number: int) -> bytes:
     """A key of 16 bytes; keys sort as their numbers do."""
     return b"%016d" % number

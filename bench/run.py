@@ -25,11 +25,16 @@ import attached
 import bootstrap
 import catchup
 import commits
+import download
+import fanout
 import lag
+import local
 import machine
 import memory
 import promotion
+import realms
 import report
+import upload
 from processes import HERE, BenchFailed, Processes
 from results import RowResult
 from rich.console import Console
@@ -44,6 +49,11 @@ ROWS: dict[str, Callable[[Bench], RowResult]] = {
     "bootstrap": bootstrap.measure,
     "promote": promotion.measure,
     "memory": memory.measure,
+    "local": local.measure,
+    "upload": upload.measure,
+    "download": download.measure,
+    "fanout": fanout.measure,
+    "realms": realms.measure,
 }
 
 

@@ -23,6 +23,14 @@ class Scale:
     small_store_bytes: int
     memory_bytes: int  # of values that go through
     memory_commits: int
+    local_commits: int  # relaxed; a tenth of it durable
+    uploaded_changes: int
+    downloaded_keys: int
+    followers: int  # connected clients of one realm
+    followed_s: float
+    realms: int  # on one server
+    realms_clients: int
+    realms_s: float  # of light traffic
     disk_bytes: int  # that the whole run needs at once, at the most
 
 
@@ -38,6 +46,14 @@ FULL = Scale(
     small_store_bytes=20 * MIB,
     memory_bytes=2 * GIB,
     memory_commits=2_000_000,
+    local_commits=20_000,
+    uploaded_changes=10_000,
+    downloaded_keys=100_000,
+    followers=100,
+    followed_s=20.0,
+    realms=10_000,
+    realms_clients=200,
+    realms_s=30.0,
     disk_bytes=16 * GIB,
 )
 
@@ -53,5 +69,13 @@ QUICK = Scale(
     small_store_bytes=20 * MIB,
     memory_bytes=128 * MIB,
     memory_commits=100_000,
+    local_commits=3_000,
+    uploaded_changes=3_000,
+    downloaded_keys=30_000,
+    followers=20,
+    followed_s=3.0,
+    realms=400,
+    realms_clients=20,
+    realms_s=3.0,
     disk_bytes=4 * GIB,
 )

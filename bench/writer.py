@@ -14,14 +14,15 @@ from itertools import islice
 from typing import Any
 
 from accounts import cpu_seconds
-from jobs import CountedJob, FillJob, PacedJob, TimedJob, argument, parse_job
-from load import REALM, ordered_pairs, random_pairs
+from jobs import CountedJob, FillJob, FillRealmsJob, PacedJob, TimedJob, argument, parse_job
+from load import REALM, ordered_pairs, random_pairs, realm
 from results import quantile
 
 from understudy.client import AsyncServer, Put, aconnect
 from understudy.common.portal import new_event_loop
 
 FILLS_UNDER_WAY = 8
+REALMS_UNDER_WAY = 64
 ANSWER_S_MAX = 300.0
 _TICK_S = 0.001
 
@@ -43,6 +44,22 @@ async def fill(job: FillJob) -> dict[str, Any]:
     started_s = time.monotonic()
     async with aconnect(job.address) as server:
         await asyncio.gather(*(go_on(server) for _ in range(FILLS_UNDER_WAY)))
+    return {"seconds": time.monotonic() - started_s}
+
+
+async def fill_realms(job: FillRealmsJob) -> dict[str, Any]:
+    """Preloads many realms alike; gives the seconds that it took."""
+    pairs = ordered_pairs(seed=0, keys=job.keys_each, value_bytes=job.value_bytes)
+    puts = [Put(key, value) for key, value in pairs]
+    numbers = iter(range(job.realms))
+
+    async def go_on(server: AsyncServer) -> None:
+        for number in numbers:
+            await server.commit(realm(number), puts, timeout_s=ANSWER_S_MAX)
+
+    started_s = time.monotonic()
+    async with aconnect(job.address) as server:
+        await asyncio.gather(*(go_on(server) for _ in range(REALMS_UNDER_WAY)))
     return {"seconds": time.monotonic() - started_s}
 
 
@@ -141,6 +158,7 @@ async def paced(job: PacedJob) -> dict[str, Any]:
 
 _MODES: dict[str, tuple[type[Any], Callable[[Any], Coroutine[Any, Any, dict[str, Any]]]]] = {
     "fill": (FillJob, fill),
+    "fill_realms": (FillRealmsJob, fill_realms),
     "counted": (CountedJob, counted),
     "timed": (TimedJob, timed),
     "paced": (PacedJob, paced),

@@ -8,6 +8,7 @@ import grpc.aio
 
 from understudy.cli.histories import Standing, check_related, diverged
 from understudy.cli.output import counted
+from understudy.common.credentials import ANONYMOUS, Credentials
 from understudy.common.directory import Role
 from understudy.common.errors import ProtocolError, Unavailable
 from understudy.common.rpc import open_channel, peer_errors, split_address
@@ -32,7 +33,7 @@ class Comparison:
     problems: list[str]
 
 
-async def compare_servers(server: str, against: str) -> Comparison:
+async def compare_servers(server: str, against: str, credentials: Credentials = ANONYMOUS) -> Comparison:
     """Compares log digest and state digests, combined and of each realm, at one LSN.
 
     A primary is asked for a fresh checkpoint first, so that all that it has committed is compared.
@@ -47,7 +48,7 @@ async def compare_servers(server: str, against: str) -> Comparison:
     """
     for address in (server, against):
         split_address(address)
-    async with open_channel(server) as one, open_channel(against) as other:
+    async with open_channel(server, credentials) as one, open_channel(against, credentials) as other:
         first, second = _Node(server, one), _Node(against, other)
         ours, theirs = await first.status(), await second.status()
         standings = Standing(server, ours), Standing(against, theirs)

@@ -20,6 +20,7 @@ from understudy.common.errors import OutcomeUnknown, UnderstudyError
 
 if TYPE_CHECKING:
     from understudy.client import Operation
+    from understudy.common.credentials import Credentials
 
 
 @click.command(epilog=EPILOG)
@@ -29,7 +30,15 @@ if TYPE_CHECKING:
 @base64_option
 @timeout_option
 @json_option
-def get(server: str, realm: str, key: str, is_base64: bool, timeout_s: float, as_json: bool) -> None:
+def get(
+    server: str,
+    credentials: Credentials,
+    realm: str,
+    key: str,
+    is_base64: bool,
+    timeout_s: float,
+    as_json: bool,
+) -> None:
     """Print the value of a key.
 
     Byte for byte. On a terminal with a line end, and what is no text in quotes, with escapes. Exit code 1 if there
@@ -40,10 +49,10 @@ def get(server: str, realm: str, key: str, is_base64: bool, timeout_s: float, as
       understudy get --server 127.0.0.1:7850 /inventory apple
     """
     from understudy.cli.output import printable
-    from understudy.client import connect
+    from understudy.client.blocking import connect_as
 
     raw = key_bytes(key, is_base64=is_base64)
-    with connect(server, timeout_s=timeout_s) as connection:
+    with connect_as(credentials, server, timeout_s=timeout_s) as connection:
         value = connection.get(realm, raw, timeout_s=timeout_s)
     if value is None:
         raise UnderstudyError(f"no key {printable(raw)} in {realm}")
@@ -79,7 +88,14 @@ def _for_terminal(value: bytes) -> str:
 @timeout_option
 @json_option
 def put(
-    server: str, realm: str, key: str, value: str, is_base64: bool, timeout_s: float, as_json: bool
+    server: str,
+    credentials: Credentials,
+    realm: str,
+    key: str,
+    value: str,
+    is_base64: bool,
+    timeout_s: float,
+    as_json: bool,
 ) -> None:
     """Set a key's value.
 
@@ -94,7 +110,7 @@ def put(
 
     raw = _standard_input() if value == "-" else value_bytes(value, is_base64=is_base64)
     operation = Put(key_bytes(key, is_base64=is_base64), raw)
-    _commit(server, realm, [operation], timeout_s=timeout_s, as_json=as_json)
+    _commit(server, credentials, realm, [operation], timeout_s=timeout_s, as_json=as_json)
 
 
 @click.command(epilog=EPILOG)
@@ -113,6 +129,7 @@ def put(
 @json_option
 def delete(
     server: str,
+    credentials: Credentials,
     realm: str,
     keys: tuple[str, ...],
     bounds: tuple[str, str] | None,
@@ -137,7 +154,7 @@ def delete(
     if bounds is not None:
         start, end = (key_bytes(bound, is_base64=is_base64) for bound in bounds)
         operations.append(DeleteRange(start, end))
-    _commit(server, realm, operations, timeout_s=timeout_s, as_json=as_json)
+    _commit(server, credentials, realm, operations, timeout_s=timeout_s, as_json=as_json)
 
 
 @click.command(epilog=EPILOG)
@@ -151,6 +168,7 @@ def delete(
 @json_option
 def scan(
     server: str,
+    credentials: Credentials,
     realm: str,
     start: str,
     end: str,
@@ -169,10 +187,10 @@ def scan(
       understudy scan --server 127.0.0.1:7850 /inventory --start a --end b --json
     """
     from understudy.cli.json_lines import encode_pair
-    from understudy.client import connect
+    from understudy.client.blocking import connect_as
 
     first, behind = key_bytes(start, is_base64=is_base64), key_bytes(end, is_base64=is_base64)
-    with connect(server) as connection:
+    with connect_as(credentials, server) as connection:
         for key, value in connection.scan(realm, start=first, end=behind, limit=limit, reverse=reverse):
             click.echo(encode_pair(key, value) if as_json else _line(key, value))
 
@@ -183,12 +201,20 @@ def _line(key: bytes, value: bytes) -> str:
     return f"{printable(key, length_max=None)}\t{printable(value)}"
 
 
-def _commit(server: str, realm: str, operations: list[Operation], *, timeout_s: float, as_json: bool) -> None:
+def _commit(
+    server: str,
+    credentials: Credentials,
+    realm: str,
+    operations: list[Operation],
+    *,
+    timeout_s: float,
+    as_json: bool,
+) -> None:
     from understudy.cli.output import print_json
     from understudy.cli.writing import check_primary, unanswered
-    from understudy.client import connect
+    from understudy.client.blocking import connect_as
 
-    with connect(server, timeout_s=timeout_s) as connection:
+    with connect_as(credentials, server, timeout_s=timeout_s) as connection:
         check_primary(connection.status(timeout_s=timeout_s), server)
         try:
             receipt = connection.commit(realm, operations, timeout_s=timeout_s)

@@ -13,7 +13,9 @@ from understudy.cli.options import EPILOG, json_option
 from understudy.common.errors import CorruptionError, UnderstudyError, UsageError
 
 if TYPE_CHECKING:
-    from understudy.cli.demo_story import Outcome
+    from understudy.cli.demo_fates import Fate, Reunion
+    from understudy.cli.demo_screen import Screen
+    from understudy.cli.demo_story import Outcome, Story
 
 _T = TypeVar("_T")
 
@@ -42,10 +44,11 @@ _T = TypeVar("_T")
 def demo(keep: Path | None, writers: int, seconds: float, as_json: bool) -> None:
     """Play the whole story on this machine.
 
-    In half a minute, on real data: a primary and its replica take in the standard library of this Python, and writers
-    go on all the time. The primary is killed, the replica promoted, and the old primary comes back as a replica. In
-    the end every acknowledged transaction is looked for. Exit code 0 only if none was lost or applied twice and both
-    nodes are equal.
+    In a minute, on real data: a primary and its replica take in the standard library of this Python, and writers
+    go on all the time. The primary is killed, the replica promoted, and the old primary comes back as a replica. Then
+    every acknowledged transaction is looked for. In the last act a server is lost with changes that only its clients
+    still have: they bring them home, and two of them are reset. Exit code 0 only if nothing acknowledged was lost or
+    applied twice, and all nodes and copies are equal.
 
     \b
     Example:
@@ -54,14 +57,21 @@ def demo(keep: Path | None, writers: int, seconds: float, as_json: bool) -> None
     from understudy.cli.output import print_json
 
     with _working_in(keep) as folder:
-        outcome = _play(folder, writers=writers, seconds=seconds, on_stderr=as_json)
+        outcome, reunion = _play(folder, writers=writers, seconds=seconds, on_stderr=as_json)
+        is_good = outcome.proof.is_good and reunion.is_good
         if as_json:
-            print_json(_facts(outcome))
+            print_json({"ok": is_good, **_facts(outcome), **_client_facts(reunion)})
         else:
             _tell(outcome)
-        if not outcome.proof.is_good:
+            _tell_clients(reunion)
+        if not is_good:
             raise CorruptionError("what was promised was not kept: see the table")
-    if keep is not None and not as_json:
+    if as_json:
+        return
+    click.secho(
+        "\nNothing acknowledged was lost or applied twice; nodes and copies are equal.", fg="green", bold=True
+    )
+    if keep is not None:
         click.echo(f"Look around: understudy status {keep / 'second'}, understudy log {keep / 'second'}")
 
 
@@ -93,21 +103,31 @@ def _make_empty(keep: Path) -> None:
         raise UsageError(f"{keep} is not empty", remedy="give --keep a directory of its own")
 
 
-def _play(folder: Path, *, writers: int, seconds: float, on_stderr: bool) -> Outcome:
+def _play(folder: Path, *, writers: int, seconds: float, on_stderr: bool) -> tuple[Outcome, Reunion]:
     import asyncio
+    import logging
 
     from understudy.cli.demo_screen import Screen
     from understudy.cli.demo_story import Story
-    from understudy.cli.logs import QUIET, configure_logs
+    from understudy.cli.logs import configure_logs
     from understudy.common.portal import new_event_loop
 
-    configure_logs(level=QUIET)
+    configure_logs(level=logging.ERROR)  # a reset is worth a warning, and here it is part of the story
     with Screen(on_stderr=on_stderr) as screen, asyncio.Runner(loop_factory=new_event_loop) as runner:
         story = Story(folder, writers=writers, seconds=seconds, screen=screen)
-        outcome = runner.run(_unless_interrupted(story.play()))
+        outcome = runner.run(_unless_interrupted(_play_acts(story, folder, screen)))
     if outcome is None:
         raise KeyboardInterrupt
     return outcome
+
+
+async def _play_acts(story: Story, folder: Path, screen: Screen) -> tuple[Outcome, Reunion]:
+    """One after the other: by the time that the devices use gRPC on their own loop, nobody does here any more."""
+    from understudy.cli.demo_clients import ClientStory
+
+    outcome = await story.play()
+    screen.clear()
+    return outcome, await ClientStory(folder, screen=screen).play()
 
 
 async def _unless_interrupted(work: Coroutine[Any, Any, _T]) -> _T | None:
@@ -135,7 +155,6 @@ async def _unless_interrupted(work: Coroutine[Any, Any, _T]) -> _T | None:
 def _facts(outcome: Outcome) -> dict[str, object]:
     imported, failover, rewound, proof = outcome.imported, outcome.failover, outcome.rewound, outcome.proof
     return {
-        "ok": proof.is_good,
         "files": imported.files,
         "file_bytes": imported.file_bytes,
         "realms": imported.realms,
@@ -187,5 +206,46 @@ def _tell(outcome: Outcome) -> None:
     )
     for problem in proof.problems:
         click.echo(f"problem: {problem}")
-    if proof.is_good:
-        click.secho("\nNothing lost, nothing applied twice, both nodes equal.", fg="green", bold=True)
+
+
+# -- the last act ------------------------------------------------------------------------------------------------
+
+
+def _client_facts(reunion: Reunion) -> dict[str, object]:
+    return {
+        "clients": [
+            {
+                "client": fate.name,
+                "realm": fate.realm,
+                "resets": list(fate.resets),
+                "confirmed_and_lost": fate.lost,
+                "brought_home_as_they_were": fate.appended,
+                "brought_home_as_new": fate.renewed,
+                "missing": fate.missing,
+                "queued": fate.queued,
+                "kept": fate.kept,
+                "dropped": fate.dropped,
+            }
+            for fate in reunion.fates
+        ],
+        "client_problems": reunion.problems,
+    }
+
+
+def _tell_clients(reunion: Reunion) -> None:
+    from understudy.cli.output import print_table
+
+    numbers = ("lost", "home", "queued", "kept", "dropped")
+    click.echo()
+    print_table(("client", "realm", "what happened", *numbers), map(_row, reunion.fates), right=numbers)
+    click.echo("lost: confirmed, and lost with the server; home: brought home to the next one")
+    for problem in reunion.problems:
+        click.echo(f"problem: {problem}")
+    if reunion.is_good:
+        click.echo("digests of all copies: equal to the server's")
+
+
+def _row(fate: Fate) -> tuple[str, ...]:
+    happened = "; ".join(fate.resets) or ("healed the server" if fate.appended else "no reset needed")
+    numbers = (fate.lost, fate.appended + fate.renewed, fate.queued, fate.kept, fate.dropped)
+    return (fate.name, fate.realm, happened, *(f"{number:,}" for number in numbers))

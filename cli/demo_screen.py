@@ -93,6 +93,11 @@ class Screen:
             self._shown_s = now_s
             self.tell(f"  {self._rate.latest:,.0f} transactions/s, {view.lag}")
 
+    def clear(self) -> None:
+        """There is nothing to show any more, only to tell."""
+        if self._is_watched:
+            self._live.update("", refresh=True)
+
     def _picture(self, view: View) -> RenderableType:
         from rich.box import ROUNDED
         from rich.console import Group

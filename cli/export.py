@@ -11,6 +11,7 @@ from understudy.cli.options import EPILOG, server_option
 
 if TYPE_CHECKING:
     from understudy.cli.sinks import Sink
+    from understudy.common.credentials import Credentials
 
 
 @click.command(epilog=EPILOG)
@@ -24,7 +25,14 @@ if TYPE_CHECKING:
     help="Write a tree of files instead; DIR must be absent or empty.",
 )
 @click.option("--force", is_flag=True, help="Replace FILE.jsonl if it is there.")
-def export(server: str, realm: str, file: str | None, directory: Path | None, force: bool) -> None:
+def export(
+    server: str,
+    credentials: Credentials,
+    realm: str,
+    file: str | None,
+    directory: Path | None,
+    force: bool,
+) -> None:
     """Write out a realm's keys and values.
 
     All as of one moment, as JSON lines or as a tree of files. Standard output if no file is given. A file or
@@ -36,7 +44,7 @@ def export(server: str, realm: str, file: str | None, directory: Path | None, fo
       understudy export --server 127.0.0.1:7850 /pages --directory pages
     """
     from understudy.cli.output import Progress, counted
-    from understudy.client import connect
+    from understudy.client.blocking import connect_as
 
     if file is not None and directory is not None:
         raise click.UsageError("Give either a file or --directory.")
@@ -44,7 +52,7 @@ def export(server: str, realm: str, file: str | None, directory: Path | None, fo
         raise click.UsageError("--force is for a file.")
     sink = _sink(file, directory, force=force)
     count = 0
-    with connect(server) as connection, Progress("exporting", unit="keys") as progress:
+    with connect_as(credentials, server) as connection, Progress("exporting", unit="keys") as progress:
         # Counted a moment before the scan, so it only guides the eye.
         total = connection.count(realm) if progress.is_watched else None
         with sink:

@@ -6,17 +6,18 @@ from typing import TYPE_CHECKING
 
 import click
 
-from understudy.cli.options import EPILOG, json_option, timeout_option
+from understudy.cli.options import EPILOG, json_option, server_option, timeout_option
 
 if TYPE_CHECKING:
+    from understudy.common.credentials import Credentials
     from understudy.v1 import admin_pb2
 
 
 @click.command(epilog=EPILOG)
-@click.option("--server", required=True, metavar="HOST:PORT", help="The primary that shall reign no more.")
+@server_option(help_text="The primary that shall reign no more.")
 @timeout_option
 @json_option
-def fence(server: str, timeout_s: float, as_json: bool) -> None:
+def fence(server: str, credentials: Credentials, timeout_s: float, as_json: bool) -> None:
     """Have a running primary accept no more writes, for good.
 
     For a primary that can't be stopped while another is to take its place. It stays so after a restart, and is
@@ -33,7 +34,7 @@ def fence(server: str, timeout_s: float, as_json: bool) -> None:
     from understudy.common.portal import new_event_loop
 
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        answer = runner.run(_ask(server, timeout_s))
+        answer = runner.run(_ask(server, credentials, timeout_s))
     if as_json:
         print_json({"epoch": answer.epoch})
     else:
@@ -43,11 +44,11 @@ def fence(server: str, timeout_s: float, as_json: bool) -> None:
         )
 
 
-async def _ask(server: str, timeout_s: float) -> admin_pb2.FenceResponse:
+async def _ask(server: str, credentials: Credentials, timeout_s: float) -> admin_pb2.FenceResponse:
     from understudy.common.rpc import open_channel, peer_errors, split_address
     from understudy.v1 import admin_pb2, admin_pb2_grpc
 
     split_address(server)
-    async with open_channel(server) as channel:
+    async with open_channel(server, credentials) as channel:
         with peer_errors(server):
             return await admin_pb2_grpc.AdminStub(channel).Fence(admin_pb2.FenceRequest(), timeout=timeout_s)

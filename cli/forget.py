@@ -6,19 +6,20 @@ from typing import TYPE_CHECKING
 
 import click
 
-from understudy.cli.options import EPILOG, json_option, timeout_option
+from understudy.cli.options import EPILOG, json_option, server_option, timeout_option
 from understudy.common.errors import UsageError
 
 if TYPE_CHECKING:
+    from understudy.common.credentials import Credentials
     from understudy.v1 import admin_pb2
 
 
 @click.command(epilog=EPILOG)
 @click.argument("replica_id", metavar="ID")
-@click.option("--server", required=True, metavar="HOST:PORT", help="The primary.")
+@server_option(help_text="The primary.")
 @timeout_option
 @json_option
-def forget(replica_id: str, server: str, timeout_s: float, as_json: bool) -> None:
+def forget(replica_id: str, server: str, credentials: Credentials, timeout_s: float, as_json: bool) -> None:
     """Forget a replica that will not come back.
 
     The primary keeps the log that a replica has yet to fetch, for as long as it knows of it. Refused while the
@@ -35,7 +36,7 @@ def forget(replica_id: str, server: str, timeout_s: float, as_json: bool) -> Non
 
     name = _encoded(replica_id)
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        answer = runner.run(_ask(server, replica_id, timeout_s))
+        answer = runner.run(_ask(server, credentials, replica_id, timeout_s))
     if as_json:
         print_json(
             {"id": replica_id, "durable_lsn": answer.durable_lsn, "released_bytes": answer.released_bytes}
@@ -55,12 +56,14 @@ def _encoded(replica_id: str) -> bytes:
         ) from None
 
 
-async def _ask(server: str, replica_id: str, timeout_s: float) -> admin_pb2.ForgetResponse:
+async def _ask(
+    server: str, credentials: Credentials, replica_id: str, timeout_s: float
+) -> admin_pb2.ForgetResponse:
     from understudy.common.rpc import open_channel, peer_errors, split_address
     from understudy.v1 import admin_pb2, admin_pb2_grpc
 
     split_address(server)
-    async with open_channel(server) as channel:
+    async with open_channel(server, credentials) as channel:
         with peer_errors(server):
             return await admin_pb2_grpc.AdminStub(channel).Forget(
                 admin_pb2.ForgetRequest(replica_id=replica_id), timeout=timeout_s

@@ -12,6 +12,7 @@ from understudy.cli.options import EPILOG, json_option, server_option
 
 if TYPE_CHECKING:
     from understudy.cli.loader import Loaded
+    from understudy.common.credentials import Credentials
 
 BATCH_PAIRS = 1_000  # in one transaction, unless they are large
 
@@ -37,7 +38,15 @@ BATCH_PAIRS = 1_000  # in one transaction, unless they are large
     help="Begin with this line, to go on after a broken one.",
 )
 @json_option
-def import_(server: str, realm: str, source: str, batch_pairs: int, from_line: int, as_json: bool) -> None:
+def import_(
+    server: str,
+    credentials: Credentials,
+    realm: str,
+    source: str,
+    batch_pairs: int,
+    from_line: int,
+    as_json: bool,
+) -> None:
     """Put keys and values into a realm.
 
     From a file of JSON lines, a directory tree, or JSON lines on standard input. A line is {"key": "…", "value":
@@ -63,7 +72,7 @@ def import_(server: str, realm: str, source: str, batch_pairs: int, from_line: i
         found = pairs.tree(path)
     else:
         found = pairs.file_lines(path, from_line=from_line)
-    _tell(load(server, realm, found, batch_pairs=batch_pairs), as_json=as_json)
+    _tell(load(server, credentials, realm, found, batch_pairs=batch_pairs), as_json=as_json)
 
 
 def _tell(loaded: Loaded, *, as_json: bool) -> None:

@@ -12,8 +12,10 @@ import click
 from understudy.cli.output import Progress, counted
 from understudy.cli.pairs import Pair
 from understudy.cli.writing import check_primary
-from understudy.client import AsyncServer, Put, Receipt, aconnect
+from understudy.client import AsyncServer, Put, Receipt
+from understudy.client.direct import aconnect_as
 from understudy.common import portal
+from understudy.common.credentials import Credentials
 from understudy.common.errors import BadImport, UnderstudyError
 
 # Large enough that a transaction costs little beside its content, small enough that others get their turn.
@@ -33,14 +35,16 @@ class Loaded:
     lsn: int  # of the last transaction; 0 if there was none
 
 
-def load(server: str, realm: str, pairs: Iterable[Pair], *, batch_pairs: int) -> Loaded:
+def load(
+    server: str, credentials: Credentials, realm: str, pairs: Iterable[Pair], *, batch_pairs: int
+) -> Loaded:
     """Commits all pairs, in order. When it raises, everything before the pair named was committed.
 
     Raises:
         BadImport: a pair can't be read; all before it were committed.
         UnderstudyError: the server can't be reached or refused; from the line named on, pairs may be missing.
     """
-    with _connected(server) as connection, Progress("importing", unit="keys") as progress:
+    with _connected(server, credentials) as connection, Progress("importing", unit="keys") as progress:
         check_primary(portal.call(connection.status()), server)
         window = _Window(connection, realm)
         try:
@@ -61,9 +65,9 @@ def load(server: str, realm: str, pairs: Iterable[Pair], *, batch_pairs: int) ->
 
 
 @contextlib.contextmanager
-def _connected(server: str) -> Iterator[AsyncServer]:
+def _connected(server: str, credentials: Credentials) -> Iterator[AsyncServer]:
     # The reading of pairs may wait for a pipe, so the connection lives on another thread's loop.
-    manager = aconnect(server)
+    manager = aconnect_as(credentials, server)
     connection = portal.call(manager.__aenter__())
     try:
         yield connection

@@ -13,12 +13,15 @@ from typing import NoReturn
 
 import click
 
+from understudy.cli.client import client
 from understudy.cli.data import delete, get, put, scan
 from understudy.cli.demo import demo
 from understudy.cli.export import export
 from understudy.cli.fence import fence
 from understudy.cli.forget import forget
+from understudy.cli.grant import grant
 from understudy.cli.import_ import import_
+from understudy.cli.keys import keys
 from understudy.cli.log import log
 from understudy.cli.options import EPILOG, INTERRUPTED
 from understudy.cli.output import plain
@@ -27,7 +30,10 @@ from understudy.cli.promote import promote
 from understudy.cli.realms import realms
 from understudy.cli.replica import replica
 from understudy.cli.rewind import rewind
+from understudy.cli.salvage import salvage
 from understudy.cli.status import status
+from understudy.cli.token import token
+from understudy.cli.user import user
 from understudy.cli.verify import verify
 from understudy.common.errors import ExitCode, UnderstudyError
 
@@ -43,7 +49,13 @@ _COMMANDS = (
     promote,
     fence,
     rewind,
+    salvage,
     forget,
+    client,
+    keys,
+    user,
+    grant,
+    token,
     status,
     verify,
     log,

@@ -6,6 +6,7 @@ import importlib.metadata
 import time
 from pathlib import Path
 
+from understudy.common.credentials import ANONYMOUS, Credentials
 from understudy.common.directory import DataDirectory, Role
 from understudy.common.errors import DirectoryInUse, PeerUnreachable
 from understudy.common.log_reader import read_records
@@ -16,15 +17,17 @@ from understudy.primary.slots import SLOTS_FILE, Slot, SlotTable
 from understudy.v1 import admin_pb2, admin_pb2_grpc
 
 
-async def server_status(address: str, *, timeout_s: float) -> admin_pb2.StatusResponse:
+async def server_status(
+    address: str, credentials: Credentials = ANONYMOUS, *, timeout_s: float
+) -> admin_pb2.StatusResponse:
     """What the node at ``address`` says of itself.
 
     Raises:
         UsageError: a bad address.
-        PeerUnreachable, ProtocolError.
+        PeerUnreachable, ProtocolError, NotPermitted.
     """
     split_address(address)
-    return await _ask(address, address, timeout_s)
+    return await _ask(address, address, timeout_s, credentials)
 
 
 async def directory_status(path: Path, *, timeout_s: float) -> tuple[admin_pb2.StatusResponse, bool]:
@@ -49,8 +52,10 @@ async def directory_status(path: Path, *, timeout_s: float) -> tuple[admin_pb2.S
         return _offline_status(directory), False
 
 
-async def _ask(target: str, name: str, timeout_s: float) -> admin_pb2.StatusResponse:
-    async with open_channel(target) as channel:
+async def _ask(
+    target: str, name: str, timeout_s: float, credentials: Credentials = ANONYMOUS
+) -> admin_pb2.StatusResponse:
+    async with open_channel(target, credentials) as channel:
         with peer_errors(name):
             return await admin_pb2_grpc.AdminStub(channel).Status(
                 admin_pb2.StatusRequest(), timeout=timeout_s
@@ -95,7 +100,7 @@ def _fill_position(directory: DataDirectory, status: admin_pb2.StatusResponse) -
         status.lsn = status.durable_lsn = status.committed_lsn = state.applied.lsn
         status.checkpoint_lsn = checkpoint
         status.digest = state.applied.digest
-        status.realms = max(state.realm_count - 1, 0)  # without the system's own
+        status.realms = state.user_realm_count
         return state.offset
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -49,14 +50,67 @@ def data_dir_argument(function: _F) -> _F:
     return click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))(function)
 
 
-def server_option(function: _F) -> _F:
-    """``--server HOST:PORT``, required."""
-    return click.option(
-        "--server",
-        required=True,
-        metavar="HOST:PORT",
-        help="The server; several with commas: the primary is found.",
-    )(function)
+# Flag, name, what it takes, help: what whoever connects shows, and whom it trusts.
+_CREDENTIALS = (
+    ("--ca", "ca", "FILE", "Use TLS, and trust servers whose certificate this CA has signed."),
+    ("--cert", "cert", "FILE", "The client certificate to show."),
+    ("--cert-key", "cert_key", "FILE", "Its key."),
+    (
+        "--token",
+        "token",
+        "@FILE|TOKEN",
+        "The token to show. Better in a file, or in the variable: others see what stands in a command.",
+    ),
+)
+
+
+def credential_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``--ca``, ``--cert``, ``--cert-key`` and ``--token``, together as ``credentials``."""
+
+    @functools.wraps(function)
+    def with_credentials(
+        *arguments: Any,
+        ca: str | None,
+        cert: str | None,
+        cert_key: str | None,
+        token: str | None,
+        **options: Any,
+    ) -> Any:
+        from understudy.common.credentials import Credentials
+
+        credentials = Credentials.given(ca=ca, cert=cert, key=cert_key, token=token)
+        return function(*arguments, credentials=credentials, **options)
+
+    decorated: Callable[..., Any] = with_credentials
+    for flag, name, takes, help_text in reversed(_CREDENTIALS):
+        variable = f"UNDERSTUDY_{name.upper()}"
+        decorated = click.option(
+            flag, name, metavar=takes, envvar=variable, help=f"{help_text} [{variable}]"
+        )(decorated)
+    return decorated
+
+
+def credential_settings(function: _F) -> _F:
+    """The same flags as settings of a process that connects."""
+    for flag, name, takes, help_text in reversed(_CREDENTIALS):
+        function = setting(flag, name, help_text, metavar=takes)(function)  # type: ignore[assignment]
+    return function
+
+
+def server_option(
+    function: Callable[..., Any] | None = None,
+    *,
+    required: bool = True,
+    help_text: str = "The server; several with commas: the primary is found.",
+) -> Callable[..., Any]:
+    """``--server HOST:PORT`` as ``server``, and as ``credentials`` what to show it."""
+
+    def decorate(decorated: Callable[..., Any]) -> Callable[..., Any]:
+        return click.option("--server", required=required, metavar="HOST:PORT", help=help_text)(
+            credential_options(decorated)
+        )
+
+    return decorate(function) if function is not None else decorate
 
 
 def timeout_option(function: _F) -> _F:
@@ -95,7 +149,7 @@ def setting(flag: str, field: str, help_text: str, **attributes: Any) -> Decorat
 
 
 def process_options(section: str) -> Decorator:
-    """What both processes take: ``--metrics``, ``--insecure``, ``--config``, ``--log-format``."""
+    """What both processes take: ``--metrics``, ``--tls-...``, ``--config``, ``--log-format``."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         for option in reversed(
@@ -103,14 +157,19 @@ def process_options(section: str) -> Decorator:
                 setting(
                     "--metrics",
                     "metrics",
-                    "Serve Prometheus metrics here. Off if not set.",
+                    "Serve Prometheus metrics here, over HTTPS if there is TLS. Off if not set.",
                     metavar="HOST:PORT",
                 ),
                 setting(
-                    "--insecure",
-                    "insecure",
-                    "Allow addresses beyond this machine, unencrypted and open to all who reach them.",
-                    is_flag=True,
+                    "--tls-cert",
+                    "tls_cert",
+                    "The server's certificate in PEM, read again when it changes. Without one, only addresses of "
+                    "this machine are served.",
+                    metavar="FILE",
+                ),
+                setting("--tls-key", "tls_key", "Its key.", metavar="FILE"),
+                setting(
+                    "--tls-ca", "tls_ca", "The CA that signs the certificates of clients.", metavar="FILE"
                 ),
                 click.option(
                     "--config",

@@ -35,6 +35,13 @@ from understudy.cli.options import EPILOG, byte_size, process_options, setting
     metavar="SECONDS",
 )
 @setting(
+    "--heal-window",
+    "heal_window_s",
+    "After a promotion, take only what clients bring home for so long, before new transactions. 0 if not set.",
+    type=float,
+    metavar="SECONDS",
+)
+@setting(
     "--log-floor",
     "log_floor_bytes",
     "How much log is always kept. 256MiB if not set.",

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from understudy.cli.options import EPILOG, byte_size, process_options, setting
+from understudy.cli.options import EPILOG, byte_size, credential_settings, process_options, setting
 
 
 @click.command(epilog=EPILOG)
@@ -44,6 +44,7 @@ from understudy.cli.options import EPILOG, byte_size, process_options, setting
     type=byte_size,
     metavar="SIZE",
 )
+@credential_settings
 @process_options("replica")
 def replica(config: Path | None, log_format: str, **flags: Any) -> None:
     """Run a replica.

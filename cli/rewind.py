@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from understudy.cli.options import EPILOG, data_dir_argument, json_option
+from understudy.cli.options import EPILOG, credential_options, data_dir_argument, json_option
 
 if TYPE_CHECKING:
+    from understudy.common.credentials import Credentials
     from understudy.replica.rewind import Rewind
 
 
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
     envvar="UNDERSTUDY_ID",
     help="Its name as a replica, the same as for `understudy replica`. The host's if not set. [UNDERSTUDY_ID]",
 )
+@credential_options
 @json_option
-def rewind(directory: Path, to: str, replica_id: str | None, as_json: bool) -> None:
+def rewind(directory: Path, to: str, replica_id: str | None, credentials: Credentials, as_json: bool) -> None:
     """Make an old primary a replica of the new one.
 
     Or a replica that diverged. What only this copy has is exported to DIR/set-aside first, then only what differs is
@@ -54,7 +56,11 @@ def rewind(directory: Path, to: str, replica_id: str | None, as_json: bool) -> N
     ):
         outcome = runner.run(
             rewind_directory(
-                directory, to=to, replica_id=replica_id or socket.gethostname(), progress=progress.update
+                directory,
+                to=to,
+                replica_id=replica_id or socket.gethostname(),
+                credentials=credentials,
+                progress=progress.update,
             )
         )
     if as_json:

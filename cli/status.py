@@ -7,18 +7,31 @@ from typing import TYPE_CHECKING
 
 import click
 
-from understudy.cli.options import EPILOG, json_option, timeout_option
+from understudy.cli.options import EPILOG, json_option, server_option, timeout_option
 
 if TYPE_CHECKING:
+    from understudy.common.credentials import Credentials
     from understudy.v1 import admin_pb2
+
+_ACCESS = {
+    "protected": "protected mode: only peers on this machine, who may do everything",
+    "tokens": "only peers on this machine, with tokens",
+    "tls": "TLS, with tokens",
+}
 
 
 @click.command(epilog=EPILOG)
 @click.argument("directory", metavar="[DIR]", required=False, type=click.Path(path_type=Path))
-@click.option("--server", metavar="HOST:PORT", help="A running node, instead of DIR.")
+@server_option(required=False, help_text="A running node, instead of DIR.")
 @timeout_option
 @json_option
-def status(directory: Path | None, server: str | None, timeout_s: float, as_json: bool) -> None:
+def status(
+    directory: Path | None,
+    server: str | None,
+    credentials: Credentials,
+    timeout_s: float,
+    as_json: bool,
+) -> None:
     """Show position, replicas, lag and warnings.
 
     Of the node that has DIR open, if one has; otherwise what DIR holds.
@@ -40,7 +53,7 @@ def status(directory: Path | None, server: str | None, timeout_s: float, as_json
     configure_logs(level=QUIET)
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         if server is not None:
-            found, is_running = runner.run(server_status(server, timeout_s=timeout_s)), True
+            found, is_running = runner.run(server_status(server, credentials, timeout_s=timeout_s)), True
         else:
             assert directory is not None
             found, is_running = runner.run(directory_status(directory, timeout_s=timeout_s))
@@ -71,6 +84,23 @@ def _facts(found: admin_pb2.StatusResponse, *, is_running: bool) -> dict[str, ob
         "warnings": list(found.warnings),
         "version": found.version,
         "running": is_running,
+        "access": found.access or None,
+        "healing": _healing_facts(found.healing),
+    }
+
+
+def _healing_facts(healing: admin_pb2.Healing) -> dict[str, object] | None:
+    home = healing.homecoming
+    if not healing.seconds_left and not home.ByteSize():
+        return None
+    return {
+        "seconds_left": round(healing.seconds_left, 3),
+        "clients": healing.clients,
+        "appended": home.appended,
+        "renewed": home.renewed,
+        "known": home.known,
+        "refused": home.refused,
+        "problems": list(home.problems),
     }
 
 
@@ -116,6 +146,8 @@ def _tell(found: admin_pb2.StatusResponse, *, is_running: bool) -> None:
     ]
     if found.durability:
         facts.append(("durability", found.durability))
+    if found.access:
+        facts.append(("access", _ACCESS.get(found.access, found.access)))
     if found.HasField("upstream"):
         up = found.upstream
         facts.append(
@@ -126,6 +158,7 @@ def _tell(found: admin_pb2.StatusResponse, *, is_running: bool) -> None:
                 f"{seconds_text(up.lag_seconds)}",
             )
         )
+    facts += _healing(found.healing)
     print_facts(facts)
     if found.replicas:
         print_table(
@@ -146,3 +179,22 @@ def _tell(found: admin_pb2.StatusResponse, *, is_running: bool) -> None:
         )
     for warning in found.warnings:
         click.echo(f"warning: {plain(warning)}")
+
+
+def _healing(healing: admin_pb2.Healing) -> list[tuple[str, str]]:
+    """What came home, and whether new transactions still wait for more."""
+    from understudy.cli.output import counted
+
+    home = healing.homecoming
+    told = []
+    if healing.seconds_left:
+        told.append(("healing", f"new transactions wait for {healing.seconds_left:.0f} s more"))
+    if home.appended or home.renewed or home.refused:
+        told.append(
+            (
+                "came home",
+                f"{home.appended:,} changes as they were and {home.renewed:,} as new ones, from "
+                f"{counted(healing.clients, 'client', 'clients')}; {home.refused:,} refused",
+            )
+        )
+    return told

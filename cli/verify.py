@@ -7,22 +7,28 @@ from typing import TYPE_CHECKING
 
 import click
 
-from understudy.cli.options import EPILOG, json_option
+from understudy.cli.options import EPILOG, json_option, server_option
 from understudy.common.errors import ExitCode
 
 if TYPE_CHECKING:
     from understudy.cli.compare import Comparison
+    from understudy.common.credentials import Credentials
     from understudy.common.verify import VerifyReport
 
 
 @click.command(epilog=EPILOG)
 @click.argument("directory", metavar="[DIR]", required=False, type=click.Path(path_type=Path))
-@click.option("--server", metavar="HOST:PORT", help="A running node, instead of DIR.")
+@server_option(required=False, help_text="A running node, instead of DIR.")
 @click.option("--against", metavar="HOST:PORT", help="The running node to compare it with.")
 @json_option
 @click.pass_context
 def verify(
-    context: click.Context, directory: Path | None, server: str | None, against: str | None, as_json: bool
+    context: click.Context,
+    directory: Path | None,
+    server: str | None,
+    against: str | None,
+    credentials: Credentials,
+    as_json: bool,
 ) -> None:
     """Recompute what a copy says about itself.
 
@@ -38,7 +44,7 @@ def verify(
     if directory is not None and server is None and against is None:
         is_ok = _verify_directory(directory, as_json=as_json)
     elif directory is None and server is not None and against is not None:
-        is_ok = _compare(server, against, as_json=as_json)
+        is_ok = _compare(server, against, credentials, as_json=as_json)
     else:
         raise click.UsageError("Give a directory, or both --server and --against.")
     context.exit(ExitCode.DONE if is_ok else ExitCode.CORRUPT)
@@ -87,7 +93,7 @@ def _tell_problems(problems: list[str]) -> None:
         click.echo(f"problem: {plain(problem)}")
 
 
-def _compare(server: str, against: str, *, as_json: bool) -> bool:
+def _compare(server: str, against: str, credentials: Credentials, *, as_json: bool) -> bool:
     import asyncio
 
     from understudy.cli.compare import compare_servers
@@ -97,7 +103,7 @@ def _compare(server: str, against: str, *, as_json: bool) -> bool:
 
     configure_logs(level=QUIET)
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        comparison = runner.run(compare_servers(server, against))
+        comparison = runner.run(compare_servers(server, against, credentials))
     if as_json:
         print_json(
             {

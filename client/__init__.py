@@ -1,17 +1,26 @@
 """What an application imports to work with a server.
 
 :func:`connect` and :func:`aconnect` give a direct connection: transactions and reads on the server itself.
+:class:`Realm` is a synced realm: a local copy, read and written at once, offline too.
 """
 
 from understudy.client.blocking import Server, connect
 from understudy.client.direct import AsyncServer, aconnect
+from understudy.client.local_view import LocalView
+from understudy.client.realm import LocalTransaction, Realm
+from understudy.client.realm_state import Change, ConnectionState, LoadProgress, RealmState, ResetState
+from understudy.client.recovery import Dropped, DroppedOperation, RecoveredChange, Recovery
+from understudy.client.tokens import Tokens, TokenSource, alogin, login, logout
 from understudy.common.errors import (
+    ClientReset,
     CorruptionError,
     DirectoryError,
+    DirectoryInUse,
     DiskFull,
     Diverged,
     Fenced,
     ForeignCluster,
+    NotAuthenticated,
     NotPermitted,
     NotPrimary,
     OutcomeUnknown,
@@ -31,14 +40,24 @@ from understudy.common.types import RealmInfo
 __all__ = [
     "Add",
     "AsyncServer",
+    "Change",
+    "ClientReset",
+    "ConnectionState",
     "CorruptionError",
     "Delete",
     "DeleteRange",
     "DirectoryError",
+    "DirectoryInUse",
     "DiskFull",
     "Diverged",
+    "Dropped",
+    "DroppedOperation",
     "Fenced",
     "ForeignCluster",
+    "LoadProgress",
+    "LocalTransaction",
+    "LocalView",
+    "NotAuthenticated",
     "NotPermitted",
     "NotPrimary",
     "Operation",
@@ -47,15 +66,25 @@ __all__ = [
     "PeerUnreachable",
     "ProtocolError",
     "Put",
+    "Realm",
     "RealmInfo",
+    "RealmState",
     "Receipt",
+    "RecoveredChange",
+    "Recovery",
+    "ResetState",
     "Server",
     "StorageFailed",
+    "TokenSource",
+    "Tokens",
     "TransactionTooLarge",
     "UnderstudyError",
     "UnknownRealm",
     "Update",
     "UsageError",
     "aconnect",
+    "alogin",
     "connect",
+    "login",
+    "logout",
 ]

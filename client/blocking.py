@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from understudy.client.direct import TIMEOUT_S, AsyncServer
 from understudy.common import portal
 from understudy.common.arguments import parse_addresses
+from understudy.common.credentials import Credentials, Token
 from understudy.common.errors import UsageError
 from understudy.common.memtable import Receipt
 from understudy.common.operations import Operation
@@ -140,19 +142,41 @@ class Server:
         return self._call(self._server.status(timeout_s=timeout_s))
 
 
-def connect(addresses: str, *, timeout_s: float = TIMEOUT_S) -> Server:
+def connect(
+    addresses: str,
+    *,
+    ca: str | os.PathLike[str] | None = None,
+    cert: str | os.PathLike[str] | None = None,
+    key: str | os.PathLike[str] | None = None,
+    token: Token | None = None,
+    timeout_s: float = TIMEOUT_S,
+) -> Server:
     """Connects to ``"HOST:PORT"``, or to the primary among ``"a:7850,b:7850"``; a context manager.
 
+    Args:
+        addresses: one or several.
+        ca: a file with the CA that has signed the servers' certificates; TLS is used if it is given.
+        cert, key: files with a client certificate and its key.
+        token: who calls; ``"@FILE"`` reads it from a file; or a :class:`TokenSource`.
+        timeout_s: for the first answer.
+
     Raises:
-        UsageError: a bad address, or this process is a fork of one that has used gRPC.
+        UsageError: a bad address, a file that can't be used, or this process is a fork of one that has used gRPC.
+        NotPermitted: the server is not trusted, does not let us in, or would get the token in the clear.
         PeerUnreachable, NotPrimary, Fenced, ProtocolError: nobody suitable answered within ``timeout_s``.
         Diverged: there are two primaries of one epoch.
     """
+    return connect_as(
+        Credentials.given(ca=ca, cert=cert, key=key, token=token), addresses, timeout_s=timeout_s
+    )
 
+
+def connect_as(credentials: Credentials, addresses: str, *, timeout_s: float = TIMEOUT_S) -> Server:
+    """The same with credentials at hand."""
     check_not_forked()
 
     async def opened() -> AsyncServer:
-        server = AsyncServer(parse_addresses(addresses))
+        server = AsyncServer(parse_addresses(addresses), credentials)
         try:
             await server.ready(timeout_s=timeout_s)
         except BaseException:

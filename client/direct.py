@@ -23,15 +23,18 @@ from understudy.common.arguments import (
     parse_addresses,
     parse_durability,
 )
+from understudy.common.credentials import ANONYMOUS, Credentials, Token
 from understudy.common.errors import NotPrimary, OutcomeUnknown, PeerUnreachable, UsageError
+from understudy.common.follow_table import PROTOCOL_VERSION
 from understudy.common.memtable import Receipt
 from understudy.common.operations import Operation, to_protos
 from understudy.common.rpc import FORK_REMEDY, peer_errors
 from understudy.common.transaction import TransactionBuilder
 from understudy.common.types import Lsn, RealmInfo, check_realm_path
-from understudy.v1 import admin_pb2, data_pb2
+from understudy.v1 import admin_pb2, data_pb2, sync_pb2
 
 TIMEOUT_S = 30.0
+_SALVAGE_MESSAGE_BYTES = 1 << 20
 _RETRY_S = 0.02  # between two attempts to read while the primary is looked for
 
 _T = TypeVar("_T")
@@ -40,8 +43,8 @@ _T = TypeVar("_T")
 class AsyncServer:
     """A connection to whichever of ``addresses`` is the primary. Made by :func:`aconnect`."""
 
-    def __init__(self, addresses: Sequence[str]) -> None:
-        self._peers = Peers(addresses)
+    def __init__(self, addresses: Sequence[str], credentials: Credentials = ANONYMOUS) -> None:
+        self._peers = Peers(addresses, credentials=credentials)
         self._stream = CommitStream(self._peers)
         self._loop = asyncio.get_running_loop()
         self._process = os.getpid()
@@ -172,6 +175,21 @@ class AsyncServer:
             ) from None
         return Lsn(response.lsn)
 
+    async def salvage(self, changes: Iterable[tuple[bytes, bytes]]) -> sync_pb2.Homecoming:
+        """Brings home changes that only an old primary had, as ``understudy rewind`` has exported them.
+
+        Args:
+            changes: serialized ``Change`` messages with their HMACs, in the order of the log.
+
+        Raises:
+            NotPermitted, NotPrimary.
+            PeerUnreachable: some may have been taken; it can be repeated.
+        """
+        address = await self._reading_address(TIMEOUT_S)
+        with peer_errors(address):
+            response = await self._peers.sync(address).Salvage(_salvage_requests(changes))
+        return response.homecoming
+
     # -- reading -------------------------------------------------------------------------------------------
 
     async def get(self, realm: str, key: bytes, *, timeout_s: float = TIMEOUT_S) -> bytes | None:
@@ -289,6 +307,19 @@ class AsyncServer:
                 await asyncio.sleep(_RETRY_S)
 
 
+async def _salvage_requests(changes: Iterable[tuple[bytes, bytes]]) -> AsyncIterator[sync_pb2.SalvageRequest]:
+    request = sync_pb2.SalvageRequest(protocol_version=PROTOCOL_VERSION)
+    size = 0
+    for change, hmac in changes:
+        request.changes.append(change)
+        request.hmacs += hmac
+        size += len(change)
+        if size >= _SALVAGE_MESSAGE_BYTES:
+            yield request
+            request, size = sync_pb2.SalvageRequest(protocol_version=PROTOCOL_VERSION), 0
+    yield request
+
+
 def _time_left(timeout_s: float) -> Callable[[], float]:
     """Tells how much of ``timeout_s`` is left whenever it is asked: seconds, 0 when it is over.
 
@@ -300,16 +331,41 @@ def _time_left(timeout_s: float) -> Callable[[], float]:
     return lambda: max(deadline_s - time.monotonic(), 0.0)
 
 
-@contextlib.asynccontextmanager
-async def aconnect(addresses: str, *, timeout_s: float = TIMEOUT_S) -> AsyncIterator[AsyncServer]:
+def aconnect(
+    addresses: str,
+    *,
+    ca: str | os.PathLike[str] | None = None,
+    cert: str | os.PathLike[str] | None = None,
+    key: str | os.PathLike[str] | None = None,
+    token: Token | None = None,
+    timeout_s: float = TIMEOUT_S,
+) -> contextlib.AbstractAsyncContextManager[AsyncServer]:
     """Connects to ``"HOST:PORT"``, or to the primary among ``"a:7850,b:7850"``.
 
+    Args:
+        addresses: one or several.
+        ca: a file with the CA that has signed the servers' certificates; TLS is used if it is given.
+        cert, key: files with a client certificate and its key.
+        token: who calls; ``"@FILE"`` reads it from a file; or a :class:`TokenSource`.
+        timeout_s: for the first answer.
+
     Raises:
-        UsageError: a bad address.
+        UsageError: a bad address, or a file that can't be used.
+        NotPermitted: the server is not trusted, does not let us in, or would get the token in the clear.
         PeerUnreachable, NotPrimary, Fenced, ProtocolError: nobody suitable answered within ``timeout_s``.
         Diverged: there are two primaries of one epoch.
     """
-    server = AsyncServer(parse_addresses(addresses))
+    return aconnect_as(
+        Credentials.given(ca=ca, cert=cert, key=key, token=token), addresses, timeout_s=timeout_s
+    )
+
+
+@contextlib.asynccontextmanager
+async def aconnect_as(
+    credentials: Credentials, addresses: str, *, timeout_s: float = TIMEOUT_S
+) -> AsyncIterator[AsyncServer]:
+    """The same with credentials at hand."""
+    server = AsyncServer(parse_addresses(addresses), credentials)
     try:
         await server.ready(timeout_s=timeout_s)
         yield server

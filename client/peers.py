@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import grpc.aio
 
+from understudy.common.credentials import ANONYMOUS, Credentials
 from understudy.common.directory import Role
 from understudy.common.errors import (
     Diverged,
@@ -25,9 +26,19 @@ from understudy.common.errors import (
 from understudy.common.follow_table import PROTOCOL_VERSION
 from understudy.common.rpc import open_channel, peer_errors
 from understudy.common.types import new_id
-from understudy.v1 import admin_pb2, admin_pb2_grpc, data_pb2, data_pb2_grpc
+from understudy.v1 import (
+    admin_pb2,
+    admin_pb2_grpc,
+    data_pb2,
+    data_pb2_grpc,
+    local_pb2,
+    replication_pb2,
+    sync_pb2,
+    sync_pb2_grpc,
+)
 
 Stream = grpc.aio.StreamStreamCall[data_pb2.CommitRequest, data_pb2.CommitResponse]
+SyncStream = grpc.aio.StreamStreamCall[sync_pb2.SyncRequest, sync_pb2.SyncResponse]
 
 _SURVEY_S_MAX = 1.0  # an address that does not answer must not keep us from one that does
 
@@ -51,13 +62,20 @@ class Peers:
         last_error: of the last attempt that failed since one succeeded.
     """
 
-    def __init__(self, addresses: Sequence[str]) -> None:
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        met: local_pb2.LocalDirectory | None = None,
+        credentials: Credentials = ANONYMOUS,
+    ) -> None:
         self.addresses = addresses
         self.current = 0
         self.last_error: UnderstudyError | None = None
-        self._channels = {address: open_channel(address) for address in addresses}
+        self._channels = {address: open_channel(address, credentials) for address in addresses}
         self._client = new_id()
-        self._met = _Claim(address="", cluster=b"", epoch=0, proof=b"")  # the highest epoch, whoever told
+        met = met or local_pb2.LocalDirectory()
+        # The highest epoch, whoever told.
+        self._met = _Claim(address="", cluster=met.cluster, epoch=met.epoch, proof=met.proof.entry)
         self._reign: _Claim | None = None  # the primary that we were last bound to
 
     @property
@@ -77,6 +95,10 @@ class Peers:
     def admin(self, address: str) -> admin_pb2_grpc.AdminAsyncStub:
         """Status at ``address``."""
         return admin_pb2_grpc.AdminStub(self._channels[address])
+
+    def sync(self, address: str) -> sync_pb2_grpc.SyncAsyncStub:
+        """Synced realms at ``address``."""
+        return sync_pb2_grpc.SyncStub(self._channels[address])
 
     # -- whom to try -----------------------------------------------------------------------------------------
 
@@ -162,26 +184,47 @@ class Peers:
             Diverged: another primary than the one we were bound to, in the same epoch.
             UnderstudyError, grpc.aio.AioRpcError: why we were not taken.
         """
-        bind = data_pb2.Bind(
-            protocol_version=PROTOCOL_VERSION,
-            client=self._client,
-            cluster=self._met.cluster,
-            epoch=self._met.epoch,
-        )
-        bind.proof.entry = self._met.proof
+        bind = data_pb2.Bind(client=self._client)
+        self.introduce(bind)
         await call.write(data_pb2.CommitRequest(bind=bind))
         answer = await call.read()
         if not isinstance(answer, data_pb2.CommitResponse):
             raise await stream_end(call)
         if answer.WhichOneof("message") != "bound":
             raise ProtocolError(f"{address} did not answer the bind")
-        bound = answer.bound
-        claim = _Claim(address=address, cluster=bound.cluster, epoch=bound.epoch, proof=bound.proof.entry)
+        self.accept(address, answer.bound)
+
+    def introduce(self, hello: data_pb2.Bind | sync_pb2.SyncHello) -> None:
+        """Adds what we speak and what we have met to the first message of a stream."""
+        hello.protocol_version = PROTOCOL_VERSION
+        hello.cluster = self._met.cluster
+        hello.epoch = self._met.epoch
+        hello.proof.entry = self._met.proof
+
+    def accept(self, address: str, answer: data_pb2.Bound | sync_pb2.SyncWelcome) -> None:
+        """Checks whom we talk to, and remembers it.
+
+        A server of another cluster than the one met takes synced clients, too, and tells for each realm what becomes
+        of their copy; from then on it is that cluster whose epochs count.
+
+        Raises:
+            Fenced: a reign that is over.
+            Diverged: another primary than the one we were bound to, in the same epoch.
+        """
+        claim = _Claim(address=address, cluster=answer.cluster, epoch=answer.epoch, proof=answer.proof.entry)
+        if self._met.cluster not in (b"", claim.cluster):
+            self._met, self._reign = claim, None
         if claim.epoch < self._met.epoch:
             raise Fenced(f"{address} is in epoch {claim.epoch}, this client has met epoch {self._met.epoch}")
         self._learn(claim)
         self._check_one_reign([claim])
         self._reign = claim
+
+    @property
+    def met(self) -> local_pb2.LocalDirectory:
+        """Cluster, highest epoch met there, and the proof of that epoch."""
+        proof = replication_pb2.EpochProof(entry=self._met.proof)
+        return local_pb2.LocalDirectory(cluster=self._met.cluster, epoch=self._met.epoch, proof=proof)
 
 
 def _check_one_cluster(claims: Sequence[_Claim]) -> None:
@@ -195,7 +238,7 @@ def _check_one_cluster(claims: Sequence[_Claim]) -> None:
             )
 
 
-async def stream_end(call: Stream) -> UnderstudyError | grpc.aio.AioRpcError:
+async def stream_end(call: Stream | SyncStream) -> UnderstudyError | grpc.aio.AioRpcError:
     """The error for a stream that ended; a server that is stopped ends it without one."""
     code = await call.code()
     if code is grpc.StatusCode.OK:

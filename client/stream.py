@@ -15,8 +15,11 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass
 
 from understudy.client.peers import Peers, Stream, stream_end
+from understudy.common.backoff import Backoff
 from understudy.common.errors import (
     Diverged,
+    NotAuthenticated,
+    NotPermitted,
     NotPrimary,
     OutcomeUnknown,
     Overloaded,
@@ -41,9 +44,10 @@ IN_FLIGHT_BYTES_MAX = 16 << 20
 _DEADLINE_CHECK_S = 0.02
 _LATE_MAX = 10_000  # outcomes that came after their deadline, kept until somebody asks
 _BIND_S_MAX = 5.0
+BACKOFF_S = (0.02, 1.0)
 
 # Trying the same address again will not help.
-_FINAL = (NotPrimary, ResetNeeded, ProtocolError, UsageError)
+_FINAL = (NotPermitted, NotPrimary, ResetNeeded, ProtocolError, UsageError)
 
 
 @dataclass(slots=True)
@@ -54,24 +58,6 @@ class _Commit:
     deadline_s: float | None
     sent: bool = False  # ever: then a server may have it
     given_up: bool = False  # nobody waits for it any more but with `wait`
-
-
-class Backoff:
-    """Longer and longer pauses between attempts."""
-
-    FIRST_S, LAST_S = 0.02, 1.0
-
-    def __init__(self) -> None:
-        self._next_s = self.FIRST_S
-
-    def reset(self) -> None:
-        """The next pause is the shortest again."""
-        self._next_s = self.FIRST_S
-
-    def next_s(self) -> float:
-        """The next pause, without the jitter."""
-        pause_s, self._next_s = self._next_s, min(2 * self._next_s, self.LAST_S)
-        return pause_s
 
 
 class CommitStream:
@@ -90,7 +76,7 @@ class CommitStream:
         self._is_bound = False
         self._split_brain: Diverged | None = None
         self._closed = False
-        self._backoff = Backoff()
+        self._backoff = Backoff(first_s=BACKOFF_S[0], last_s=BACKOFF_S[1])
         self._runner: asyncio.Task[None] | None = None
         self._watcher: asyncio.Task[None] | None = None
 
@@ -262,7 +248,7 @@ class CommitStream:
     async def _run_forever(self) -> None:
         while True:
             await self._attempt()
-            await asyncio.sleep(self._backoff.next_s() * random.uniform(0.5, 1.5))
+            await asyncio.sleep(self._backoff.next_s(random.random()))
 
     async def _attempt(self) -> None:
         """Tries the addresses until one takes us, and stays with it while it does."""
@@ -290,7 +276,11 @@ class CommitStream:
         except TimeoutError:
             self._peers.last_error = PeerUnreachable(f"{address} did not answer within {_BIND_S_MAX:g} s")
         except UnderstudyError as error:
-            self._on_refusal(error)
+            if was_bound and isinstance(error, NotAuthenticated):
+                # The token has expired meanwhile. The next attempt shows one that was renewed, or is refused.
+                self._peers.last_error = error
+            else:
+                self._on_refusal(error)
         finally:
             self._is_bound = False
             call.cancel()

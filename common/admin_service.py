@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from understudy.common.authority import Authority
 from understudy.common.engine import Engine
 from understudy.common.errors import CorruptionError, Unavailable, WrongRole
 from understudy.common.read_service import Context
@@ -22,15 +23,23 @@ CHECK_S_MAX = 3600.0
 class AdminService(admin_pb2_grpc.AdminServicer):
     """``Status`` and ``StateDigests``; roles add what is theirs."""
 
-    def __init__(self, status: Callable[[], admin_pb2.StatusResponse], engine: Callable[[], Engine]) -> None:
+    def __init__(
+        self,
+        status: Callable[[], admin_pb2.StatusResponse],
+        engine: Callable[[], Engine],
+        authority: Authority,
+    ) -> None:
         self._status = status
         self._engine = engine
+        self._authority = authority
         self._checking = asyncio.Lock()  # a full scan is costly: one at a time
 
     async def Status(self, request: admin_pb2.StatusRequest, context: Context) -> admin_pb2.StatusResponse:
         """All that is known of this node."""
         async with answering_errors(context):
-            return self._status()
+            status = self._status()
+            status.access = self._authority.access
+            return status
         raise AssertionError("aborted")
 
     async def StateDigests(

@@ -12,8 +12,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
-from itertools import chain, islice, takewhile
-from typing import TypeVar
+from itertools import chain, islice
 
 import lmdb
 
@@ -27,25 +26,26 @@ from understudy.common.state_digest import (
     sum_pairs,
     sum_stored_pairs,
 )
+from understudy.common.store_expiry import Expiry
 from understudy.common.store_layout import (
     CHECKPOINT_KEY,
-    CLIENTS_CURSOR_KEY,
     DROPPING_PREFIX,
     MARK_PREFIX,
     Environment,
     dropping_key,
     epoch_key,
+    history_row_lsn,
     lmdb_errors,
     mark_key,
     prefix_end,
     realm_prefix,
 )
+from understudy.common.store_rows import delete_rows, put_rows, rows_between, rows_under
 from understudy.v1.log_pb2 import RealmDigest
 from understudy.v1.store_pb2 import (
     CheckpointJob,
     CheckpointResult,
     CheckpointRow,
-    ClientRow,
     RealmRow,
 )
 
@@ -55,18 +55,12 @@ HISTORY_VERSIONS_MAX = 100_000
 HISTORY_BYTES_MAX = 64 << 20
 # Where the log stood at earlier checkpoints. 200 KiB; a checkpoint a minute for three days before any is dropped.
 MARKS_MAX = 4096
-# Client rows looked at by one checkpoint, a few milliseconds' work. Each is looked at again and again.
-CLIENTS_CHECKED = 1_000
-# A client that was silent for so long starts anew: nobody goes on retrying one transaction for a month.
-CLIENT_KEPT_US = 30 * 24 * 3600 * 1_000_000
 # Rows of dropped realms that one checkpoint deletes, so that dropping a large realm never holds up a checkpoint
 # by more than a fraction of a second.
 DROPPED_ROWS_MAX = 50_000
 # A larger value counts as several rows: each of its pages goes into the list of free ones.
 _DROPPED_ROW_BYTES = 16 << 10
 _ROWS_AT_ONCE = 8_192  # handles of rows held at a time, some 400 bytes each
-
-_Buffer = TypeVar("_Buffer", bytes, memoryview)
 
 
 class JobRefused(ValueError):
@@ -124,6 +118,7 @@ class _Change:
     def finish(self) -> RealmRow:
         row, delta = self.row, self.delta
         row.version, row.head = delta.version, delta.head
+        row.head_lsn = history_row_lsn(delta.history[-1]) if delta.history else row.head_lsn
         row.state_digest, row.entries, row.bytes = encode(self.digest), self.entries, self.bytes
         return row
 
@@ -159,7 +154,7 @@ class _Checkpoint:
         self._write_clients(changes)
         changed = self._write_realms(changes)
         self._sweep_dropped()
-        self._expire_clients()
+        Expiry(self._store, self._before, self._txn, self._job.checkpoint).run()
         return CheckpointResult(checkpoint=self._write_meta(), changed=changed)
 
     # -- realms --------------------------------------------------------------------------------------------
@@ -216,7 +211,7 @@ class _Checkpoint:
         for path, row in rows.items():
             self._digest += realm_hash(path, row.version, row.entries, row.state_digest)
         keys = [path.encode() for path in paths]
-        self._put(self._store.realms, keys, [rows[path].SerializeToString() for path in paths])
+        put_rows(self._txn, self._store.realms, keys, [rows[path].SerializeToString() for path in paths])
         return [_realm_digest(path, rows[path]) for path in paths]
 
     # -- pairs ---------------------------------------------------------------------------------------------
@@ -228,10 +223,10 @@ class _Checkpoint:
         cursor = self._before.cursor(self._store.data)
         for start, end in delta.deleted_ranges:
             stop = change.prefix + end if end else prefix_end(delta.id)
-            rows = _rows(cursor, change.prefix + start, stop)
+            rows = rows_between(cursor, change.prefix + start, stop)
             while pairs := list(islice(rows, _ROWS_AT_ONCE)):
                 change.subtract(pairs)
-                if self._delete(self._store.data, [bytes(key) for key, _ in pairs]) != len(pairs):
+                if delete_rows(self._txn, self._store.data, [bytes(key) for key, _ in pairs]) != len(pairs):
                     raise JobRefused(f"deleted ranges of realm {delta.path} overlap")
 
     def _write_pairs(self, changes: list[_Change]) -> None:
@@ -251,8 +246,8 @@ class _Checkpoint:
                 raise JobRefused(f"the delta of realm {delta.path} holds a key twice")
             if not delta.created:
                 self._subtract_old(change, sorted(keys + deleted) if deleted else keys)
-                self._delete(self._store.data, deleted)
-        self._put(self._store.data, ordered, map(values.__getitem__, ordered))
+                delete_rows(self._txn, self._store.data, deleted)
+        put_rows(self._txn, self._store.data, ordered, map(values.__getitem__, ordered))
 
     def _subtract_old(self, change: _Change, keys: list[bytes]) -> None:
         """Takes what the store holds at ``keys`` (sorted) out of the realm's sums."""
@@ -271,7 +266,7 @@ class _Checkpoint:
             first = change.delta.version + 1 - len(kept)
             keys += _history_keys(change, first, len(kept))
             rows += kept
-        self._put(self._store.history, keys, rows)
+        put_rows(self._txn, self._store.history, keys, rows)
 
     def _prune_history(self, change: _Change) -> list[bytes]:
         """Deletes the oldest rows that are too many, and returns those of the new ones that stay."""
@@ -284,7 +279,7 @@ class _Checkpoint:
             pruned, size = _excess(sizes, count, size)
         first = row.history_first
         gone = _history_keys(change, first, min(pruned, stored))
-        if self._delete(self._store.history, gone) != len(gone):
+        if delete_rows(self._txn, self._store.history, gone) != len(gone):
             raise CorruptionError(f"the history of realm {change.delta.path} has gaps", remedy=RESTORE)
         row.history_first = first + pruned
         row.history_bytes = size
@@ -300,25 +295,15 @@ class _Checkpoint:
     def _write_clients(self, changes: list[_Change]) -> None:
         rows = {change.prefix + client: row for change in changes for client, row in change.delta.clients}
         keys = sorted(rows)
-        self._put(self._store.clients, keys, map(rows.__getitem__, keys))
-
-    def _expire_clients(self) -> None:
-        """Looks at the next rows in turn and deletes those of clients that were silent for too long."""
-        clients, meta = self._store.clients, self._store.meta
-        start = self._txn.get(CLIENTS_CURSOR_KEY, b"", meta)
-        rows = list(islice(_rows(self._txn.cursor(clients), start, b""), CLIENTS_CHECKED))
-        oldest_us = self._job.checkpoint.time_us - CLIENT_KEPT_US
-        self._delete(clients, [key for key, raw in rows if ClientRow.FromString(raw).time_us < oldest_us])
-        following = rows[-1][0] + b"\0" if len(rows) == CLIENTS_CHECKED else b""
-        if following != start:
-            self._txn.put(CLIENTS_CURSOR_KEY, following, db=meta)
+        put_rows(self._txn, self._store.clients, keys, map(rows.__getitem__, keys))
 
     # -- dropped realms ------------------------------------------------------------------------------------
 
     def _sweep_dropped(self) -> None:
         """Deletes rows of dropped realms, up to a limit; the next checkpoint goes on."""
         left = DROPPED_ROWS_MAX
-        for mark in self._meta_keys(DROPPING_PREFIX, limit=DROPPED_ROWS_MAX):
+        marks = rows_under(self._txn.cursor(self._store.meta), DROPPING_PREFIX)
+        for mark, _ in list(islice(marks, DROPPED_ROWS_MAX)):
             prefix = mark.removeprefix(DROPPING_PREFIX)
             for database in (self._store.data, self._store.history, self._store.clients):
                 left -= self._delete_some(database, prefix, left)
@@ -331,12 +316,12 @@ class _Checkpoint:
         """Deletes rows of one realm while less than ``left`` has been done, and returns how much was."""
         keys, done = [], 0
         stop = prefix_end(int.from_bytes(prefix, "big"))
-        for key, row in _rows(self._before.cursor(database), prefix, stop):
+        for key, row in rows_between(self._before.cursor(database), prefix, stop):
             if done >= left:
                 break
             keys.append(bytes(key))
             done += 1 + len(row) // _DROPPED_ROW_BYTES
-        self._delete(database, keys)
+        delete_rows(self._txn, database, keys)
         return done
 
     # -- meta ----------------------------------------------------------------------------------------------
@@ -355,44 +340,13 @@ class _Checkpoint:
 
     def _thin_marks(self) -> None:
         """Beyond the limit, drops every second mark of the older half; the first always stays."""
-        keys = list(self._meta_keys(MARK_PREFIX))
+        keys = [key for key, _ in rows_under(self._txn.cursor(self._store.meta), MARK_PREFIX)]
         if len(keys) > MARKS_MAX:
-            self._delete(self._store.meta, keys[1 : len(keys) // 2 : 2])
-
-    def _meta_keys(self, prefix: bytes, limit: int | None = None) -> list[bytes]:
-        cursor = self._txn.cursor(self._store.meta)
-        if not cursor.set_range(prefix):
-            return []
-        keys = takewhile(lambda key: key.startswith(prefix), cursor.iternext(values=False))
-        return list(islice(keys, limit))
-
-    # -- rows ----------------------------------------------------------------------------------------------
-
-    def _put(self, database: lmdb._Database, keys: list[bytes], rows: Iterable[bytes]) -> None:
-        """Writes rows, given as columns, whose keys ascend."""
-        if not keys:
-            return
-        cursor = self._txn.cursor(database)
-        # Behind all that is there, LMDB fills page after page; elsewhere it leaves a trail of half-full ones.
-        append = not cursor.last() or cursor.key() < keys[0]
-        cursor.putmulti(zip(keys, rows, strict=True), append=append)
-
-    def _delete(self, database: lmdb._Database, keys: Iterable[bytes]) -> int:
-        """Deletes rows and returns how many of them there were."""
-        delete = self._txn.delete
-        return sum([delete(key, b"", database) for key in keys])
+            delete_rows(self._txn, self._store.meta, keys[1 : len(keys) // 2 : 2])
 
 
 def _realm_digest(path: str, row: RealmRow) -> RealmDigest:
     return RealmDigest(realm=path, version=row.version, state_digest=row.state_digest, entries=row.entries)
-
-
-def _rows(cursor: lmdb.Cursor[_Buffer], start: bytes, stop: bytes) -> Iterator[tuple[_Buffer, _Buffer]]:
-    """Rows from ``start`` (included) to ``stop`` (excluded; empty: to the last)."""
-    if not cursor.set_range(start):
-        return iter(())
-    rows = cursor.iternext()
-    return takewhile(lambda row: bytes(row[0]) < stop, rows) if stop else rows
 
 
 def _outside_ranges(change: _Change, keys: list[bytes]) -> list[bytes]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+import json
+
+from google.protobuf.message import DecodeError
 
 from understudy.common import entries
 from understudy.common.operations import KIND_NAMES
 from understudy.common.records import Record
-from understudy.common.types import format_id
+from understudy.common.types import format_id, is_system_realm
 from understudy.v1 import log_pb2
 
 
@@ -35,6 +38,23 @@ def entry_row(record: Record) -> dict[str, object]:
         }
     row["entry_base64"] = base64.b64encode(record.payload).decode()
     return row
+
+
+def signed_change(line: bytes) -> tuple[bytes, bytes] | None:
+    """The serialized ``Change`` of one line as :func:`entry_row` made it, and its HMAC.
+
+    None where it is no change, or one of the system's own realms: a server refuses those from outside.
+
+    Raises:
+        ValueError: what is wrong with the line, in words that go on behind "line 7: ".
+    """
+    try:
+        row = json.loads(line)
+        payload = base64.b64decode(row["entry_base64"], validate=True)
+        entry = log_pb2.Entry.FromString(payload)
+    except (ValueError, KeyError, TypeError, RecursionError, DecodeError):
+        raise ValueError("it is not a line of an export: no JSON object with an entry_base64") from None
+    return (entry.change, entry.hmac) if entry.change and not is_system_realm(str(row.get("realm"))) else None
 
 
 def operation_row(operation: log_pb2.Operation) -> dict[str, object]:

@@ -9,6 +9,7 @@
     │   └── BadImport
     ├── ResetNeeded                this copy's history is not the peer's; an operator decides
     │   ├── Diverged, ForeignCluster, AheadOfPrimary, Fenced
+    │   └── ClientReset            a synced realm's local copy must be given up
     ├── CorruptionError            bytes on disk or wire are not what was written
     ├── DirectoryError             the data directory can't be used
     │   ├── DirectoryInUse, WrongRole, NotADataDirectory, NewerFormat
@@ -21,6 +22,7 @@
     ├── OutcomeUnknown             the deadline passed; the transaction may or may not have been applied
     ├── ReceiptExpired             applied so long ago that its receipt is gone
     ├── NotPermitted
+    │   └── NotAuthenticated       who asks has not shown who it is, or is that no more
     └── StorageFailed              write or fsync failed: the process must end
 
 ``code`` names the class on the wire, ``exit_code`` is what the command line ends with.
@@ -128,6 +130,30 @@ class Fenced(ResetNeeded):
     """This primary has learned of a higher epoch and accepts no more writes."""
 
 
+class ClientReset(ResetNeeded):
+    """A synced realm's local copy is not on the server's history; until it is given up, nothing is synced.
+
+    Nothing is lost: copy and queue are as they were. ``reason`` is the name of a ``ResetReason``, ``common_version``
+    the last version that both sides share where there is one, ``path`` the directory that holds the copy.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        remedy: str = "",
+        reason: str = "RESET_UNSPECIFIED",
+        realm: str = "",
+        common_version: int | None = None,
+        path: str | None = None,
+    ) -> None:
+        super().__init__(message, remedy=remedy)
+        self.reason = reason
+        self.realm = realm
+        self.common_version = common_version
+        self.path = path
+
+
 class CorruptionError(UnderstudyError):
     """Bytes on disk or wire are not what was written."""
 
@@ -212,6 +238,10 @@ class NotPermitted(UnderstudyError):
     """Refused by policy."""
 
     exit_code = ExitCode.NOT_PERMITTED
+
+
+class NotAuthenticated(NotPermitted):
+    """No token or certificate, or one that is worth nothing: wrong, expired or revoked."""
 
 
 class StorageFailed(UnderstudyError):

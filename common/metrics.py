@@ -35,6 +35,9 @@ class EngineMetrics:
         self.refusals = Counter(
             "understudy_refusals", "Transactions refused, by reason.", ["code"], registry=self.registry
         )
+        self.logins = Counter(
+            "understudy_logins", "Passwords that were checked.", ["outcome"], registry=self.registry
+        )
         self.commit_seconds = Histogram(
             "understudy_commit_seconds",
             "From a transaction's arrival to its acknowledgement.",

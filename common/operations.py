@@ -102,6 +102,20 @@ def to_proto(operation: Operation) -> log_pb2.Operation:
     raise BadOperation(f"not an operation, or a field of the wrong type: {operation!r:.200}", remedy=_REMEDY)
 
 
+def from_proto(operation: log_pb2.Operation) -> Operation:
+    """The inverse of :func:`to_proto`, of an operation that was checked."""
+    kind, key = operation.kind, operation.key
+    if kind == PUT:
+        return Put(key, operation.value)
+    if kind == UPDATE:
+        return Update(key, operation.value)
+    if kind == DELETE:
+        return Delete(key)
+    if kind == DELETE_RANGE:
+        return DeleteRange(key, operation.end)
+    return Add(key, operation.amount)
+
+
 def to_protos(operations: Iterable[Operation]) -> list[log_pb2.Operation]:
     """All operations as they go over the wire, checked.
 

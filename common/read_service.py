@@ -7,10 +7,13 @@ from typing import Any
 
 import grpc.aio
 
+from understudy.common.access import Level, caller
+from understudy.common.authority import Authority
 from understudy.common.errors import NotPrimary
 from understudy.common.reader import PAGE_PAIRS, Reader
 from understudy.common.rpc import answering_errors
 from understudy.common.state import State
+from understudy.common.types import RealmPath, check_realm_path
 from understudy.v1 import data_pb2, data_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -19,14 +22,23 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class ReadService(data_pb2_grpc.DataServicer):
     """``Get``, ``Scan``, ``Count`` and ``Realms`` over the applied state; writes are refused."""
 
-    def __init__(self, state: Callable[[], State]) -> None:
+    def __init__(self, state: Callable[[], State], authority: Authority) -> None:
         """``state`` gives the present state, or raises where there is none to read from."""
         self._reader = Reader(state)
+        self._authority = authority
+
+    def _readable(self, path: str) -> RealmPath:
+        """``path`` as the log has it, where the caller may read it.
+
+        Raises:
+            BadRealmPath, NotPermitted.
+        """
+        return self._authority.permitted(caller(), check_realm_path(path), Level.READ)
 
     async def Get(self, request: data_pb2.GetRequest, context: Context) -> data_pb2.GetResponse:
         """Values of some keys, all at one LSN."""
         async with answering_errors(context):
-            values, lsn = self._reader.get(request.realm, request.keys)
+            values, lsn = self._reader.get(self._readable(request.realm), request.keys)
             return data_pb2.GetResponse(
                 lsn=lsn,
                 present=[value is not None for value in values],
@@ -38,7 +50,7 @@ class ReadService(data_pb2_grpc.DataServicer):
         """Pages of one consistent state."""
         async with answering_errors(context):
             with self._reader.scan(
-                request.realm,
+                self._readable(request.realm),
                 request.start,
                 request.end,
                 limit=request.limit or None,
@@ -51,22 +63,24 @@ class ReadService(data_pb2_grpc.DataServicer):
     async def Count(self, request: data_pb2.CountRequest, context: Context) -> data_pb2.CountResponse:
         """How many keys there are."""
         async with answering_errors(context):
-            count, lsn = await self._reader.count(request.realm, request.start, request.end)
+            count, lsn = await self._reader.count(self._readable(request.realm), request.start, request.end)
             return data_pb2.CountResponse(count=count, lsn=lsn)
         raise AssertionError("aborted")
 
     async def Realms(
         self, request: data_pb2.RealmsRequest, context: Context
     ) -> AsyncIterator[data_pb2.RealmsPage]:
-        """All realms but the system's own, in order of their paths."""
+        """All realms that the caller may read, in order of their paths."""
         async with answering_errors(context):
+            principal = caller()
             realms = await self._reader.realms()
             for start in range(0, max(len(realms), 1), PAGE_PAIRS):
                 page = data_pb2.RealmsPage()
                 for realm in realms[start : start + PAGE_PAIRS]:
-                    page.realms.add(
-                        path=realm.path, version=realm.version, entries=realm.entries, bytes=realm.bytes
-                    )
+                    if self._authority.may(principal, realm.path, Level.READ):
+                        page.realms.add(
+                            path=realm.path, version=realm.version, entries=realm.entries, bytes=realm.bytes
+                        )
                 yield page
 
     async def Commit(

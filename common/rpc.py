@@ -20,8 +20,10 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from understudy.common.credentials import ANONYMOUS, Credentials, proving
 from understudy.common.errors import (
     DirectoryError,
+    NotAuthenticated,
     NotPermitted,
     PeerError,
     PeerUnreachable,
@@ -34,6 +36,7 @@ from understudy.common.errors import (
     from_code,
 )
 from understudy.common.events import log
+from understudy.common.tls import ServerTls, handshake_error
 from understudy.common.types import MESSAGE_BYTES_MAX
 
 CODE_METADATA = "understudy-code"
@@ -69,6 +72,7 @@ _STATUS: tuple[tuple[type[UnderstudyError], grpc.StatusCode], ...] = (
     (ResetNeeded, grpc.StatusCode.FAILED_PRECONDITION),
     (DirectoryError, grpc.StatusCode.FAILED_PRECONDITION),
     (PeerError, grpc.StatusCode.FAILED_PRECONDITION),
+    (NotAuthenticated, grpc.StatusCode.UNAUTHENTICATED),
     (NotPermitted, grpc.StatusCode.PERMISSION_DENIED),
     (Unavailable, grpc.StatusCode.RESOURCE_EXHAUSTED),
 )
@@ -101,22 +105,24 @@ def _is_ipv6_or_none(host: str | None) -> bool:
         return False
 
 
-def check_listen(address: str, *, insecure: bool) -> None:
-    """Refuses to listen beyond this machine in the clear (G10).
+def check_listen(address: str, *, has_tls: bool) -> None:
+    """Refuses to listen beyond this machine in the clear (G10): without TLS, a server is in protected mode.
 
     Raises:
-        NotPermitted: the address is not loopback and ``insecure`` is not set.
+        NotPermitted: the address is not loopback and there is no TLS.
         UsageError: it is no address.
     """
     host, _ = split_address(address)
-    if not insecure and not _is_loopback(host):
+    if not has_tls and not is_loopback(host):
         raise NotPermitted(
-            f"refusing to listen on {address}: anyone who reaches it could read and write everything",
-            remedy="listen on 127.0.0.1, or pass --insecure where the network itself is trusted",
+            f"refusing to listen on {address} without TLS: in protected mode, only peers on this machine are served",
+            remedy="listen on 127.0.0.1, or give --tls-cert and --tls-key: "
+            "`understudy keys init DIR --host NAME` makes them",
         )
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether only this machine is reached by that name."""
     if host == "localhost":
         return True
     try:
@@ -184,9 +190,11 @@ def _note_process() -> None:
 class Listener:
     """A gRPC server with health and reflection; services are added to :attr:`server` before :meth:`start`."""
 
-    def __init__(self, services: Sequence[str]) -> None:
+    def __init__(
+        self, services: Sequence[str], interceptors: Sequence[grpc.aio.ServerInterceptor] = ()
+    ) -> None:
         _note_process()
-        self.server = grpc.aio.server(options=_SERVER_OPTIONS)
+        self.server = grpc.aio.server(interceptors=interceptors, options=_SERVER_OPTIONS)
         self.address = ""
         self._health = health.aio.HealthServicer()
         self._services = services
@@ -195,15 +203,22 @@ class Listener:
             [*services, health.SERVICE_NAME, reflection.SERVICE_NAME], self.server
         )
 
-    async def start(self, listen: str, control: Path) -> str:
+    async def start(self, listen: str, control: Path, tls: ServerTls | None = None) -> str:
         """Listens on ``listen`` and on the Unix socket ``control``; returns the address with the real port.
+
+        The socket has no TLS: its directory's permissions say who may use it.
 
         Raises:
             UsageError: the address can't be used, for example because it is in use.
+            NotPermitted: it is not loopback, and there is no TLS.
         """
+        check_listen(listen, has_tls=tls is not None)
         host, _ = split_address(listen)
         try:
-            port = self.server.add_insecure_port(listen)
+            if tls is None:
+                port = self.server.add_insecure_port(listen)
+            else:
+                port = self.server.add_secure_port(listen, tls.credentials())
         except RuntimeError as error:
             raise _not_listening(listen) from error
         _remove_stale(control)
@@ -236,14 +251,29 @@ def short_socket_path(path: Path) -> Iterator[str]:
         os.close(folder)
 
 
-def open_channel(target: str) -> grpc.aio.Channel:
-    """A channel to ``HOST:PORT`` or ``unix:PATH``; it connects when first used.
+def open_channel(target: str, credentials: Credentials = ANONYMOUS) -> grpc.aio.Channel:
+    """A channel to ``HOST:PORT`` or ``unix:PATH``; it connects when first used, and each call says who calls.
 
     Raises:
-        UsageError: this process is a fork of one that has used gRPC.
+        UsageError: this process is a fork of one that has used gRPC, or a file of ``credentials`` can't be used.
+        NotPermitted: a token would go through a network in the clear, or others may read a file with a secret.
     """
     _note_process()
-    return grpc.aio.insecure_channel(target, options=_CHANNEL_OPTIONS)
+    if credentials.tls is None:
+        if credentials.token is not None:
+            _check_stays_here(target)
+        channel = grpc.aio.insecure_channel(target, options=_CHANNEL_OPTIONS)
+    else:
+        channel = grpc.aio.secure_channel(target, credentials.tls.credentials(), options=_CHANNEL_OPTIONS)
+    return proving(channel, credentials)
+
+
+def _check_stays_here(target: str) -> None:
+    if not target.startswith("unix:") and not is_loopback(split_address(target)[0]):
+        raise NotPermitted(
+            f"refusing to send a token to {target} in the clear",
+            remedy="give --ca FILE, the CA that has signed the server's certificate",
+        )
 
 
 async def first_message(context: grpc.aio.ServicerContext) -> Any:  # type: ignore[type-arg]
@@ -293,17 +323,28 @@ def peer_errors(address: str) -> Iterator[None]:
     except asyncio.CancelledError:
         # gRPC raises it for a call that was cancelled, too: by the server, or by closing the channel. Taken for
         # a cancellation of this task, it would end the task without a word.
-        task = asyncio.current_task()
-        if task is None or task.cancelling():
+        if _is_being_cancelled():
             raise
         raise PeerUnreachable(f"the call to {address} was cancelled") from None
     except grpc.aio.AioRpcError as error:
+        # It takes the place of a cancellation that comes while the call ends: the task would go on for ever.
+        if _is_being_cancelled():
+            raise asyncio.CancelledError from None
         raise from_rpc(error, address) from None  # gRPC's own trace says nothing more
     except grpc.aio.UsageError as error:
         raise PeerUnreachable(f"the connection to {address} is closed") from error
     except asyncio.InvalidStateError as error:
         # Instead of the call's status, where it ended before it was written to.
         raise PeerUnreachable(f"{address} is not reachable: it has ended the call") from error
+
+
+# What gRPC makes of a call that was ended while it was being written to; the status that it was ended with is lost.
+_ENDED_WHILE_WRITING = "Internal error from Core"
+
+
+def _is_being_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0
 
 
 def from_rpc(error: grpc.aio.AioRpcError, address: str) -> UnderstudyError:
@@ -316,10 +357,15 @@ def from_rpc(error: grpc.aio.AioRpcError, address: str) -> UnderstudyError:
         return _sent(str(code), details, remedy.decode(errors="replace") if isinstance(remedy, bytes) else "")
     match error.code():
         case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.DEADLINE_EXCEEDED | grpc.StatusCode.CANCELLED:
+            handshake = handshake_error(details, address)
+            if handshake is not None:
+                return handshake
             why = "connection refused" if "Connection refused" in details else details
             return PeerUnreachable(
                 f"{address} is not reachable: {why}", remedy="is it running, and is the address right?"
             )
+        case grpc.StatusCode.INTERNAL if details == _ENDED_WHILE_WRITING:
+            return PeerUnreachable(f"{address} is not reachable: it has ended the call")
         case grpc.StatusCode.UNIMPLEMENTED:
             return ProtocolError(f"{address} does not speak this protocol: {details}")
         case _:

@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from understudy.common.credentials import Credentials
 from understudy.common.errors import UsageError
 from understudy.common.rpc import check_listen, split_address
 from understudy.common.sizes import parse_size
+from understudy.common.tls import ServerTls
 from understudy.common.types import Durability
 
 ENVIRONMENT_PREFIX = "UNDERSTUDY_"
@@ -26,6 +28,7 @@ LOG_FLOOR_BYTES = 256 << 20  # a replica that was away for a short while must no
 LOG_CEILING_BYTES = 8 << 30  # a replica that never comes back must not fill the disk
 _SEGMENT_BYTES = 64 << 20
 REPLICA_ID_MAX = 100
+HEAL_WINDOW_S_MAX = 86_400.0  # no writes meanwhile: a day of that is more than anybody means
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,10 +40,13 @@ class PrimarySettings:
     durability: Durability = Durability.LOCAL
     sync_replicas: int = 1
     degrade_after_s: float | None = None  # None: wait for replicas as long as it takes
+    heal_window_s: float = 0.0  # after a promotion, for tails only
     log_floor_bytes: int = LOG_FLOOR_BYTES
     log_ceiling_bytes: int = LOG_CEILING_BYTES
     metrics: str | None = None
-    insecure: bool = False
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    tls_ca: Path | None = None  # signs clients' certificates
 
     def validate(self) -> None:
         """Refuses what can't be.
@@ -48,13 +54,16 @@ class PrimarySettings:
         Raises:
             UsageError, NotPermitted: with the setting's name.
         """
-        check_listen(self.listen, insecure=self.insecure)
-        if self.metrics is not None:
-            check_listen(self.metrics, insecure=self.insecure)
+        _check_listening(self)
         if self.sync_replicas < 1:
             raise UsageError(f"sync_replicas is {self.sync_replicas}", remedy="give 1 or more")
         if self.degrade_after_s is not None and self.degrade_after_s < 0:
             raise UsageError(f"degrade_after_s is {self.degrade_after_s}", remedy="give seconds, 0 or more")
+        if not 0 <= self.heal_window_s <= HEAL_WINDOW_S_MAX:
+            raise UsageError(
+                f"heal_window_s is {self.heal_window_s}",
+                remedy=f"give seconds, 0 to {HEAL_WINDOW_S_MAX:,.0f}",
+            )
         if self.log_floor_bytes < 0 or self.log_ceiling_bytes < max(self.log_floor_bytes, 2 * _SEGMENT_BYTES):
             raise UsageError(
                 f"log_floor_bytes is {self.log_floor_bytes:,} and log_ceiling_bytes {self.log_ceiling_bytes:,}",
@@ -73,7 +82,18 @@ class ReplicaSettings:
     bootstrap_rate: int | None = None  # bytes a second; None: as fast as it goes
     log_floor_bytes: int = LOG_FLOOR_BYTES
     metrics: str | None = None
-    insecure: bool = False
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    tls_ca: Path | None = None  # signs clients' certificates
+    ca: Path | None = None  # signs the primary's certificate
+    cert: Path | None = None  # this replica's own, to show the primary
+    cert_key: Path | None = None
+    token: str | None = dataclasses.field(default=None, repr=False)  # or @FILE
+
+    @property
+    def credentials(self) -> Credentials:
+        """What it shows the primary."""
+        return Credentials.given(ca=self.ca, cert=self.cert, key=self.cert_key, token=self.token)
 
     def validate(self) -> None:
         """Refuses what can't be.
@@ -81,11 +101,10 @@ class ReplicaSettings:
         Raises:
             UsageError, NotPermitted: with the setting's name.
         """
-        check_listen(self.listen, insecure=self.insecure)
-        if self.metrics is not None:
-            check_listen(self.metrics, insecure=self.insecure)
+        _check_listening(self)
         for address in self.primary.split(","):
             split_address(address.strip())
+        self.credentials.check()
         if not self.id.isprintable() or not 1 <= len(self.id) <= REPLICA_ID_MAX:
             raise UsageError(
                 f"bad replica id {self.id!r}", remedy=f"give 1 to {REPLICA_ID_MAX} printable characters"
@@ -94,6 +113,27 @@ class ReplicaSettings:
             raise UsageError(
                 f"bootstrap_rate is {self.bootstrap_rate}", remedy="give bytes a second, 1 or more"
             )
+
+
+def _check_listening(settings: PrimarySettings | ReplicaSettings) -> None:
+    has_tls = load_tls(settings) is not None
+    for address in (settings.listen, settings.metrics):
+        if address is not None:
+            check_listen(address, has_tls=has_tls)
+
+
+def load_tls(settings: PrimarySettings | ReplicaSettings) -> ServerTls | None:
+    """The certificate that a server shows; None: it has no TLS, and is in protected mode.
+
+    Raises:
+        UsageError, NotPermitted: of the files, or one is missing.
+    """
+    cert, key, ca = settings.tls_cert, settings.tls_key, settings.tls_ca
+    if cert is None and key is None and ca is None:
+        return None
+    if cert is None or key is None:
+        raise UsageError("TLS needs a certificate and its key", remedy="give both --tls-cert and --tls-key")
+    return ServerTls(cert, key, ca)
 
 
 _S = TypeVar("_S", PrimarySettings, ReplicaSettings)
@@ -184,16 +224,12 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
     try:
         if hint is Durability and not isinstance(value, Durability):
             return Durability.parse(str(value))
-        if hint is bool and isinstance(value, str):
-            return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[
-                value.lower()
-            ]
         if hint is int and isinstance(value, str):
             return parse_size(value)
         if hint is int and not isinstance(value, int):
             raise TypeError("not a whole number")
         return value if isinstance(value, hint) else hint(value)
-    except (KeyError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise UsageError(
             f"bad value {value!r} for {name}", remedy=f"give a value of type {hint.__name__}"
         ) from error

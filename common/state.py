@@ -12,25 +12,16 @@ from dataclasses import dataclass
 from hashlib import sha256
 
 from understudy.common.entries import parse_change, parse_entry
-from understudy.common.errors import CorruptionError, UnknownRealm
-from understudy.common.memtable import (
-    CHANGE_OVERHEAD_BYTES,
-    MISSING,
-    Memtable,
-    Missing,
-    RealmDelta,
-    Receipt,
-)
+from understudy.common.errors import CorruptionError
+from understudy.common.memtable import CHANGE_OVERHEAD_BYTES, Memtable, Missing, RealmDelta
+from understudy.common.realm_history import RealmHistory, RealmLayers
 from understudy.common.records import RECORD_HEADER_BYTES, Record
 from understudy.common.scan import Scan
 from understudy.common.store import Store
-from understudy.common.store_layout import decode_history_row
-from understudy.common.types import Digest, Lsn, Position
+from understudy.common.types import SYSTEM_REALMS, Digest, Lsn, Position
 from understudy.v1 import log_pb2, replication_pb2, store_pb2
 
 _LSN = struct.Struct("<Q")
-# How far back a retried transaction's receipt is looked for among a realm's changes.
-RECEIPT_SEARCH_VERSIONS = 50_000
 _COUNTED_AT_ONCE = 1_000  # keys looked up in a few milliseconds
 
 
@@ -43,10 +34,11 @@ class RealmHead:
     head: bytes  # SHA-256 of its latest serialized Change
 
 
-class State:
+class State(RealmHistory):
     """The applied state: active memtable, frozen memtables (newest first), store snapshot."""
 
     def __init__(self, store: Store) -> None:
+        super().__init__()
         self.store = store
         self.active = Memtable()
         self.frozen: list[Memtable] = []
@@ -56,8 +48,6 @@ class State:
         self.time_us: int = checkpoint.time_us
         self.epochs: list[store_pb2.EpochRow] = store.current.epochs()
         self.realm_count: int = checkpoint.realms
-        self._searched: tuple[int, int, bytes] | None = None  # whose receipts `_found` has
-        self._found: dict[int, Receipt] = {}
 
     @property
     def applied(self) -> Position:
@@ -164,6 +154,11 @@ class State:
         self.store.refresh()
         return self.frozen.pop()
 
+    @property
+    def user_realm_count(self) -> int:
+        """How many realms there are without the system's own."""
+        return self.realm_count - sum(self.realm(path) is not None for path in SYSTEM_REALMS)
+
     # -- reading -------------------------------------------------------------------------------------------
 
     def _layers(self) -> list[Memtable]:
@@ -178,27 +173,18 @@ class State:
         row = self.store.current.realm(path)
         return None if row is None else RealmHead(row.id, row.version, row.head)
 
-    def _deltas(self, path: str) -> tuple[list[RealmDelta], int]:
-        """The realm's deltas, newest first, and its id in the store (0 where the store must not be asked)."""
+    def layers_of(self, path: str) -> RealmLayers:
         deltas: list[RealmDelta] = []
         for table in self._layers():
             if path not in table.realms:
                 continue
             delta = table.realms[path]
             if delta is None:
-                break
+                return RealmLayers(path, deltas, None)
             deltas.append(delta)
             if delta.created:
-                return deltas, 0
-        else:
-            row = self.store.current.realm(path)
-            if row is not None:
-                return deltas, row.id
-        if not deltas:
-            raise UnknownRealm(
-                f"no realm {path}", remedy="a realm comes into being with its first transaction"
-            )
-        return deltas, 0
+                return RealmLayers(path, deltas, None)
+        return RealmLayers(path, deltas, self.store.current.realm(path))
 
     def get(self, path: str, key: bytes) -> bytes | None:
         """The value at ``key``, or None.
@@ -206,12 +192,12 @@ class State:
         Raises:
             UnknownRealm: no such realm.
         """
-        deltas, store_id = self._deltas(path)
+        _, deltas, stored = self.known_layers_of(path)
         for delta in deltas:
             found = delta.get(key)
             if not isinstance(found, Missing):
                 return found
-        return self.store.current.get(store_id, key) if store_id else None
+        return self.store.current.get(stored.id, key) if stored is not None else None
 
     def _older_value(self, delta: RealmDelta, key: bytes) -> bytes | None:
         # `delta` is the active one and does not hold the key: ask the layers below it.
@@ -229,8 +215,8 @@ class State:
         Raises:
             UnknownRealm: no such realm.
         """
-        deltas, store_id = self._deltas(path)
-        return Scan(self.store, deltas, store_id, start, end, reverse=reverse)
+        _, deltas, stored = self.known_layers_of(path)
+        return Scan(self.store, deltas, stored.id if stored is not None else 0, start, end, reverse=reverse)
 
     def counting(self, path: str) -> Generator[None, None, int | None]:
         """How many keys a realm has at the present LSN, worked out in steps; entries may be applied between them.
@@ -243,22 +229,21 @@ class State:
         Raises:
             UnknownRealm: no such realm.
         """
-        deltas, store_id = self._deltas(path)
+        _, deltas, stored = self.known_layers_of(path)
         if any(delta.deleted for delta in deltas):
             return None
         newest: dict[bytes, bytes | None] = {}
         for delta in reversed(deltas):
             newest.update(delta.values)
         count = sum(value is not None for value in newest.values())
-        if not store_id:
+        if stored is None:
             return count
         with self.store.current.acquire() as snapshot:
-            row = snapshot.realm(path)
-            count += row.entries if row is not None else 0
+            count += stored.entries
             keys = list(newest)
             for start in range(0, len(keys), _COUNTED_AT_ONCE):
-                stored = snapshot.get_many(store_id, keys[start : start + _COUNTED_AT_ONCE])
-                count -= sum(value is not None for value in stored)
+                values = snapshot.get_many(stored.id, keys[start : start + _COUNTED_AT_ONCE])
+                count -= sum(value is not None for value in values)
                 yield
         return count
 
@@ -272,59 +257,3 @@ class State:
                 else:
                     found[path] = RealmHead(delta.id, delta.version, delta.head)
         return dict(sorted(found.items()))
-
-    def last_number(self, path: str, client: bytes) -> int:
-        """The highest number of this client applied to the realm; 0 if there is none."""
-        for table in self._layers():
-            if path not in table.realms:
-                continue
-            delta = table.realms[path]
-            if delta is None:
-                return 0
-            if client in delta.client_rows:
-                return delta.client_rows[client][0]
-            if delta.created:
-                return 0
-        row = self.store.current.realm(path)
-        client_row = row and self.store.current.client(row.id, client)
-        return client_row.number if client_row else 0
-
-    def receipt(self, path: str, client: bytes, number: int) -> Receipt | Missing | None:
-        """The receipt of an earlier transaction, ``number`` not above :meth:`last_number`.
-
-        None means that it was never applied, MISSING that this is no longer known.
-        """
-        for table in self._layers():
-            delta = table.realms.get(path)
-            if delta is not None and (version := delta.versions.get(client, {}).get(number)) is not None:
-                past = decode_history_row(version, delta.history_row(version))
-                return Receipt(path, version, past.lsn, past.digest)
-            if path in table.realms and (delta is None or delta.created):
-                return None
-        row = self.store.current.realm(path)
-        client_row = row and self.store.current.client(row.id, client)
-        if row is None or client_row is None or number > client_row.number:
-            return None
-        return self._search_history(path, row, client_row, client, number)
-
-    def _search_history(
-        self, path: str, row: store_pb2.RealmRow, last: store_pb2.ClientRow, client: bytes, number: int
-    ) -> Receipt | Missing | None:
-        """Looks among the realm's past changes; all of this client's are noted, since the next are asked for next."""
-        oldest = max(row.history_first, last.version - RECEIPT_SEARCH_VERSIONS)
-        key = (self.store.current.checkpoint.lsn, row.id, client)
-        if self._searched != key:
-            self._searched = key
-            self._found = {}
-            for past in self.store.current.history(row.id, last.version, reverse=True):
-                if past.version < oldest:
-                    break
-                change = log_pb2.Change.FromString(past.change)
-                if change.client == client:
-                    self._found[change.number] = Receipt(path, past.version, past.lsn, past.digest)
-        receipt = self._found.get(number)
-        if receipt is not None:
-            return receipt
-        # Between two that are known it was refused; below all of them, nobody knows any more.
-        known_from = min(self._found, default=number + 1)
-        return None if oldest <= 1 or number > known_from else MISSING

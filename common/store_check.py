@@ -1,7 +1,7 @@
 """Recomputes what the store says about itself, by reading all of it.
 
 The state digests are computed anew from every pair; each realm's history is followed link by link. What no
-digest covers are the rows of ``clients``, the epochs and marks in ``meta``, and in ``history`` what stands
+digest covers are the rows of ``clients``, the epochs, marks and times in ``meta``, and in ``history`` what stands
 before the change; of those only the form is checked.
 """
 
@@ -194,8 +194,12 @@ class _Check:
                 problem = self._history_problem(*known, rows)
                 if problem:
                     self._report(f"the history of realm {known[0]} {problem}")
-        for path, _ in without.values():
-            self._report(f"the history of realm {path} is gone")
+        for path, row in without.values():
+            # All of it may have become too old; then the realm's row alone knows where the head is.
+            if (row.history_first, row.history_bytes) != (row.version + 1, 0) or not row.head_lsn:
+                self._report(f"the history of realm {path} is gone")
+            elif row.head_lsn > self._checkpoint.lsn:
+                self._report(f"realm {path} has its head at LSN {row.head_lsn}, behind the checkpoint")
 
     def _history_problem(self, path: str, row: RealmRow, rows: Iterator[tuple[bytes, bytes]]) -> str:
         """The first thing that is wrong, empty if nothing is."""
@@ -222,6 +226,8 @@ class _Check:
                 f"ends at version {version - 1}, head {head.hex()[:12]}; the realm's row says {row.version}, "
                 f"{row.head.hex()[:12]}"
             )
+        if row.head_lsn not in (lsn, 0):  # 0: an earlier version wrote it
+            return f"ends at LSN {lsn}; the realm's row says {row.head_lsn}"
         if size != row.history_bytes:
             return f"has {size} bytes, the realm's row says {row.history_bytes}"
         return ""

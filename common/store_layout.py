@@ -49,12 +49,15 @@ FORMAT_KEY = b"format"
 CLUSTER_KEY = b"cluster"
 CHECKPOINT_KEY = b"checkpoint"
 CLIENTS_CURSOR_KEY = b"clients-cursor"
+HISTORY_CURSOR_KEY = b"history-cursor"
 EPOCH_PREFIX = b"epoch/"
 MARK_PREFIX = b"mark/"
+TIME_PREFIX = b"time/"
 DROPPING_PREFIX = b"dropping/"
 
 _BEHIND_KEYS = b"\xff" * (KEY_BYTES_MAX + 1)
 _FORMAT_ROW = struct.Struct("<I")
+_TIME_ROW = struct.Struct("<Q")
 _HISTORY_ROW = struct.Struct(f"<Q{DIGEST_BYTES}s{DIGEST_BYTES}s")
 HISTORY_HEADER_BYTES = _HISTORY_ROW.size
 
@@ -138,6 +141,11 @@ def decode_history_row(version: int, row: bytes) -> HistoryRow:
     return HistoryRow(version, lsn, digest, hmac, row[HISTORY_HEADER_BYTES:])
 
 
+def history_row_lsn(row: bytes | memoryview) -> int:
+    """The LSN in a row of ``history``, without reading all of the row."""
+    return int.from_bytes(row[:8], "little")
+
+
 def epoch_key(epoch: int) -> bytes:
     """The key in ``meta`` of an epoch's row."""
     return EPOCH_PREFIX + b"%0*d" % (LSN_DIGITS, epoch)
@@ -146,6 +154,28 @@ def epoch_key(epoch: int) -> bytes:
 def mark_key(lsn: int) -> bytes:
     """The key in ``meta`` of the log's digest at a checkpoint."""
     return MARK_PREFIX + format_lsn(Lsn(lsn)).encode()
+
+
+def time_key(lsn: int) -> bytes:
+    """The key in ``meta`` of the log's time at a checkpoint."""
+    return TIME_PREFIX + format_lsn(Lsn(lsn)).encode()
+
+
+def encode_time_row(time_us: int) -> bytes:
+    """A row ``time/...`` of ``meta``."""
+    return _TIME_ROW.pack(time_us)
+
+
+def decode_time_row(row: bytes) -> int:
+    """The inverse of :func:`encode_time_row`.
+
+    Raises:
+        CorruptionError: the row has another length.
+    """
+    if len(row) != _TIME_ROW.size:
+        raise CorruptionError(f"a checkpoint's time has {len(row)} bytes", remedy=RESTORE)
+    time_us: int = _TIME_ROW.unpack(row)[0]
+    return time_us
 
 
 def dropping_key(realm_id: int) -> bytes:
@@ -229,7 +259,7 @@ def create_environment(path: Path) -> Environment:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         if any(path.iterdir()):
             raise DirectoryError(f"{path} is not empty", remedy="a new store needs an empty directory")
-    _reserve_lock_file(path)
+    reserve_lock_file(path)
     return _open(path, readonly=False, create=True)
 
 
@@ -246,7 +276,7 @@ def open_environment(path: Path, *, readonly: bool) -> Environment:
             raise NotADataDirectory(f"there is no store in {path}", remedy=RESTORE)
         if not (path / DATA_FILE).stat().st_size:
             raise CorruptionError(f"the store {path / DATA_FILE} is empty", remedy=RESTORE)
-    _reserve_lock_file(path)
+    reserve_lock_file(path)
     return _open(path, readonly=readonly, create=False)
 
 
@@ -301,7 +331,7 @@ def _check_length(env: lmdb.Environment, path: Path) -> None:
             raise CorruptionError(f"the store {path} was cut off: {problems[0]}", remedy=RESTORE)
 
 
-def _reserve_lock_file(path: Path) -> None:
+def reserve_lock_file(path: Path) -> None:
     """Gives LMDB's lock file its blocks before LMDB maps it.
 
     LMDB makes it as a hole and writes to it through the map, where a full disk is no error but a SIGBUS.

@@ -30,7 +30,9 @@ OPERATIONS_MAX = 100_000  # per transaction, so that applying one never holds up
 REALM_PATH_BYTES_MAX = 255
 MESSAGE_BYTES_MAX = 20 << 20  # a gRPC message: the largest transaction and its envelope
 
-SYSTEM_REALM = RealmPath("/__system")
+SYSTEM_REALM = RealmPath("/__system")  # the history key, users, permissions, tokens, signing keys
+SESSIONS_REALM = RealmPath("/__sessions")  # logins, apart because they change all the time
+SYSTEM_REALMS = (SYSTEM_REALM, SESSIONS_REALM)
 
 _KEY_REMEDY = f"a key has 1 to {KEY_BYTES_MAX} bytes"
 _SEGMENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\Z")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from understudy.common.admin_service import AdminService
+from understudy.common.authority import Authority
 from understudy.common.directory import Role
 from understudy.common.errors import DiskFull, Unavailable
 from understudy.common.read_service import Context
@@ -19,8 +20,8 @@ _FREEZE_S_MAX = 60.0
 class PrimaryAdminService(AdminService):
     """Adds ``Fence``, ``Forget`` and checkpoints on demand."""
 
-    def __init__(self, node: PrimaryNode) -> None:
-        super().__init__(node.status, lambda: node.engine)
+    def __init__(self, node: PrimaryNode, authority: Authority) -> None:
+        super().__init__(node.status, lambda: node.engine, authority)
         self._node = node
 
     async def _checkpoint(self) -> None:

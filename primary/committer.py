@@ -34,6 +34,7 @@ from understudy.common.types import (
     check_realm_path,
     is_system_realm,
 )
+from understudy.primary.in_flight import Done, Head, InFlight, Pending, SignedChange
 from understudy.v1 import data_pb2, log_pb2
 
 # Made, not yet committed: a bound on memory, and on what a failover can leave unacknowledged.
@@ -47,7 +48,6 @@ CAUGHT_UP_ENTRIES = 1_000
 
 _LEVELS = frozenset((0, *Durability))  # 0: the server's own
 
-Done = Callable[[Receipt], None]
 Clock = Callable[[], int]  # microseconds since 1970
 
 
@@ -73,26 +73,6 @@ class CommitPolicy:
     degrade_after_s: float | None = None  # None: wait for replicas as long as it takes
 
 
-@dataclass(slots=True)
-class _Pending:
-    record: Record
-    receipt: Receipt
-    level: Durability
-    path: str | None  # of the realm whose head it changes
-    client: bytes
-    number: int
-    done: list[Done]
-
-
-@dataclass(slots=True)
-class _Head:
-    """A realm's end of chain, ahead of what is applied. ``in_flight`` counts the changes not yet applied."""
-
-    version: int
-    digest: bytes
-    in_flight: int
-
-
 class Committer:
     """The commit pipeline of a primary.
 
@@ -113,16 +93,19 @@ class Committer:
         self.pending_bytes = 0
         self.degraded = False
         self.refusal: UnderstudyError | None = None
-        self._pending: deque[_Pending] = deque()
-        self._answering: dict[Durability, deque[_Pending]] = {level: deque() for level in Durability}
+        self._pending: deque[Pending] = deque()
+        self._answering: dict[Durability, deque[Pending]] = {level: deque() for level in Durability}
         self._batch: list[bytes] = []
-        self._heads: dict[str, _Head] = {}
-        self._in_flight: dict[tuple[str, bytes], dict[int, _Pending]] = {}
+        self._in_flight = InFlight(applier.state)
         self._replica_durable: Lsn = Lsn(0)
         self._replica_applied: Lsn = Lsn(0)
         self._alone_since_s: float | None = None
         self._freezing = False
         self._active_since_s: float | None = None
+        self._unshown: deque[tuple[Lsn, str]] = deque()
+        self.on_shown: Callable[[str], None] = lambda path: (
+            None
+        )  # other clients may be told of a change to it
 
     # -- taking in -----------------------------------------------------------------------------------------
 
@@ -130,6 +113,19 @@ class Committer:
     def committed_lsn(self) -> Lsn:
         """The last entry that reads show."""
         return self._applier.state.applied.lsn
+
+    @property
+    def shown_lsn(self) -> Lsn:
+        """Up to here clients may be told what others have changed (G5): what a failover to a replica can't lose.
+
+        What is on a replica is that, whether it is applied there yet or not.
+        """
+        return self._reached(min(self._policy.durability, Durability.REPLICA))
+
+    @property
+    def safe_lsn(self) -> Lsn:
+        """Up to here entries are known to be on enough replicas, whatever the level."""
+        return min(self._replica_durable, self.committed_lsn)
 
     @property
     def has_room(self) -> bool:
@@ -147,11 +143,16 @@ class Committer:
             Fenced, DiskFull: no writes now.
             ReceiptExpired: it was applied too long ago to say more.
         """
+        path = transaction.realm
+        if path not in self._in_flight or is_system_realm(path):
+            _check_path(path)
+        self.submit_own(client, transaction, done)
+
+    def submit_own(self, client: bytes, transaction: data_pb2.Transaction, done: Done) -> None:
+        """As :meth:`submit`, also on the system's own realms; the path must have been checked."""
         if isinstance(self.refusal, Fenced):
             raise self.refusal
         path, number = transaction.realm, transaction.number
-        if path not in self._heads:
-            _check_path(path)
         if number < 1:
             raise BadOperation("a transaction needs a number from 1 on")
         if transaction.durability not in _LEVELS:
@@ -167,7 +168,7 @@ class Committer:
 
     def _answer_again(self, path: str, client: bytes, number: int, level: Durability, done: Done) -> bool:
         """Whether the transaction is known already; if so, ``done`` is or will be called."""
-        in_flight = self._in_flight.get((path, client))
+        in_flight = self._in_flight.of(path, client)
         if in_flight:
             known = in_flight.get(number)
             if known is not None:
@@ -196,7 +197,7 @@ class Committer:
         if receipt.lsn <= self._reached(level):
             done(receipt)
             return
-        waiting = _Pending(Record(receipt.lsn, receipt.digest, b""), receipt, level, None, b"", 0, [done])
+        waiting = Pending(Record(receipt.lsn, receipt.digest, b""), receipt, level, None, b"", 0, [done])
         queue = self._answering[level]
         at = next((index for index, one in enumerate(queue) if one.record.lsn > receipt.lsn), len(queue))
         queue.insert(at, waiting)
@@ -204,10 +205,7 @@ class Committer:
     def _append_change(
         self, path: str, client: bytes, transaction: data_pb2.Transaction, level: Durability, done: Done
     ) -> None:
-        head = self._heads.get(path)
-        if head is None:
-            applied = self._applier.state.realm(path)
-            head = _Head(applied.version, applied.head, 0) if applied else _Head(0, b"", 0)
+        head = self._in_flight.head(path)
         change = log_pb2.Change(
             realm=path,
             version=head.version + 1,
@@ -217,16 +215,57 @@ class Committer:
             operations=transaction.operations,
         ).SerializeToString()
         digest = entries.change_digest(change)
-        payload = entries.change_entry(self._now_us(), change, entries.sign(self._key, digest))
-        record = self._append(payload)
-        self._heads[path] = head
-        head.version += 1
-        head.digest = digest
-        head.in_flight += 1
-        receipt = Receipt(path, head.version, record.lsn, record.digest)
-        pending = _Pending(record, receipt, level, path, client, transaction.number, [done])
+        signed = SignedChange(change, digest, entries.sign(self._key, digest))
+        self._append_signed(path, head, signed, client, transaction.number, level, done)
+
+    def submit_again(self, change: log_pb2.Change, signed: SignedChange, done: Done) -> None:
+        """Appends a change that this history has lost, as it was; it must be the next of its realm.
+
+        Args:
+            change: what ``signed`` holds; its HMAC has been checked.
+            signed: the very bytes.
+            done: called when it has reached the server's durability.
+
+        Raises:
+            BadOperation: it does not follow from what is there.
+            Fenced, DiskFull: no writes now.
+        """
+        if self.refusal is not None:
+            raise self.refusal
+        path, client, number = change.realm, change.client, change.number
+        head = self._in_flight.head(path)
+        if (change.version, change.previous) != (head.version + 1, head.digest):
+            raise BadOperation(
+                f"version {change.version} of {path} does not follow version {head.version} of this server"
+            )
+        if number <= self._in_flight.last_number(path, client):
+            raise BadOperation(f"transaction {number} on {path} comes after one with a higher number")
+        self._append_signed(path, head, signed, client, number, self._policy.durability, done)
+
+    def _append_signed(
+        self,
+        path: str,
+        head: Head,
+        signed: SignedChange,
+        client: bytes,
+        number: int,
+        level: Durability,
+        done: Done,
+    ) -> None:
+        record = self._append(entries.change_entry(self._now_us(), signed.change, signed.hmac))
+        receipt = Receipt(path, head.version + 1, record.lsn, record.digest)
+        pending = Pending(record, receipt, level, path, client, number, [done])
         self._pending.append(pending)
-        self._in_flight.setdefault((path, client), {})[transaction.number] = pending
+        self._in_flight.add(path, head, signed.digest, pending)
+
+    def head(self, path: str) -> tuple[int, bytes]:
+        """Version and digest of a realm's last change, applied or in flight; 0 and empty where there is none."""
+        head = self._in_flight.head(path)
+        return head.version, head.digest
+
+    def is_settled(self, path: str) -> bool:
+        """Whether all that was taken in for this realm is applied."""
+        return path not in self._in_flight
 
     def submit_mark(
         self, make_payload: Callable[[int], bytes], done: Done | None = None, *, path: str | None = None
@@ -241,7 +280,7 @@ class Committer:
         record = self._append(make_payload(self._now_us()))
         receipt = Receipt("", 0, record.lsn, record.digest)
         level = self._policy.durability
-        self._pending.append(_Pending(record, receipt, level, path, b"", 0, [done] if done else []))
+        self._pending.append(Pending(record, receipt, level, path, b"", 0, [done] if done else []))
         return record.lsn
 
     def drop_realm(self, path: str, done: Done) -> None:
@@ -253,9 +292,7 @@ class Committer:
         """
         _check_path(path)
         self.submit_mark(lambda time_us: entries.drop_entry(time_us, path), done, path=path)
-        head = self._heads.setdefault(path, _Head(0, b"", 0))
-        head.version, head.digest = 0, b""
-        head.in_flight += 1
+        self._in_flight.drop(path)
 
     def _append(self, payload: bytes) -> Record:
         if len(payload) > PAYLOAD_BYTES_MAX:  # no reader would take it for an entry
@@ -347,33 +384,24 @@ class Committer:
                 pending = queue.popleft()
                 for done in pending.done:
                     done(pending.receipt)
+        shown = self.shown_lsn
+        while self._unshown and self._unshown[0][0] <= shown:
+            self.on_shown(self._unshown.popleft()[1])
         if self._applier.state.active.is_full and not self._applier.is_behind:
             self.freeze()
 
-    def _commit(self, pending: _Pending) -> None:
+    def _commit(self, pending: Pending) -> None:
         record = pending.record
         entry = self._applier.apply(record)
         self.pending_bytes -= record.encoded_bytes
         if entry.HasField("freeze"):
             self._freezing = False
         if pending.path is not None:
-            self._land(pending, pending.path)
+            self._in_flight.land(pending.path, pending)
+            self._unshown.append((record.lsn, pending.path))
         # Its bytes are in the memtable now: what is left is to answer, which can take as long as a replica is away.
         pending.record = Record(record.lsn, record.digest, b"")
         self._answering[pending.level].append(pending)
-
-    def _land(self, pending: _Pending, path: str) -> None:
-        """Forgets what was remembered of a change only while it was in flight."""
-        head = self._heads[path]
-        head.in_flight -= 1
-        if not head.in_flight:
-            del self._heads[path]
-        owner = (path, pending.client)
-        in_flight = self._in_flight.get(owner)
-        if in_flight is not None:
-            in_flight.pop(pending.number, None)
-            if not in_flight:
-                del self._in_flight[owner]
 
     # -- refusing ------------------------------------------------------------------------------------------
 
@@ -392,6 +420,7 @@ class Committer:
         for queue in self._answering.values():
             queue.clear()
         self._pending.clear()
+        self._unshown.clear()
 
     def on_disk_full(self, full: bool, where: str) -> None:
         """Refuses new transactions while there is no space; what was taken in waits for it."""

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from functools import partial
 
 import grpc.aio
 
-from understudy.common import entries
+from understudy.common.access import Level, Principal, caller
+from understudy.common.authority import Authority
 from understudy.common.errors import (
-    Fenced,
     ForeignCluster,
-    NotPermitted,
     Overloaded,
     ProtocolError,
     UnderstudyError,
@@ -21,7 +21,8 @@ from understudy.common.follow_table import PROTOCOL_VERSION
 from understudy.common.memtable import Receipt
 from understudy.common.read_service import Context, ReadService
 from understudy.common.rpc import answering_errors, first_message
-from understudy.common.types import ID_BYTES, Epoch, check_realm_path, is_system_realm
+from understudy.common.types import ID_BYTES, check_realm_path
+from understudy.primary.admission import admit
 from understudy.primary.node import PrimaryNode
 from understudy.v1 import data_pb2
 
@@ -36,8 +37,8 @@ HELD_BYTES_MAX = 64 << 20
 class PrimaryDataService(ReadService):
     """``Commit`` and ``DropRealm``, and the reads."""
 
-    def __init__(self, node: PrimaryNode) -> None:
-        super().__init__(lambda: node.engine.state)
+    def __init__(self, node: PrimaryNode, authority: Authority) -> None:
+        super().__init__(lambda: node.engine.state, authority)
         self._node = node
         self._held_bytes = 0
 
@@ -68,11 +69,11 @@ class PrimaryDataService(ReadService):
         assert stream is not None
         node.streams.add(stream)
         try:
-            await self._take_in(bind.client, context, answers)
+            await self._take_in(_client_id(caller(), bind.client), context, answers)
             await answers.drained()
         except asyncio.CancelledError:
             # Fenced: what is unanswered will never be answered here, so that the client should look elsewhere.
-            self._refuse_if_fenced()
+            self._node.refuse_if_fenced()
             raise
         finally:
             node.streams.discard(stream)
@@ -92,22 +93,10 @@ class PrimaryDataService(ReadService):
             raise ForeignCluster(
                 "this server belongs to another cluster than the one this client has met before"
             )
-        if bind.epoch > engine.epoch and entries.proves_epoch(
-            bind.proof.entry,
-            epoch=Epoch(bind.epoch),
-            cluster=engine.directory.cluster,
-            keys=[engine.history_key],
-        ):
-            self._node.fence(Epoch(bind.epoch))
-        self._refuse_if_fenced()
-
-    def _refuse_if_fenced(self) -> None:
-        refusal = self._node.committer.refusal
-        if isinstance(refusal, Fenced):
-            raise refusal
+        admit(self._node, bind.epoch, bind.proof)
 
     async def _take_in(self, client: bytes, context: Context, answers: _Answers) -> None:
-        node = self._node
+        node, principal = self._node, caller()
         while True:
             await node.wait_for_room()
             await answers.wait_for_reader()
@@ -116,7 +105,7 @@ class PrimaryDataService(ReadService):
                 return
             if message.WhichOneof("message") != "transactions":
                 raise ProtocolError("transactions come after the first message, nothing else")
-            self._refuse_if_fenced()
+            self._node.refuse_if_fenced()
             message.DiscardUnknownFields()  # nothing enters the log that was not looked at
             transactions = message.transactions.transactions
             if len(transactions) > MESSAGE_TRANSACTIONS_MAX:
@@ -129,6 +118,9 @@ class PrimaryDataService(ReadService):
             for transaction in transactions:
                 answers.owed += 1
                 try:
+                    permitted = self._authority.permitted(principal, transaction.realm, Level.WRITE)
+                    if permitted != transaction.realm:
+                        transaction.realm = permitted
                     node.submit(client, transaction, partial(answers.add, transaction.number, arrived_s))
                 except UnderstudyError as error:
                     answers.refuse(transaction.number, error)
@@ -159,11 +151,17 @@ class PrimaryDataService(ReadService):
         """Drops a realm."""
         async with answering_errors(context):
             check_realm_path(request.realm)
-            if is_system_realm(request.realm):
-                raise NotPermitted(f"realm {request.realm} is the system's own")
-            receipt = await self._node.drop_realm(request.realm)
+            path = self._authority.permitted(caller(), request.realm, Level.MANAGE)
+            receipt = await self._node.drop_realm(path)
             return data_pb2.DropRealmResponse(lsn=receipt.lsn)
         raise AssertionError("aborted")
+
+
+def _client_id(principal: Principal, client: bytes) -> bytes:
+    """By which a client's numbers are known (G6): a user can't use those of another user's client up."""
+    if not principal.user_id:
+        return client
+    return hashlib.blake2b(client, key=principal.user_id.encode(), digest_size=ID_BYTES).digest()
 
 
 def _bound(message: data_pb2.CommitRequest) -> data_pb2.Bind:

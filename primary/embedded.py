@@ -60,9 +60,22 @@ class Primary:
         durability: str = "local",
         sync_replicas: int = 1,
         degrade_after_s: float | None = None,
-        insecure: bool = False,
+        tls_cert: str | os.PathLike[str] | None = None,
+        tls_key: str | os.PathLike[str] | None = None,
+        tls_ca: str | os.PathLike[str] | None = None,
     ) -> Primary:
         """Opens ``data_dir`` (made if absent or empty) and serves on ``listen``; a context manager.
+
+        Without TLS, ``listen`` has to be a loopback address.
+
+        Args:
+            data_dir: absent, empty, or a primary's.
+            listen: ``HOST:PORT``; port 0 takes a free one.
+            durability: ``local``, ``replica`` or ``applied``.
+            sync_replicas: how many replicas that takes.
+            degrade_after_s: falls to ``local`` after so long without them; None waits.
+            tls_cert, tls_key: files with the server's certificate and its key, in PEM.
+            tls_ca: a file with the CA that signs clients' certificates.
 
         Raises:
             UsageError, NotPermitted: a setting can't be.
@@ -74,7 +87,9 @@ class Primary:
             durability=Durability.parse(durability),
             sync_replicas=sync_replicas,
             degrade_after_s=degrade_after_s,
-            insecure=insecure,
+            tls_cert=None if tls_cert is None else Path(tls_cert),
+            tls_key=None if tls_key is None else Path(tls_key),
+            tls_ca=None if tls_ca is None else Path(tls_ca),
         )
         settings.validate()
         check_not_forked()

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from understudy.common import entries
-from understudy.common.changelog import ChangeLog
 from understudy.common.directory import DataDirectory, Role
-from understudy.common.engine import HISTORY_KEY, Engine
+from understudy.common.engine import Engine
 from understudy.common.errors import (
     CorruptionError,
     DiskFull,
@@ -24,26 +22,23 @@ from understudy.common.errors import (
     WrongRole,
 )
 from understudy.common.events import log
-from understudy.common.files import OsFileSystem
 from understudy.common.memtable import Receipt
 from understudy.common.metrics import EngineMetrics
-from understudy.common.records import encode_record
-from understudy.common.settings import PrimarySettings
-from understudy.common.store import Store
-from understudy.common.tasks import spawn
+from understudy.common.operations import Operation, to_protos
+from understudy.common.records import Record
+from understudy.common.settings import PrimarySettings, load_tls
+from understudy.common.tasks import Signal, spawn
 from understudy.common.types import (
-    START,
-    SYSTEM_REALM,
-    ClusterId,
-    Durability,
     Epoch,
     Lsn,
-    NodeId,
     Position,
-    new_id,
+    is_system_realm,
 )
-from understudy.common.version import VERSION
-from understudy.primary.committer import CommitPolicy, Committer, Done
+from understudy.primary.committer import CommitPolicy, Committer
+from understudy.primary.heal_window import HealWindow
+from understudy.primary.in_flight import Done
+from understudy.primary.new_cluster import create_cluster
+from understudy.primary.node_status import tell_status
 from understudy.primary.slots import SLOTS_FILE, Slot, SlotTable
 from understudy.v1 import admin_pb2, data_pb2, log_pb2, replication_pb2, store_pb2
 
@@ -62,6 +57,7 @@ class PrimaryNode:
     def __init__(self, engine: Engine, settings: PrimarySettings, slots: SlotTable) -> None:
         self.engine = engine
         self.settings = settings
+        self.tls = load_tls(settings)
         self.slots = slots
         self.failed: asyncio.Future[UnderstudyError] = asyncio.get_running_loop().create_future()
         self.committer = Committer(
@@ -81,8 +77,11 @@ class PrimaryNode:
         self._progress: dict[str, tuple[Lsn, Lsn]] = {}  # of replicas seen by this process
         self._flushing = False
         self._was_degraded = False
-        self._log_damage = ""
+        self.log_damage = ""
+        self._own_numbers: dict[str, int] = {}  # of our last change to each of the system's own realms
         self._room = asyncio.Event()
+        self._progressed = Signal()
+        self.heal_window = HealWindow(self._heal_until_s())
         self._ticker: asyncio.Task[None] | None = None
 
     # -- life ----------------------------------------------------------------------------------------------
@@ -100,6 +99,14 @@ class PrimaryNode:
         _check_role(directory)
         slots = SlotTable(directory.path / SLOTS_FILE)
         return cls(Engine.open(directory, metrics=metrics), settings, slots)
+
+    def _heal_until_s(self) -> float:
+        """When new transactions are taken: at once, or some time after a promotion behind which none was taken yet."""
+        state = self.engine.state
+        has_gone_on = len(state.epochs) < 2 or any(
+            map(_is_of_a_client, self.engine.log.records(Lsn(state.epochs[-1].info.first_lsn - 1)))
+        )
+        return 0.0 if has_gone_on else time.monotonic() + self.settings.heal_window_s
 
     async def start(self) -> None:
         """Begins to work."""
@@ -145,6 +152,22 @@ class PrimaryNode:
         self.committer.submit(client, transaction, done)
         self.flush_soon()
 
+    async def commit_system(self, path: str, operations: Iterable[Operation]) -> Receipt:
+        """Changes one of the system's own realms; returns when that is as durable as the server's level asks for.
+
+        Raises:
+            Fenced, DiskFull: it was not applied.
+            OutcomeUnknown: this server came to its end meanwhile.
+        """
+        client = self.engine.directory.node
+        last = max(self.engine.state.last_number(path, client), self._own_numbers.get(path, 0))
+        transaction = data_pb2.Transaction(realm=path, number=last + 1, operations=to_protos(operations))
+        answer: asyncio.Future[Receipt] = asyncio.get_running_loop().create_future()
+        self.committer.submit_own(client, transaction, lambda receipt: _answer(answer, receipt))
+        self._own_numbers[path] = last + 1
+        self.flush_soon()
+        return await self.answered(answer, f"a change of {path}")
+
     async def drop_realm(self, path: str) -> Receipt:
         """Drops a realm; returns when that is as durable as the server's level asks for.
 
@@ -156,11 +179,7 @@ class PrimaryNode:
             raise UnknownRealm(f"no realm {path}")
         answer: asyncio.Future[Receipt] = asyncio.get_running_loop().create_future()
 
-        def done(receipt: Receipt) -> None:
-            if not answer.done():
-                answer.set_result(receipt)
-
-        self.committer.drop_realm(path, done)
+        self.committer.drop_realm(path, lambda receipt: _answer(answer, receipt))
         self.flush_soon()
         return await self.answered(answer, f"the drop of {path}")
 
@@ -194,14 +213,30 @@ class PrimaryNode:
         if batch and self.engine.failed is None:
             self.engine.submit(batch, self.committer.position, self.engine.epoch)
 
+    @property
+    def takes_more(self) -> bool:
+        """Whether more transactions should be taken in now."""
+        return self.committer.has_room and not self.heal_window.is_open(time.monotonic())
+
     async def wait_for_room(self) -> None:
         """Returns when more transactions can be taken in."""
-        while not self.committer.has_room and self.committer.refusal is None and self.engine.failed is None:
+        while not self.takes_more and self.committer.refusal is None and self.engine.failed is None:
             self._room.clear()
             await self._room.wait()
 
+    async def wait_for_space(self) -> None:
+        """Returns when more can be taken in, also while new transactions have to wait for what comes home."""
+        await self._progressed.wait_for(
+            lambda: self.committer.has_room or self.committer.refusal is not None or self.over.done()
+        )
+
+    async def settled(self, path: str) -> None:
+        """Returns when all that was taken in for the realm is applied, or never will be."""
+        await self._progressed.wait_for(lambda: self.committer.is_settled(path) or self.over.done())
+
     def _after_progress(self) -> None:
-        if self.committer.has_room or self.committer.refusal is not None:
+        self._progressed.notify()
+        if self.takes_more or self.committer.refusal is not None:
             self._room.set()
         self.flush_soon()  # advancing may have set a freeze mark
 
@@ -288,9 +323,9 @@ class PrimaryNode:
 
     def note_log_damage(self, problem: CorruptionError | None) -> None:
         """What was found in our own log when a replica could not use what we had sent; None: it was sound."""
-        if problem is not None and str(problem) != self._log_damage:
+        if problem is not None and str(problem) != self.log_damage:
             log.error("log_damaged", detail=str(problem))
-        self._log_damage = str(problem or self._log_damage)
+        self.log_damage = str(problem or self.log_damage)
 
     def fence(self, epoch: Epoch | None) -> None:
         """Accepts no more writes, durably, for good (G7): because of an epoch, or (None) of an operator."""
@@ -318,6 +353,15 @@ class PrimaryNode:
         """Whether this server accepts no more writes, for good."""
         return isinstance(self.committer.refusal, Fenced)
 
+    def refuse_if_fenced(self) -> None:
+        """Raises what tells a client to look elsewhere.
+
+        Raises:
+            Fenced: this server accepts no more writes.
+        """
+        if isinstance(self.committer.refusal, Fenced):
+            raise self.committer.refusal
+
     @property
     def epoch_proof(self) -> replication_pb2.EpochProof:
         """The start of the present epoch."""
@@ -327,127 +371,18 @@ class PrimaryNode:
 
     def status(self) -> admin_pb2.StatusResponse:
         """All that ``understudy status`` shows."""
-        engine, committer = self.engine, self.committer
-        return admin_pb2.StatusResponse(
-            role=(Role.FENCED if self.is_fenced else engine.directory.role).value,
-            cluster=engine.directory.cluster,
-            node=engine.directory.node,
-            epoch=engine.epoch,
-            lsn=committer.position.lsn,
-            durable_lsn=engine.durable.lsn,
-            committed_lsn=committer.committed_lsn,
-            checkpoint_lsn=engine.checkpoint.lsn,
-            digest=engine.durable.digest,
-            realms=max(engine.state.realm_count - 1, 0),  # without the system's own
-            durability=self.settings.durability.name.lower() + (" (degraded)" if committer.degraded else ""),
-            replicas=[self._replica_status(slot) for slot in self.slots],
-            warnings=self._warnings(),
-            version=VERSION,
-            proof=self.epoch_proof,
-        )
-
-    def _replica_status(self, slot: Slot) -> admin_pb2.ReplicaStatus:
-        head, end_offset = self.engine.durable.lsn, self.engine.log.end_offset
-        connected = self.slots.is_connected(slot.id)
-        behind = max(head - slot.applied_lsn, 0) if slot.applied_lsn else head - slot.durable_lsn
-        if slot.lost:
-            state = "lost"
-        elif not connected:
-            state = "disconnected"
-        else:
-            state = "streaming" if head - slot.durable_lsn < 10_000 else "catching up"
-        return admin_pb2.ReplicaStatus(
-            id=slot.id,
-            connected=connected,
-            state=state,
-            durable_lsn=slot.durable_lsn,
-            applied_lsn=slot.applied_lsn,
-            lag_entries=max(head - slot.durable_lsn, 0),
-            lag_bytes=max(end_offset - slot.durable_offset, 0),
-            lag_seconds=self._lag_seconds(slot) if behind else 0.0,
-        )
-
-    def _lag_seconds(self, slot: Slot) -> float:
-        """The age of the first entry that the replica has not applied (or not made durable, while it is away)."""
-        upto = Lsn(slot.applied_lsn or slot.durable_lsn)
-        if upto >= self.engine.durable.lsn:
-            return 0.0
-        if upto + 1 < self.engine.log.first_lsn:
-            return (now_us() - slot.seen_us) / 1e6
-        try:
-            [record] = self.engine.log.records(upto, Lsn(upto + 1))
-            return max(now_us() - entries.parse_entry(record.payload, record.lsn).time_us, 0) / 1e6
-        except (
-            UnderstudyError,
-            ValueError,
-        ):  # pruned just now, or storage has failed: status must still tell
-            return max(now_us() - slot.seen_us, 0) / 1e6
-
-    def _warnings(self) -> list[str]:
-        found = list(self.engine.mismatches)
-        if self.is_fenced:
-            found.append(f"fenced: {self.committer.refusal}")
-        if self._log_damage:
-            found.append(self._log_damage)
-        if self.engine.disk_full:
-            found.append(f"no space left in {self.engine.directory.path}: writes are refused")
-        if self.committer.degraded:
-            found.append("durability is degraded to local: too few replicas are connected")
-        elif (
-            self.settings.durability > Durability.LOCAL
-            and self.slots.connected_count < self.settings.sync_replicas
-        ):
-            found.append(
-                f"{self.slots.connected_count} of {self.settings.sync_replicas} needed replicas are connected: "
-                "transactions wait"
-            )
-        found += [
-            f"replica {slot.id} was lost and must bootstrap again; if it will not come back: "
-            f"understudy forget {slot.id} --server HOST:PORT"
-            for slot in self.slots
-            if slot.lost
-        ]
-        return found
+        return tell_status(self)
 
 
-def create_cluster(directory: DataDirectory) -> None:
-    """Makes a new cluster's first log and store: epoch 1, and the history key in the system's realm."""
-    cluster = ClusterId(new_id())
-    directory.begin(Role.CREATING, cluster)
-    directory.log.mkdir()
-    Store.create(directory.store, cluster, store_pb2.CheckpointRow(digest=START.digest))
-    changelog = ChangeLog.create(
-        directory.log, cluster=cluster, epoch=Epoch(1), after=START, after_offset=0, files=OsFileSystem()
-    )
-    try:
-        _write_first_entries(changelog, cluster, directory.node)
-    finally:
-        changelog.close()
-    directory.set_role(Role.PRIMARY)
+def _is_of_a_client(record: Record) -> bool:
+    """Whether this is a change to one of the clients' realms."""
+    raw = entries.parse_entry(record.payload, record.lsn).change
+    return bool(raw) and not is_system_realm(entries.parse_change(raw, record.lsn).realm)
 
 
-def _write_first_entries(changelog: ChangeLog, cluster: ClusterId, node: NodeId) -> None:
-    key = secrets.token_bytes(32)
-    change = log_pb2.Change(
-        realm=SYSTEM_REALM,
-        version=1,
-        client=node,
-        number=1,
-        operations=[log_pb2.Operation(kind=log_pb2.Operation.PUT, key=HISTORY_KEY, value=key)],
-    ).SerializeToString()
-    time_us = now_us()
-    payloads = (
-        entries.epoch_entry(
-            time_us=time_us, cluster=cluster, epoch=Epoch(1), after=START, node=node, key=key
-        ),
-        entries.change_entry(time_us, change, entries.sign(key, entries.change_digest(change))),
-    )
-    position, data = START, b""
-    for payload in payloads:
-        record, digest = encode_record(position.digest, Lsn(position.lsn + 1), payload)
-        position = Position(Lsn(position.lsn + 1), digest)
-        data += record
-    changelog.write_batch(data, position, epoch=Epoch(1))
+def _answer(answer: asyncio.Future[Receipt], receipt: Receipt) -> None:
+    if not answer.done():  # whoever waited may have gone
+        answer.set_result(receipt)
 
 
 def _check_role(directory: DataDirectory) -> None:

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
+from understudy.common.access_interceptor import AccessInterceptor
+from understudy.common.authority import Authority
 from understudy.common.directory import DataDirectory
 from understudy.common.events import log
 from understudy.common.metrics import EngineMetrics, StatusCollector
@@ -13,23 +15,39 @@ from understudy.common.metrics_server import serve_metrics
 from understudy.common.rpc import Listener, check_free
 from understudy.common.settings import PrimarySettings
 from understudy.common.tasks import spawn
+from understudy.primary.accounts_service import AccountsService
 from understudy.primary.admin_service import PrimaryAdminService
+from understudy.primary.admin_token import ensure_admin_token
 from understudy.primary.data_service import PrimaryDataService
 from understudy.primary.node import PrimaryNode
 from understudy.primary.replication_service import ReplicationService
 from understudy.primary.snapshots import PinBoard
-from understudy.v1 import admin_pb2_grpc, data_pb2_grpc, replication_pb2_grpc
+from understudy.primary.sync_service import SyncService
+from understudy.v1 import (
+    accounts_pb2_grpc,
+    admin_pb2_grpc,
+    data_pb2_grpc,
+    replication_pb2_grpc,
+    sync_pb2_grpc,
+)
 
 # How long calls under way may take to finish when a primary is stopped.
 STOP_GRACE_S = 0.5
-_SERVICES = ("understudy.v1.Data", "understudy.v1.Replication", "understudy.v1.Admin")
+_SERVICES = (
+    "understudy.v1.Data",
+    "understudy.v1.Sync",
+    "understudy.v1.Replication",
+    "understudy.v1.Admin",
+    "understudy.v1.Accounts",
+)
 
 
 class PrimaryServer:
     """A serving primary."""
 
-    def __init__(self, node: PrimaryNode, listener: Listener) -> None:
+    def __init__(self, node: PrimaryNode, authority: Authority, listener: Listener) -> None:
         self.node = node
+        self.authority = authority
         self._listener = listener
 
     @property
@@ -56,21 +74,28 @@ async def serving_primary(settings: PrimarySettings) -> AsyncIterator[PrimarySer
         await node.start()
         pins = PinBoard(node.engine)
         stack.callback(pins.close)
-        listener = Listener(_SERVICES)
-        data_pb2_grpc.add_DataServicer_to_server(PrimaryDataService(node), listener.server)
+        authority = Authority(lambda: node.engine.state, cluster=lambda: directory.cluster, tls=node.tls)
+        listener = Listener(_SERVICES, [AccessInterceptor(authority)])
+        data_pb2_grpc.add_DataServicer_to_server(PrimaryDataService(node, authority), listener.server)
         replication_pb2_grpc.add_ReplicationServicer_to_server(
             ReplicationService(node, pins), listener.server
         )
-        admin_pb2_grpc.add_AdminServicer_to_server(PrimaryAdminService(node), listener.server)
-        await listener.start(settings.listen, directory.control)
+        sync_pb2_grpc.add_SyncServicer_to_server(SyncService(node, authority), listener.server)
+        admin_pb2_grpc.add_AdminServicer_to_server(PrimaryAdminService(node, authority), listener.server)
+        accounts_pb2_grpc.add_AccountsServicer_to_server(
+            AccountsService(node.commit_system, authority, metrics), listener.server
+        )
+        await listener.start(settings.listen, directory.control, node.tls)
         stack.push_async_callback(lambda: listener.stop(grace_s=STOP_GRACE_S))
         if settings.metrics is not None:
             metrics.registry.register(StatusCollector(node.status))
-            stack.enter_context(serve_metrics(settings.metrics, metrics.registry))
+            stack.enter_context(serve_metrics(settings.metrics, metrics.registry, node.tls))
+        made = spawn(ensure_admin_token(directory, authority.accounts, node.commit_system), node.engine.fail)
+        stack.callback(made.cancel)
         expiry = spawn(_expire_forever(pins), node.engine.fail)
         stack.callback(expiry.cancel)
         log.info("serving", role="primary", address=listener.address, lsn=node.engine.durable.lsn)
-        yield PrimaryServer(node, listener)
+        yield PrimaryServer(node, authority, listener)
         log.info("stopping")
 
 

@@ -256,20 +256,3 @@ class FollowSession:
             durable_offset=self._durable_offset,
             applied_lsn=self._applied,
         )
-
-
-class Backoff:
-    """How long to wait before the next try: doubling, with jitter, back to the start after a success."""
-
-    def __init__(self) -> None:
-        self._next_s = BACKOFF_S[0]
-
-    def reset(self) -> None:
-        """It worked."""
-        self._next_s = BACKOFF_S[0]
-
-    def after_failure(self, jitter: float) -> float:
-        """Seconds to wait; ``jitter`` is a random number from 0 to 1."""
-        wait_s = self._next_s * (0.5 + jitter)
-        self._next_s = min(2 * self._next_s, BACKOFF_S[1])
-        return wait_s

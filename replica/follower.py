@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import grpc.aio
 
+from understudy.common.backoff import Backoff
 from understudy.common.errors import CorruptionError, Fenced, PeerUnreachable, UnderstudyError
 from understudy.common.events import log
 from understudy.common.follow_table import PROTOCOL_VERSION, Decision
@@ -26,10 +27,10 @@ from understudy.replica import bootstrap
 from understudy.replica.asking import Call, ask
 from understudy.replica.copy import Copy
 from understudy.replica.follow_session import (
+    BACKOFF_S,
     Action,
     Append,
     Apply,
-    Backoff,
     Bootstrap,
     ComeAgain,
     FollowSession,
@@ -111,7 +112,7 @@ class Follower:
     # -- asking --------------------------------------------------------------------------------------------
 
     async def _follow_forever(self) -> None:
-        backoff = Backoff()
+        backoff = Backoff(first_s=BACKOFF_S[0], last_s=BACKOFF_S[1])
         while True:
             for address in self._addresses:
                 try:
@@ -124,7 +125,7 @@ class Follower:
                         return
                 with contextlib.suppress(UnderstudyError):  # the copy has failed, and the process ends
                     await self._copy.drain()
-            await asyncio.sleep(backoff.after_failure(random.random()))
+            await asyncio.sleep(backoff.next_s(random.random()))
 
     def _note_problem(self, address: str, error: UnderstudyError) -> None:
         self.problem = str(error)
@@ -139,7 +140,7 @@ class Follower:
         Raises:
             UnderstudyError: why not, or no longer; ask again later.
         """
-        async with open_channel(address) as channel:
+        async with open_channel(address, self._settings.credentials) as channel:
             with peer_errors(address):
                 call: Call = replication_pb2_grpc.ReplicationStub(channel).Follow()
                 try:

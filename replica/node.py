@@ -9,7 +9,8 @@ from understudy.common.directory import DataDirectory, Role
 from understudy.common.engine import Engine
 from understudy.common.errors import UnderstudyError, WrongRole
 from understudy.common.metrics import EngineMetrics
-from understudy.common.settings import ReplicaSettings
+from understudy.common.settings import ReplicaSettings, load_tls
+from understudy.common.tls import access_name
 from understudy.common.types import ClusterId
 from understudy.common.version import VERSION
 from understudy.replica.copy import Copy
@@ -23,6 +24,7 @@ class ReplicaNode:
 
     def __init__(self, directory: DataDirectory, settings: ReplicaSettings, metrics: EngineMetrics) -> None:
         self.directory = directory
+        self.tls = load_tls(settings)
         self.ended: asyncio.Future[UnderstudyError | None] = asyncio.get_running_loop().create_future()
         self._copy = Copy(directory, metrics, log_floor_bytes=settings.log_floor_bytes, on_end=self._end)
         self._follower = Follower(self._copy, settings, on_end=self._end)
@@ -106,6 +108,7 @@ class ReplicaNode:
             upstream=self._follower.status(),
             warnings=self._warnings(),
             version=VERSION,
+            access=access_name(self.tls),
         )
         engine = self._copy.opened
         if engine is not None:
@@ -116,7 +119,7 @@ class ReplicaNode:
             response.committed_lsn = engine.state.applied.lsn
             response.checkpoint_lsn = engine.checkpoint.lsn
             response.digest = engine.durable.digest
-            response.realms = max(engine.state.realm_count - 1, 0)
+            response.realms = engine.state.user_realm_count
             if engine.state.epochs:
                 response.proof.CopyFrom(engine.state.epochs[-1].proof)
         return response
@@ -124,6 +127,8 @@ class ReplicaNode:
     def _warnings(self) -> list[str]:
         engine, follower = self._copy.opened, self._follower
         found = list(engine.mismatches) if engine else []
+        if self.tls is not None:
+            found += self.tls.warnings()
         if engine is not None and engine.disk_full:
             found.append(f"no space left in {self.directory.path}: nothing more is received")
         if follower.problem:

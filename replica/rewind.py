@@ -19,6 +19,7 @@ import grpc.aio
 
 from understudy.common import entries
 from understudy.common.changelog import ChangeLog
+from understudy.common.credentials import ANONYMOUS, Credentials
 from understudy.common.directory import DataDirectory, Role
 from understudy.common.entry_json import entry_row
 from understudy.common.errors import (
@@ -64,6 +65,7 @@ async def rewind(
     *,
     to: str,
     replica_id: str | None = None,
+    credentials: Credentials = ANONYMOUS,
     progress: Callable[[int, int], None] | None = None,
 ) -> Rewind:
     """Makes the stopped node in ``path`` a replica of the primary at ``to``.
@@ -72,16 +74,18 @@ async def rewind(
         path: its data directory; an old primary's, or a diverged replica's.
         to: ``HOST:PORT`` of the new primary.
         replica_id: names the slot there; the host's name if not given. Use the same for ``understudy replica``.
+        credentials: whom to trust there, and what to show.
         progress: called with bytes in place and bytes in all.
 
     Raises:
+        NotPermitted: the other side is not trusted, or does not let us in.
         WrongRole, NotADataDirectory, DirectoryInUse: the directory can't be rewound.
         PeerUnreachable, NotPrimary, Fenced, ForeignCluster, ProtocolError: ``to`` can't be followed.
         CorruptionError, DiskFull, StorageFailed.
     """
     with DataDirectory.open_existing(path) as directory:
         _check_role(directory)
-        async with open_channel(to) as channel:
+        async with open_channel(to, credentials) as channel:
             with peer_errors(to):
                 own = await asyncio.to_thread(_read_own, directory)
                 try:

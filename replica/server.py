@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator
 
+from understudy.common.access_interceptor import AccessInterceptor
 from understudy.common.admin_service import AdminService
+from understudy.common.authority import Authority
 from understudy.common.directory import DataDirectory
 from understudy.common.errors import NotPrimary
 from understudy.common.events import log
@@ -13,13 +15,29 @@ from understudy.common.follow_table import Decision
 from understudy.common.metrics import EngineMetrics, StatusCollector
 from understudy.common.metrics_server import serve_metrics
 from understudy.common.read_service import Context, ReadService
-from understudy.common.rpc import Listener, answering_errors, check_free
+from understudy.common.rpc import Listener, answering_errors, check_free, first_message
 from understudy.common.settings import ReplicaSettings
+from understudy.replica.accounts_service import ReplicaAccountsService
 from understudy.replica.node import ReplicaNode
-from understudy.v1 import admin_pb2, admin_pb2_grpc, data_pb2_grpc, replication_pb2, replication_pb2_grpc
+from understudy.v1 import (
+    accounts_pb2_grpc,
+    admin_pb2,
+    admin_pb2_grpc,
+    data_pb2_grpc,
+    replication_pb2,
+    replication_pb2_grpc,
+    sync_pb2,
+    sync_pb2_grpc,
+)
 
 STOP_GRACE_S = 0.5
-_SERVICES = ("understudy.v1.Data", "understudy.v1.Replication", "understudy.v1.Admin")
+_SERVICES = (
+    "understudy.v1.Data",
+    "understudy.v1.Replication",
+    "understudy.v1.Sync",
+    "understudy.v1.Admin",
+    "understudy.v1.Accounts",
+)
 
 
 class ReplicaServer:
@@ -51,15 +69,20 @@ async def serving_replica(settings: ReplicaSettings) -> AsyncIterator[ReplicaSer
         node = ReplicaNode(directory, settings, metrics)
         stack.push_async_callback(node.close)
         node.prepare()
-        listener = Listener(_SERVICES)
-        data_pb2_grpc.add_DataServicer_to_server(ReadService(lambda: node.engine.state), listener.server)
+        authority = Authority(lambda: node.engine.state, cluster=lambda: directory.cluster, tls=node.tls)
+        listener = Listener(_SERVICES, [AccessInterceptor(authority)])
+        data_pb2_grpc.add_DataServicer_to_server(
+            ReadService(lambda: node.engine.state, authority), listener.server
+        )
         replication_pb2_grpc.add_ReplicationServicer_to_server(_NotPrimaryService(), listener.server)
-        admin_pb2_grpc.add_AdminServicer_to_server(_ReplicaAdminService(node), listener.server)
-        await listener.start(settings.listen, directory.control)
+        sync_pb2_grpc.add_SyncServicer_to_server(_NotPrimarySyncService(), listener.server)
+        admin_pb2_grpc.add_AdminServicer_to_server(_ReplicaAdminService(node, authority), listener.server)
+        accounts_pb2_grpc.add_AccountsServicer_to_server(ReplicaAccountsService(), listener.server)
+        await listener.start(settings.listen, directory.control, node.tls)
         stack.push_async_callback(lambda: listener.stop(grace_s=STOP_GRACE_S))
         if settings.metrics is not None:
             metrics.registry.register(StatusCollector(node.status))
-            stack.enter_context(serve_metrics(settings.metrics, metrics.registry))
+            stack.enter_context(serve_metrics(settings.metrics, metrics.registry, node.tls))
         node.start()
         log.info("serving", role="replica", address=listener.address, primary=settings.primary)
         yield ReplicaServer(node, listener)
@@ -69,8 +92,8 @@ async def serving_replica(settings: ReplicaSettings) -> AsyncIterator[ReplicaSer
 class _ReplicaAdminService(AdminService):
     """Adds ``Promote``."""
 
-    def __init__(self, node: ReplicaNode) -> None:
-        super().__init__(node.status, lambda: node.engine)
+    def __init__(self, node: ReplicaNode, authority: Authority) -> None:
+        super().__init__(node.status, lambda: node.engine, authority)
         self._node = node
 
     async def Promote(self, request: admin_pb2.PromoteRequest, context: Context) -> admin_pb2.PromoteResponse:
@@ -130,6 +153,25 @@ class _NotPrimaryService(replication_pb2_grpc.ReplicationServicer):
     ) -> replication_pb2.ReleaseSnapshotResponse:
         """Refused."""
         async with answering_errors(context):
+            raise _not_primary()
+        raise AssertionError("aborted")
+
+
+class _NotPrimarySyncService(sync_pb2_grpc.SyncServicer):
+    """Clients with local copies, too, go to the primary."""
+
+    async def Sync(self, _: object, context: Context) -> None:  # type: ignore[override]
+        """Refused."""
+        async with answering_errors(context):
+            await first_message(context)  # whoever is refused while it writes does not hear why
+            raise _not_primary()
+
+    async def Salvage(
+        self, requests: AsyncIterator[sync_pb2.SalvageRequest], context: Context
+    ) -> sync_pb2.SalvageResponse:
+        """Refused."""
+        async with answering_errors(context):
+            await anext(requests, None)
             raise _not_primary()
         raise AssertionError("aborted")
 

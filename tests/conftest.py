@@ -12,6 +12,8 @@ from harness import Processes, plain_environment
 from hypothesis import HealthCheck, settings
 from killing import Nursery
 
+from understudy.common.certificate_authority import KeyFiles, create_keys
+
 # How long one example takes depends on what else the machine does, and so can't be what a test fails by. The
 # blob printed with a failure repeats it exactly.
 settings.register_profile(
@@ -34,6 +36,14 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
     started = Processes(Path(tmp_path_factory.mktemp("processes")))
     yield started
     started.close()
+
+
+@pytest.fixture(scope="session")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> KeyFiles:
+    """Certificates for this machine, which no test changes."""
+    directory = tmp_path_factory.mktemp("keys") / "keys"
+    create_keys(directory, ["localhost"])
+    return KeyFiles(directory)
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,18 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 
 from understudy.common import entries
-from understudy.common.memtable import Receipt
+from understudy.common.checkpoint import apply_checkpoint
+from understudy.common.memtable import Memtable, Receipt
 from understudy.common.operations import Add, Delete, DeleteRange, Operation, Put, Update, to_protos
+from understudy.common.realm_history import LastChange
 from understudy.common.records import Record, encode_record
+from understudy.common.state import State
+from understudy.common.store import Store
+from understudy.common.store_layout import Environment, HistoryRow
 from understudy.common.types import START, ClusterId, Epoch, Lsn, NodeId, Position
 from understudy.v1 import log_pb2
 
+CLIENTS = [b"1" * 16, b"2" * 16]
 CLUSTER = ClusterId(bytes(range(16)))
 NODE = NodeId(b"n" * 16)
 KEY = b"history key"
@@ -50,6 +56,8 @@ class RealmModel:
     version: int = 0
     head: bytes = b""
     receipts: dict[tuple[bytes, int], Receipt] = field(default_factory=dict)
+    history: list[HistoryRow] = field(default_factory=list)
+    clients: dict[bytes, LastChange] = field(default_factory=dict)
 
     def last_number(self, client: bytes) -> int:
         """The highest number of that client."""
@@ -102,12 +110,15 @@ class Author:
             operations=to_protos(operations),
         ).SerializeToString()
         digest = entries.change_digest(change)
-        record = self._record(entries.change_entry(self._now_us(), change, entries.sign(KEY, digest)))
+        hmac = entries.sign(KEY, digest)
+        record = self._record(entries.change_entry(self._now_us(), change, hmac))
         for operation in operations:
             realm.pairs = after_operation(realm.pairs, operation)
         realm.version += 1
         realm.head = sha256(change).digest()
         realm.receipts[client, number] = Receipt(path, realm.version, record.lsn, record.digest)
+        realm.history.append(HistoryRow(realm.version, record.lsn, record.digest, hmac, change))
+        realm.clients[client] = LastChange(number, realm.version, self.time_us)
         return record
 
     def freeze(self) -> Record:
@@ -135,3 +146,36 @@ class Author:
             key=KEY,
         )
         return self._record(payload)
+
+
+def write_here(environment: Environment, table: Memtable) -> None:
+    """Writes a checkpoint in this process."""
+    apply_checkpoint(environment, table.parts())
+
+
+class Layers:
+    """A state over a store in this process, with an author for its log."""
+
+    def __init__(self, environment: Environment, store: Store) -> None:
+        self.environment = environment
+        self.author = Author()
+        self.state = State(store)
+
+    def commit(
+        self, path: str, *what: Operation, client: bytes = CLIENTS[0], number: int | None = None
+    ) -> None:
+        self.state.apply(self.author.change(path, what, client=client, number=number))
+
+    def freeze(self) -> None:
+        self.state.apply(self.author.freeze())
+
+    def checkpoint(self) -> None:
+        """Everything goes into the store."""
+        self.freeze()
+        while self.state.frozen:
+            self.write_oldest()
+
+    def write_oldest(self) -> None:
+        """The oldest frozen memtable goes into the store."""
+        write_here(self.environment, self.state.frozen[-1])
+        self.state.checkpointed()

@@ -217,6 +217,7 @@ def assert_equal(snapshot: StoreSnapshot, model: Model, *, clients: bool = True)
         found = snapshot.realm(path)
         assert found is not None
         assert (found.id, found.version, found.head) == (realm.id, realm.version, realm.head)
+        assert found.head_lsn == realm.history[-1].lsn
         assert (found.entries, found.bytes) == (len(realm.pairs), realm.bytes)
         assert found.state_digest == realm.state_digest
         assert list(snapshot.scan(realm.id)) == sorted(realm.pairs.items())

@@ -285,7 +285,7 @@ def test_wrong_usage_is_explained(processes: Processes, arguments: list[str], co
         (
             ["primary", "--data-dir", "{tmp}/new", "--listen", "0.0.0.0:0"],
             ExitCode.NOT_PERMITTED,
-            "--insecure",
+            "--tls-cert",
         ),
         (["primary", "--data-dir", "{tmp}/new", "--listen", "nowhere"], ExitCode.USAGE, "HOST:PORT"),
         (["primary", "--data-dir", "{tmp}/new", "--config", "{tmp}/none.toml"], ExitCode.USAGE, "none.toml"),

@@ -51,10 +51,11 @@ def test_status_is_the_same_from_server_socket_and_files(processes: Processes, t
     assert (asked["role"], asked["lsn"], asked["realms"], asked["durability"]) == ("primary", 3, 1, "local")
     assert asked["upstream"] is None
     assert asked["running"] is True
+    assert asked["access"] == "protected"
     assert status(tmp_path / "data") == asked
     assert b"primary" in processes.run("status", tmp_path / "data").stdout
     assert primary.terminate() == 0
-    assert status(tmp_path / "data") == asked | {"running": False, "durability": None}
+    assert status(tmp_path / "data") == asked | {"running": False, "durability": None, "access": None}
     assert b"not running" in processes.run("status", tmp_path / "data").stdout
 
 
@@ -133,7 +134,10 @@ def test_the_log_does_not_show_the_history_key(processes: Processes, tmp_path: P
     )
     assert b"history-key" in shown
     rows = [json.loads(line) for line in shown.splitlines() if line.startswith(b"{")]
-    assert rows[1]["operations"] == [{"kind": "put", "key": "history-key", "hidden": True}]
+    history_key, admin_token = rows[1]["operations"]
+    assert history_key == {"kind": "put", "key": "history-key", "hidden": True}
+    assert admin_token["key"].startswith("token/")
+    assert admin_token["hidden"]
     assert key not in shown
     assert key.hex().encode() not in shown
 

@@ -41,6 +41,7 @@ from understudy.client import (
     stream,
 )
 from understudy.common import portal
+from understudy.common.backoff import Backoff
 from understudy.common.errors import Fenced, ProtocolError, UnderstudyError
 from understudy.common.rpc import open_channel
 from understudy.v1 import admin_pb2, admin_pb2_grpc, data_pb2, data_pb2_grpc
@@ -590,14 +591,14 @@ def test_a_server_that_binds_and_then_fails_is_left_alone_longer_and_longer(
 ) -> None:
     """G9: only an acknowledgement makes the pauses short again, a stream that opens does not."""
     pauses: list[float] = []
-    next_s = stream.Backoff.next_s
+    next_s = Backoff.next_s
 
-    def noted(self: stream.Backoff) -> float:
-        pauses.append(next_s(self))
+    def noted(self: Backoff, _: float) -> float:
+        pauses.append(next_s(self, 0.5))
         return 0.0
 
-    monkeypatch.setattr(stream.Backoff, "next_s", noted)
-    first = stream.Backoff.FIRST_S
+    monkeypatch.setattr(Backoff, "next_s", noted)
+    first, last = stream.BACKOFF_S
 
     async def story(fake: _FakePrimary, client: AsyncServer) -> None:
         async def fail(context: Context) -> None:
@@ -607,7 +608,7 @@ def test_a_server_that_binds_and_then_fails_is_left_alone_longer_and_longer(
 
         fake.rest = fail
         await client.commit("/realm", [Put(b"key", b"value")])
-        assert pauses == [min(first * 2**number, stream.Backoff.LAST_S) for number in range(9)]
+        assert pauses == [min(first * 2**number, last) for number in range(9)]
         assert fake.binds == 10
 
     _with_fake(story)
@@ -727,7 +728,7 @@ def test_a_late_answer_is_told_to_who_asks_as_it_comes(monkeypatch: pytest.Monke
 
 def test_what_was_refused_unsent_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     """G9: against a server that takes nobody for a long time, a client that goes on trying does not grow."""
-    monkeypatch.setattr(stream.Backoff, "next_s", lambda _: 0.0)
+    monkeypatch.setattr(Backoff, "next_s", lambda *_: 0.0)
 
     async def story(fake: _FakePrimary, client: AsyncServer) -> None:
         fake.binds_nobody = True

@@ -5,10 +5,11 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from committers import ADD_ONE, ANN, BOB, Server, policy
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -27,107 +28,17 @@ from understudy.common.errors import (
     UnderstudyError,
 )
 from understudy.common.memtable import MISSING, Receipt
-from understudy.common.operations import ADD, PUT
-from understudy.common.records import ChainReader, Record
+from understudy.common.operations import PUT
+from understudy.common.records import Record
 from understudy.common.state import State
 from understudy.common.store import Store
-from understudy.common.types import START, TRANSACTION_BYTES_MAX, Durability, Epoch, Lsn
+from understudy.common.types import START, TRANSACTION_BYTES_MAX, Durability, Epoch
 from understudy.primary import committer as committer_module
-from understudy.primary.committer import CHECKPOINT_AGE_S, CommitPolicy, Committer
+from understudy.primary.committer import CHECKPOINT_AGE_S
 from understudy.v1 import data_pb2, log_pb2
 from understudy.v1.store_pb2 import CheckpointRow
 
-ANN, BOB = b"a" * 16, b"b" * 16
 LOCAL, REPLICA, APPLIED = Durability
-ADD_ONE = log_pb2.Operation(kind=ADD, key=b"n", amount=1)
-
-
-@dataclass
-class Applier:
-    """Applies to a real state, and can be behind."""
-
-    state: State
-    is_behind: bool = False
-    applied: list[Lsn] = field(default_factory=list)
-
-    def apply(self, record: Record, entry: log_pb2.Entry | None = None) -> log_pb2.Entry:
-        self.applied.append(record.lsn)
-        return self.state.apply(record, entry)
-
-
-class Server:
-    """A committer with its state and log, and with what its callers were answered."""
-
-    def __init__(self, store: Store, policy: CommitPolicy, *, log: list[Record] | None = None) -> None:
-        self.log = log or []  # what the writer was given
-        self.applier = Applier(State(store))
-        for record in self.log:
-            self.applier.state.apply(record)
-        self.clock_us = 1_000
-        self.now_s = 0.0
-        self.answers: list[tuple[str, int, Receipt]] = []  # realm, number, receipt; in the order of answering
-        self.committer = Committer(
-            self.applier, policy=policy, history_key=KEY, clock_us=lambda: self.clock_us
-        )
-        self._reader = ChainReader(self.committer.position)
-
-    @property
-    def state(self) -> State:
-        return self.applier.state
-
-    def submit(
-        self,
-        number: int,
-        realm: str = "/a",
-        *,
-        client: bytes = ANN,
-        level: Durability | None = None,
-        operations: list[log_pb2.Operation] | None = None,
-    ) -> None:
-        transaction = data_pb2.Transaction(
-            number=number,
-            realm=realm,
-            durability=data_pb2.Durability.ValueType(level.value if level else 0),
-            operations=[ADD_ONE] if operations is None else operations,
-        )
-        self.committer.submit(
-            client, transaction, lambda receipt: self.answers.append((realm, number, receipt))
-        )
-
-    def write(self) -> None:
-        """The writer takes what there is."""
-        self.log += self._reader.feed(self.committer.take_batch())
-
-    def durable(self, lsn: int | None = None) -> None:
-        """Everything, or what there is up to an LSN, is durable here."""
-        self.write()
-        lsn = self.log[-1].lsn if lsn is None else lsn
-        self.committer.on_durable(self.log[lsn - 1].position)
-
-    def replicas(self, *progress: tuple[int, int] | int, connected: int | None = None) -> None:
-        """How far the replicas are, as (durable, applied) or as both in one."""
-        pairs = [one if isinstance(one, tuple) else (one, one) for one in progress]
-        self.committer.on_replicas(
-            [(Lsn(durable), Lsn(applied)) for durable, applied in pairs],
-            connected=len(pairs) if connected is None else connected,
-            now_s=self.now_s,
-        )
-
-    def tick(self, seconds: float) -> None:
-        self.now_s += seconds
-        self.committer.on_tick(self.now_s)
-
-    @property
-    def answered(self) -> list[int]:
-        return [number for _, number, _ in self.answers]
-
-    @property
-    def count(self) -> int:
-        """How many transactions reads show, by what they added."""
-        return int(self.state.get("/a", b"n") or b"0") if self.state.realm("/a") else 0
-
-    def kinds(self) -> list[str | None]:
-        return [entries.parse_entry(record.payload, record.lsn).WhichOneof("body") for record in self.log]
 
 
 @pytest.fixture(scope="module")
@@ -137,10 +48,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     Store.create(path, CLUSTER, CheckpointRow(digest=START.digest))
     with Store.open(path) as opened:
         yield opened
-
-
-def policy(level: Durability, k: int = 1, degrade_after_s: float | None = None) -> CommitPolicy:
-    return CommitPolicy(durability=level, sync_replicas=k, degrade_after_s=degrade_after_s)
 
 
 # -- levels --------------------------------------------------------------------------------------------------

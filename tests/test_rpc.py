@@ -12,6 +12,7 @@ from harness import DEADLINE_S
 from nodes import GarbageServer
 
 from understudy.common import errors, portal
+from understudy.common.credentials import Credentials
 from understudy.common.errors import NotPermitted, PeerUnreachable, ProtocolError, UnderstudyError, UsageError
 from understudy.common.rpc import answering_errors, check_listen, open_channel, peer_errors, split_address
 from understudy.v1 import admin_pb2, admin_pb2_grpc
@@ -61,12 +62,44 @@ def test_what_is_no_address_is_refused_with_an_example_of_one(address: str) -> N
 
 @pytest.mark.parametrize("address", ["0.0.0.0:7850", "[::]:7850", "192.0.2.1:7850", "example.org:7850"])
 def test_only_loopback_is_listened_on_in_the_clear(address: str) -> None:
-    """G10: any other address needs to be asked for by name."""
-    with pytest.raises(NotPermitted, match="--insecure"):
-        check_listen(address, insecure=False)
-    check_listen(address, insecure=True)
+    """G10: any other address needs TLS."""
+    with pytest.raises(NotPermitted, match="--tls-cert"):
+        check_listen(address, has_tls=False)
+    check_listen(address, has_tls=True)
     for loopback in ("127.0.0.1:0", "[::1]:0", "localhost:0"):
-        check_listen(loopback, insecure=False)
+        check_listen(loopback, has_tls=False)
+
+
+@pytest.mark.parametrize("target", ["192.0.2.1:7850", "example.org:7850", "[2001:db8::7]:7850"])
+def test_a_token_is_not_sent_in_the_clear(target: str) -> None:
+    """G10: beyond this machine a token needs TLS; on loopback and on a Unix socket it does not."""
+    credentials = Credentials(token="secret")
+
+    async def opened(to: str) -> None:
+        await open_channel(to, credentials).close()
+
+    with pytest.raises(NotPermitted, match="--ca"):
+        portal.call(opened(target))
+    for here in ("127.0.0.1:7850", "[::1]:7850", "localhost:7850", "unix:/tmp/socket"):
+        portal.call(opened(here))
+
+
+def test_each_call_shows_the_token() -> None:
+    """Of every kind of call, in the metadata, beside what the caller puts there itself."""
+    shown: list[dict[str, str]] = []
+
+    def note(context: grpc.aio.ServicerContext) -> None:  # type: ignore[type-arg]
+        shown.append({key: str(value) for key, value in context.invocation_metadata() or ()})
+
+    async def asked() -> None:
+        async with _serving(note) as address, open_channel(address, Credentials(token="a.b-c")) as channel:
+            status = admin_pb2_grpc.AdminStub(channel).Status
+            await status(admin_pb2.StatusRequest(), timeout=DEADLINE_S)
+            await status(admin_pb2.StatusRequest(), timeout=DEADLINE_S, metadata=(("own", "1"),))
+
+    portal.call(asked())
+    assert [one.get("authorization") for one in shown] == ["Bearer a.b-c"] * 2
+    assert shown[1]["own"] == "1"
 
 
 # -- errors over the wire --------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from log_helpers import chain
 
 from understudy.common import entries
+from understudy.common.backoff import Backoff
 from understudy.common.errors import CorruptionError, ProtocolError
 from understudy.common.records import RECORD_HEADER_BYTES, Record
 from understudy.common.types import START, ClusterId, Epoch, Lsn, NodeId, Position
@@ -32,7 +33,6 @@ from understudy.replica.follow_session import (
     Action,
     Append,
     Apply,
-    Backoff,
     ComeAgain,
     FollowSession,
     SendProgress,
@@ -540,14 +540,14 @@ def test_there_is_something_to_do_at_every_deadline(idle_s: float) -> None:
 
 def test_tries_become_rarer_and_begin_anew_after_a_success() -> None:
     """Waits double up to a limit, spread by chance so that replicas don't come all at once."""
-    backoff = Backoff()
-    waits = [backoff.after_failure(0.5) for _ in range(12)]
+    backoff = Backoff(first_s=BACKOFF_S[0], last_s=BACKOFF_S[1])
+    waits = [backoff.next_s(0.5) for _ in range(12)]
     assert waits[:4] == [BACKOFF_S[0] * 2**n for n in range(4)]
     assert waits[-1] == BACKOFF_S[1]
-    assert backoff.after_failure(0.0) == BACKOFF_S[1] / 2
-    assert backoff.after_failure(1.0) == BACKOFF_S[1] * 1.5
+    assert backoff.next_s(0.0) == BACKOFF_S[1] / 2
+    assert backoff.next_s(1.0) == BACKOFF_S[1] * 1.5
     backoff.reset()
-    assert backoff.after_failure(0.5) == BACKOFF_S[0]
+    assert backoff.next_s(0.5) == BACKOFF_S[0]
 
 
 # -- anything may happen -----------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from understudy.common.certificate_authority import KeyFiles
 from understudy.common.errors import ExitCode, NotPermitted, UsageError
 from understudy.common.settings import LOG_CEILING_BYTES, PrimarySettings, ReplicaSettings, load_settings
 from understudy.common.types import Durability
@@ -48,10 +49,9 @@ def test_a_flag_wins_over_a_variable_and_that_over_the_file(tmp_path: Path) -> N
 
 
 def test_a_flag_not_given_is_no_setting() -> None:
-    """A flag of None leaves the word to the variable, also where that says false."""
-    settings = primary({"insecure": None}, environment={"UNDERSTUDY_INSECURE": "true"})
-    assert settings.insecure is True
-    assert primary({"insecure": None}, environment={"UNDERSTUDY_INSECURE": "no"}).insecure is False
+    """A flag of None leaves the word to the variable."""
+    settings = primary({"sync_replicas": None}, environment={"UNDERSTUDY_SYNC_REPLICAS": "2"})
+    assert settings.sync_replicas == 2
 
 
 def test_one_file_serves_both_processes(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_one_file_serves_both_processes(tmp_path: Path) -> None:
         ("[primary", "understudy.toml"),
         ("[primary]\nsync_replicas = []", "sync_replicas"),
         ('[primary]\ndegrade_after_s = "soon"', "degrade_after_s"),
-        ('[primary]\ninsecure = "maybe"', "insecure"),
+        ("[primary]\ninsecure = true", "insecure"),
     ],
 )
 def test_a_mistake_in_the_file_is_named(tmp_path: Path, text: str, named: str) -> None:
@@ -143,12 +143,51 @@ def test_a_replica_refuses_what_can_not_be(flags: dict[str, Any], named: str) ->
 
 @pytest.mark.parametrize("name", ["listen", "metrics"])
 @pytest.mark.parametrize("address", ["0.0.0.0:7850", "[::]:7850", "192.0.2.1:7850", "example.org:7850"])
-def test_beyond_this_machine_only_if_told_so(name: str, address: str) -> None:
-    """G10: an address that is not loopback is refused without --insecure, for clients and for metrics."""
+def test_beyond_this_machine_only_with_tls(name: str, address: str, keys: KeyFiles) -> None:
+    """G10: an address that is not loopback is refused without TLS, for clients and for metrics."""
     with pytest.raises(NotPermitted, match="refusing to listen") as raised:
         primary({name: address})
     assert raised.value.exit_code is ExitCode.NOT_PERMITTED
-    assert getattr(primary({name: address, "insecure": True}), name) == address
+    cert, key = keys.server
+    assert getattr(primary({name: address, "tls_cert": cert, "tls_key": key}), name) == address
+
+
+def test_what_is_asked_for_and_missing_is_refused(keys: KeyFiles, tmp_path: Path) -> None:
+    """G10: half of a certificate and its key, or of a client's, or a file that is not there, is no plaintext."""
+    (cert, key), (own, own_key) = keys.server, keys.replica
+    for flags, named in (
+        ({"tls_cert": cert}, "--tls-key"),
+        ({"tls_key": key}, "--tls-cert"),
+        ({"tls_ca": keys.ca[0]}, "--tls-cert"),
+        ({"tls_cert": cert, "tls_key": tmp_path / "none.pem"}, "none.pem"),
+        ({"tls_cert": cert, "tls_key": key, "tls_ca": tmp_path / "none.pem"}, "none.pem"),
+    ):
+        with pytest.raises(UsageError, match=named):
+            primary(flags)
+    for flags, named in (
+        ({"cert": own}, "--cert-key"),
+        ({"cert": own, "cert_key": own_key}, "--ca"),
+        ({"ca": tmp_path / "none.pem"}, "none.pem"),
+        ({"ca": keys.ca[0], "token": f"@{tmp_path}/none"}, "none"),
+        ({"ca": keys.ca[0], "token": "two words"}, "token"),
+    ):
+        given = {"data_dir": Path("data"), "primary": "127.0.0.1:7850", **flags}
+        with pytest.raises(UsageError, match=named):
+            load_settings(ReplicaSettings, given, environment={})
+
+
+def test_the_old_word_for_plaintext_is_an_error() -> None:
+    """G10: what once allowed to serve everybody in the clear is refused, not left unheard."""
+    with pytest.raises(UsageError, match="UNDERSTUDY_INSECURE"):
+        load_settings(PrimarySettings, {"data_dir": Path("d")}, environment={"UNDERSTUDY_INSECURE": "true"})
+
+
+def test_a_token_is_not_shown_with_the_settings() -> None:
+    """Whoever logs the settings does not log the secret."""
+    given = {"data_dir": Path("data"), "primary": "127.0.0.1:7850", "token": "secret-token"}
+    settings = load_settings(ReplicaSettings, given, environment={})
+    assert settings.credentials.bearer() == "secret-token"
+    assert "secret-token" not in repr(settings) + repr(settings.credentials)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:0", "127.1.2.3:7850", "[::1]:7850", "localhost:7850"])

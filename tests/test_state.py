@@ -14,11 +14,10 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from state_helpers import CLUSTER, KEY, Author, RealmModel
+from state_helpers import CLIENTS, CLUSTER, KEY, Author, Layers, RealmModel, write_here
 from store_helpers import open_both
 
-from understudy.common import checkpoint, entries, memtable, state
-from understudy.common.checkpoint import apply_checkpoint
+from understudy.common import checkpoint, entries, memtable, realm_history, state
 from understudy.common.checkpoint_job import Job
 from understudy.common.checkpoint_process import Checkpointer
 from understudy.common.errors import CorruptionError, UnknownRealm
@@ -29,12 +28,10 @@ from understudy.common.records import Record, encode_record
 from understudy.common.scan import Scan
 from understudy.common.state import RealmHead, State
 from understudy.common.store import Store
-from understudy.common.store_layout import Environment
 from understudy.common.types import START, Lsn
 from understudy.v1 import log_pb2
 from understudy.v1.store_pb2 import CheckpointRow
 
-CLIENTS = [b"1" * 16, b"2" * 16]
 KEYS = [b"\x00", b"a", b"aa", b"b", b"b\x00", b"c", b"\xff", b"\xff" * 480]
 VALUES = [b"", b"0", b"-7", b"9223372036854775807", b"9223372036854775808", b"text", b"v" * 3000]
 EVERYTHING = 1 << 30
@@ -89,11 +86,6 @@ class Node:
         self.records = [record for record in self.records if record.lsn > self.state.applied.lsn]
         for record in self.records:
             self.state.apply(record)
-
-
-def write_here(environment: Environment, table: Memtable) -> None:
-    """Writes a checkpoint in this process."""
-    apply_checkpoint(environment, table.parts())
 
 
 @contextlib.contextmanager
@@ -262,11 +254,20 @@ class StateMachine(RuleBasedStateMachine):
         assert count(self.state, path, b"a", b"c") == len(known.between(b"a", b"c"))
 
     @invariant()
+    def every_change_is_still_there(self) -> None:
+        """From whatever layer: no seam shows."""
+        for path, known in self.author.realms.items():
+            assert self.state.history(path, 1, count_max=EVERYTHING, bytes_max=EVERYTHING) == known.history
+            assert self.state.history_first(path) == 1
+            assert self.state.head_lsn(path) == known.history[-1].lsn
+
+    @invariant()
     def g6_every_transaction_still_has_its_receipt(self) -> None:
         for path, client in itertools.product(self.paths, CLIENTS):
             known = self.author.realms.get(path) or RealmModel(path)
             last = known.last_number(client)
             assert self.state.last_number(path, client) == last
+            assert self.state.client_row(path, client) == known.clients.get(client)
             for number in range(1, last + 1):
                 assert self.state.receipt(path, client, number) == known.receipts.get((client, number))
 
@@ -290,30 +291,6 @@ TestStateWithCheckpointProcess.settings = settings(max_examples=8, stateful_step
 
 
 # -- scans ---------------------------------------------------------------------------------------------------
-
-
-class Layers:
-    """A state over a store in this process, with an author for its log."""
-
-    def __init__(self, environment: Environment, store: Store) -> None:
-        self._environment = environment
-        self.author = Author()
-        self.state = State(store)
-
-    def commit(
-        self, path: str, *what: Operation, client: bytes = CLIENTS[0], number: int | None = None
-    ) -> None:
-        self.state.apply(self.author.change(path, what, client=client, number=number))
-
-    def freeze(self) -> None:
-        self.state.apply(self.author.freeze())
-
-    def checkpoint(self) -> None:
-        """Everything goes into the store."""
-        self.freeze()
-        while self.state.frozen:
-            write_here(self._environment, self.state.frozen[-1])
-            self.state.checkpointed()
 
 
 @pytest.fixture
@@ -412,7 +389,7 @@ def test_g6_a_receipt_too_old_to_be_known_is_told_from_one_that_never_was(
     if why == "history was cut":
         monkeypatch.setattr(checkpoint, "HISTORY_VERSIONS_MAX", 4)
     else:
-        monkeypatch.setattr(state, "RECEIPT_SEARCH_VERSIONS", 3)
+        monkeypatch.setattr(realm_history, "RECEIPT_SEARCH_VERSIONS", 3)
     for number in range(1, 11):
         layers.commit("/a", Add(b"n", 1), number=2 * number)
     layers.checkpoint()

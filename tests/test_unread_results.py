@@ -10,6 +10,7 @@ import grpc.aio
 import pytest
 
 from understudy.client import Put, aconnect
+from understudy.common.access import LOCAL, set_caller
 from understudy.common.operations import to_protos
 from understudy.common.settings import PrimarySettings
 from understudy.primary import data_service
@@ -54,7 +55,8 @@ def test_g9_a_client_that_takes_no_results_is_read_from_no_more(
         async with serving_primary(settings) as primary:
             context: Any = _Writer()
             answers = _Answers(primary.node)
-            service = PrimaryDataService(primary.node)
+            set_caller(LOCAL)
+            service = PrimaryDataService(primary.node, primary.authority)
             taking = asyncio.create_task(service._take_in(bytes(16), context, answers))
             async with aconnect(primary.address) as other:
                 for _ in range(2 * _MESSAGES):  # time enough to read everything

@@ -9,6 +9,7 @@ from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from understudy.v1 import log_pb2 as _log_pb2
 from understudy.v1 import replication_pb2 as _replication_pb2
+from understudy.v1 import sync_pb2 as _sync_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -55,6 +56,8 @@ class StatusResponse(_message.Message):
     WARNINGS_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     PROOF_FIELD_NUMBER: _builtins.int
+    ACCESS_FIELD_NUMBER: _builtins.int
+    HEALING_FIELD_NUMBER: _builtins.int
     role: _builtins.str
     cluster: _builtins.bytes
     node: _builtins.bytes
@@ -68,6 +71,8 @@ class StatusResponse(_message.Message):
     durability: _builtins.str
     """the level in force, for example "replica" or "local (degraded)" """
     version: _builtins.str
+    access: _builtins.str
+    """"protected": all on this machine; "tokens": they with a token; "tls": all with one"""
     @_builtins.property
     def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReplicaStatus]: ...
     @_builtins.property
@@ -78,6 +83,10 @@ class StatusResponse(_message.Message):
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def proof(self) -> _replication_pb2.EpochProof: ...
+    @_builtins.property
+    def healing(self) -> Global___Healing:
+        """primaries only"""
+
     def __init__(
         self,
         *,
@@ -97,14 +106,46 @@ class StatusResponse(_message.Message):
         warnings: _abc.Iterable[_builtins.str] | None = ...,
         version: _builtins.str = ...,
         proof: _replication_pb2.EpochProof | None = ...,
+        access: _builtins.str = ...,
+        healing: Global___Healing | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["proof", b"proof", "upstream", b"upstream"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["healing", b"healing", "proof", b"proof", "upstream", b"upstream"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_lsn", b"checkpoint_lsn", "cluster", b"cluster", "committed_lsn", b"committed_lsn", "digest", b"digest", "durability", b"durability", "durable_lsn", b"durable_lsn", "epoch", b"epoch", "lsn", b"lsn", "node", b"node", "proof", b"proof", "realms", b"realms", "replicas", b"replicas", "role", b"role", "upstream", b"upstream", "version", b"version", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["access", b"access", "checkpoint_lsn", b"checkpoint_lsn", "cluster", b"cluster", "committed_lsn", b"committed_lsn", "digest", b"digest", "durability", b"durability", "durable_lsn", b"durable_lsn", "epoch", b"epoch", "healing", b"healing", "lsn", b"lsn", "node", b"node", "proof", b"proof", "realms", b"realms", "replicas", b"replicas", "role", b"role", "upstream", b"upstream", "version", b"version", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StatusResponse: _TypeAlias = StatusResponse  # noqa: Y015
+
+@_typing.final
+class Healing(_message.Message):
+    """Changes that this server did not have and that came home since it was started."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SECONDS_LEFT_FIELD_NUMBER: _builtins.int
+    CLIENTS_FIELD_NUMBER: _builtins.int
+    HOMECOMING_FIELD_NUMBER: _builtins.int
+    seconds_left: _builtins.float
+    """in which new transactions wait for it"""
+    clients: _builtins.int
+    """from so many"""
+    @_builtins.property
+    def homecoming(self) -> _sync_pb2.Homecoming: ...
+    def __init__(
+        self,
+        *,
+        seconds_left: _builtins.float = ...,
+        clients: _builtins.int = ...,
+        homecoming: _sync_pb2.Homecoming | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["homecoming", b"homecoming"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clients", b"clients", "homecoming", b"homecoming", "seconds_left", b"seconds_left"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Healing: _TypeAlias = Healing  # noqa: Y015
 
 @_typing.final
 class ReplicaStatus(_message.Message):

@@ -34,6 +34,7 @@ class RealmRow(_message.Message):
     BYTES_FIELD_NUMBER: _builtins.int
     HISTORY_FIRST_FIELD_NUMBER: _builtins.int
     HISTORY_BYTES_FIELD_NUMBER: _builtins.int
+    HEAD_LSN_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     """the LSN of the realm's first change"""
     version: _builtins.int
@@ -45,8 +46,10 @@ class RealmRow(_message.Message):
     bytes: _builtins.int
     """keys and values"""
     history_first: _builtins.int
-    """the oldest version in `history`"""
+    """the oldest version in `history`; one more than `version` where none is kept"""
     history_bytes: _builtins.int
+    head_lsn: _builtins.int
+    """of the latest change; 0 in older rows: ask `history`"""
     def __init__(
         self,
         *,
@@ -58,10 +61,11 @@ class RealmRow(_message.Message):
         bytes: _builtins.int = ...,
         history_first: _builtins.int = ...,
         history_bytes: _builtins.int = ...,
+        head_lsn: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "entries", b"entries", "head", b"head", "history_bytes", b"history_bytes", "history_first", b"history_first", "id", b"id", "state_digest", b"state_digest", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "entries", b"entries", "head", b"head", "head_lsn", b"head_lsn", "history_bytes", b"history_bytes", "history_first", b"history_first", "id", b"id", "state_digest", b"state_digest", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,89 @@
+"""``understudy salvage``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from understudy.cli.options import EPILOG, json_option, server_option
+from understudy.common.errors import ExitCode
+
+if TYPE_CHECKING:
+    from understudy.common.credentials import Credentials
+    from understudy.v1 import sync_pb2
+
+
+@click.command(epilog=EPILOG)
+@click.argument("file", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False))
+@server_option
+@json_option
+def salvage(file: Path, server: str, credentials: Credentials, as_json: bool) -> int:
+    """Bring home what only an old primary had.
+
+    FILE is the export that `understudy rewind` left in set-aside/. Changes that the server lacks are applied: as they
+    were where their realm has not gone on since, else as new changes. What it has already is passed over, so this can
+    be repeated. Changes of users, permissions and tokens are left out: make those again.
+
+    \b
+    Example:
+      understudy salvage data/set-aside/entries-00000000000000000101-….jsonl --server 127.0.0.1:7850
+    """
+    import asyncio
+
+    from understudy.cli.output import print_json
+    from understudy.common.portal import new_event_loop
+
+    for _ in _changes(file):  # read through first: a line that is none must not break off a call half sent
+        pass
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        found = runner.run(_send(file, server, credentials))
+    if as_json:
+        print_json(
+            {
+                "appended": found.appended,
+                "renewed": found.renewed,
+                "known": found.known,
+                "refused": found.refused,
+                "problems": list(found.problems),
+            }
+        )
+    else:
+        _tell(found)
+    return ExitCode.FAILED if found.refused else ExitCode.DONE
+
+
+def _tell(found: sync_pb2.Homecoming) -> None:
+    from understudy.cli.output import plain
+
+    click.echo(
+        f"{found.appended:,} changes came home as they were, {found.renewed:,} as new ones; "
+        f"the server had {found.known:,}"
+    )
+    if found.refused:
+        click.echo(f"{found.refused:,} were refused:", err=True)
+    for problem in found.problems:
+        click.echo(f"  {plain(problem)}", err=True)
+
+
+async def _send(file: Path, server: str, credentials: Credentials) -> sync_pb2.Homecoming:
+    from understudy.client.direct import aconnect_as
+
+    async with aconnect_as(credentials, server) as connected:
+        return await connected.salvage(_changes(file))
+
+
+def _changes(file: Path) -> Iterator[tuple[bytes, bytes]]:
+    from understudy.common.entry_json import signed_change
+    from understudy.common.errors import BadImport
+
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                found = signed_change(line)
+            except ValueError as error:
+                raise BadImport(f"{file}, line {number}: {error}") from None
+            if found is not None:
+                yield found

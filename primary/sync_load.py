@@ -1,0 +1,93 @@
+"""A realm's state on its way to a client, page by page. Pure over the ports of :mod:`understudy.primary.sync_host`.
+
+Every page is of one version. Pages of one scan are of the same; the next scan is of a later one, and the changes
+made meanwhile go out before its first page. So a load can be broken off after any page and gone on with much later,
+and pins what it reads only for a while.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from understudy.primary.sync_host import Head, Host, Pages
+from understudy.v1 import sync_pb2
+
+PAGE_PAIRS = 2_000
+PAGE_BYTES = 256 << 10
+PAGES_A_SCAN = 64  # 16 MiB
+UNREAD_POLLS_MAX = 10  # so often in a row may the session look around while nothing is taken from a scan
+
+
+class Loading:
+    """One load. ``begun``: the client holds pages, of the version that its binding stands at."""
+
+    def __init__(self, frontier: bytes | None) -> None:
+        """Goes on behind ``frontier``, the last key that the client holds; None: from the first."""
+        self.begun = frontier is not None
+        self._frontier = frontier or b""
+        self._scan: Pages | None = None
+        self._pages_left = 0
+        self._unread_polls = 0
+        self._position = sync_pb2.RealmPosition()
+        self._realm_id = 0
+        self._lsn = 0
+        self._last_numbers: list[int] = []
+        self._page: sync_pb2.StatePage | None = None
+
+    def close(self) -> None:
+        """Lets go of what is pinned."""
+        if self._scan is not None:
+            self._scan.close()
+            self._scan = None
+
+    def next_page(
+        self, host: Host, path: str, head: Head, clients: Sequence[bytes]
+    ) -> sync_pb2.StatePage | None:
+        """The page to be sent next, the same until it was :meth:`sent`; None: it must not be seen yet."""
+        if self._page is None:
+            if self._scan is None and not self._open(host, path, head, clients):
+                return None
+            self._page = self._make()
+        return self._page
+
+    def _open(self, host: Host, path: str, head: Head, clients: Sequence[bytes]) -> bool:
+        lsn = host.state.head_lsn(path)
+        if lsn > host.shown_lsn:
+            return False
+        self._scan = host.scan(path, self._frontier)
+        self._pages_left = PAGES_A_SCAN
+        self._position = sync_pb2.RealmPosition(version=head.version, digest=head.head)
+        self._realm_id, self._lsn = head.id, lsn
+        self._last_numbers = [host.state.last_number(path, client) for client in clients]
+        self._time_us = host.state.time_us
+        return True
+
+    def _make(self) -> sync_pb2.StatePage:
+        assert self._scan is not None
+        keys, values, at_end = self._scan.page(bytes_max=PAGE_BYTES, pairs_max=PAGE_PAIRS)
+        return sync_pb2.StatePage(
+            position=self._position,
+            realm_id=self._realm_id,
+            lsn=self._lsn,
+            keys=keys,
+            values=values,
+            last=at_end,
+            last_numbers=self._last_numbers,
+            time_us=self._time_us,
+        )
+
+    def sent(self, page: sync_pb2.StatePage) -> None:
+        """The page is going out."""
+        self.begun, self._page = True, None
+        if page.keys:
+            self._frontier = page.keys[-1]
+        self._pages_left -= 1
+        self._unread_polls = 0
+        if self._pages_left <= 0:
+            self.close()
+
+    def poll(self) -> None:
+        """Time has passed: a client that does not read pins nothing; it goes on with another scan."""
+        self._unread_polls += 1
+        if self._unread_polls > UNREAD_POLLS_MAX:
+            self.close()
