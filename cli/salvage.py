@@ -36,8 +36,7 @@ def salvage(file: Path, server: str, credentials: Credentials, as_json: bool) ->
     from understudy.cli.output import print_json
     from understudy.common.portal import new_event_loop
 
-    for _ in _changes(file):  # read through first: a line that is none must not break off a call half sent
-        pass
+    _check(file)
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         found = runner.run(_send(file, server, credentials))
     if as_json:
@@ -73,6 +72,18 @@ async def _send(file: Path, server: str, credentials: Credentials) -> sync_pb2.H
 
     async with aconnect_as(credentials, server) as connected:
         return await connected.salvage(_changes(file))
+
+
+def _check(file: Path) -> None:
+    """Reads the file through before anything is sent: a line that is none must not break off a call half done."""
+    from understudy.common.errors import UsageError
+
+    if file.exists() and not file.is_file():
+        raise UsageError(
+            f"{file} is no regular file, and has to be read twice", remedy="write it to one first"
+        )
+    for _ in _changes(file):
+        pass
 
 
 def _changes(file: Path) -> Iterator[tuple[bytes, bytes]]:

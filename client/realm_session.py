@@ -69,9 +69,7 @@ class RealmSession(RealmBinding):
             self._expect(bound, Phase.BINDING, Phase.HEALING)
         self._bound, self.head_version = bound, bound.head.version
         self._uploader = None
-        if (
-            bound.decision != sync_pb2.SYNC_RESET
-        ):  # nobody is taken for a client of old who has only been turned away
+        if bound.decision != sync_pb2.SYNC_RESET:  # which may come of our silence, and must not end it
             self._realm.touch(bound.time_us)
         self._backoff.reset()
         match bound.decision:
@@ -269,8 +267,10 @@ class RealmSession(RealmBinding):
         uploader = self._uploader
         if uploader is None or uploader.error is not None:
             return []
-        uploader.refused(refusals.refusals, now_s=now_s)
-        return [] if uploader.error is None else [RealmError(path=self._path, error=uploader.error)]
+        uploader.refused(refusals.client, refusals.refusals, now_s=now_s)
+        if uploader.error is not None:
+            return [RealmError(path=self._path, error=uploader.error)]
+        return [] if self._realm.row.queue_count else [Uploaded(path=self._path)]
 
     # -- the tail, and the end -----------------------------------------------------------------------------------
 

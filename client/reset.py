@@ -61,6 +61,8 @@ class CopyResetter:
             recovery_forbidden=bound.recovery_forbidden,
         )
         _note_reason(record, bound)
+        if required.tail_taken is not None:
+            _log_tail(realm.path, required.tail_taken)
         if isinstance(chosen, Refusal):
             if record.swapped:
                 local.set_reset(record)
@@ -187,6 +189,18 @@ def _copied(record: local_pb2.ResetRecord) -> local_pb2.ResetRecord:
     copy = local_pb2.ResetRecord()
     copy.CopyFrom(record)
     return copy
+
+
+def _log_tail(path: str, taken: sync_pb2.Homecoming) -> None:
+    """What became of confirmed changes that the server had lost: those that it refused are only in the kept copy."""
+    (log.warning if taken.refused else log.info)(
+        "client_reset_tail",
+        realm=path,
+        renewed=taken.renewed,
+        known=taken.known,
+        refused=taken.refused,
+        problems=list(taken.problems),
+    )
 
 
 def _note_reason(record: local_pb2.ResetRecord, bound: sync_pb2.RealmBound) -> None:

@@ -108,16 +108,16 @@ class Uploader:
             self._in_flight_bytes -= self._in_flight.popleft()[1]
         self._backoff.reset()
 
-    def refused(self, refusals: Sequence[data_pb2.Refusal], *, now_s: float) -> None:
+    def refused(self, client: bytes, refusals: Sequence[data_pb2.Refusal], *, now_s: float) -> None:
         """The server did not take these. What can be tried again will be, from the first of them on, in order."""
         for refusal in refusals:
             if not any(number == refusal.number for number, _ in self._in_flight):
                 continue  # it was sent with one before it that is to be sent again
             error = from_code(refusal.code, refusal.message, refusal.remedy)
             if isinstance(error, ReceiptExpired):
-                self.confirmed(
-                    refusal.number
-                )  # it was applied: it comes back with the changes, and leaves the queue
+                # It was applied, perhaps under another name: it won't come back as this one.
+                self._realm.leave_queue(client, [refusal.number])
+                self.confirmed(refusal.number)
                 continue
             self._rewind(refusal.number)
             if isinstance(error, Unavailable):

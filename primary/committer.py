@@ -35,6 +35,7 @@ from understudy.common.types import (
     is_system_realm,
 )
 from understudy.primary.in_flight import Done, Head, InFlight, Pending, SignedChange
+from understudy.primary.renewed import RENEWED_NUMBER, renewed_name
 from understudy.v1 import data_pb2, log_pb2
 
 # Made, not yet committed: a bound on memory, and on what a failover can leave unacknowledged.
@@ -97,6 +98,8 @@ class Committer:
         self._answering: dict[Durability, deque[Pending]] = {level: deque() for level in Durability}
         self._batch: list[bytes] = []
         self._in_flight = InFlight(applier.state)
+        # Whether changes were renewed on this history, as far as it can tell: after a failover, they may have been.
+        self._renews = len(applier.state.epochs) > 1
         self._replica_durable: Lsn = Lsn(0)
         self._replica_applied: Lsn = Lsn(0)
         self._alone_since_s: float | None = None
@@ -175,9 +178,9 @@ class Committer:
                 known.done.append(done)
                 return True
             if number > next(reversed(in_flight)):
-                return False
+                return self._answer_renewed(path, client, number, level, done)
         elif number > self._applier.state.last_number(path, client):
-            return False
+            return self._answer_renewed(path, client, number, level, done)
         receipt = self._applier.state.receipt(path, client, number)
         if isinstance(receipt, Missing):
             raise ReceiptExpired(
@@ -191,6 +194,34 @@ class Committer:
             )
         self._await_level(receipt, level, done)
         return True
+
+    def _answer_renewed(self, path: str, client: bytes, number: int, level: Durability, done: Done) -> bool:
+        """The same for one that has come home under another name, while its client was still waiting for an answer."""
+        if not self._renews or not self.was_renewed(path, client, number):
+            return False
+        name = renewed_name(client, number)
+        return self._answer_again(path, name, RENEWED_NUMBER, level, done)
+
+    def was_renewed(self, path: str, client: bytes, number: int) -> bool:
+        """Whether this change of a client is here, or in flight, under the name of one that was renewed."""
+        return self._in_flight.last_number(path, renewed_name(client, number)) > 0
+
+    def submit_renewed(self, transaction: data_pb2.Transaction, origin: bytes, done: Done) -> None:
+        """Takes in a change that this history has lost, as a new one.
+
+        It keeps client and number where that leaves no earlier number of its client out, which may yet come; else it
+        gets a name of its own. What was renewed already is answered with its receipt.
+
+        Raises:
+            as :meth:`submit`.
+        """
+        path, number = transaction.realm, transaction.number
+        if number == self._in_flight.last_number(path, origin) + 1:
+            self.submit(origin, transaction, done)
+            return
+        self._renews = True
+        transaction.number = RENEWED_NUMBER
+        self.submit(renewed_name(origin, number), transaction, done)
 
     def _await_level(self, receipt: Receipt, level: Durability, done: Done) -> None:
         # Applied, but after a restart perhaps not yet on a replica: it must not be acknowledged for less.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from hashlib import sha256
 from typing import Protocol
 
 from google.protobuf.message import DecodeError
@@ -19,7 +18,7 @@ from understudy.common.errors import BadOperation, UnderstudyError
 from understudy.common.memtable import Missing, Receipt
 from understudy.common.operations import check_operations
 from understudy.common.state import State
-from understudy.common.types import ID_BYTES, check_realm_path, is_system_realm
+from understudy.common.types import check_realm_path, is_system_realm
 from understudy.primary.in_flight import Done, SignedChange
 from understudy.v1 import data_pb2, log_pb2, sync_pb2
 
@@ -35,8 +34,11 @@ class Taker(Protocol):
     def head(self, path: str) -> tuple[int, bytes]:
         """Version and digest of a realm's last change, applied or in flight."""
 
-    def submit(self, client: bytes, transaction: data_pb2.Transaction, done: Done) -> None:
-        """Takes in a new change."""
+    def was_renewed(self, path: str, client: bytes, number: int) -> bool:
+        """Whether a change has come home as a new one before."""
+
+    def submit_renewed(self, transaction: data_pb2.Transaction, origin: bytes, done: Done) -> None:
+        """Takes in a change of ``origin`` as a new one."""
 
     def submit_again(self, change: log_pb2.Change, signed: SignedChange, done: Done) -> None:
         """Takes in a change as it was."""
@@ -129,22 +131,21 @@ class _Arrival:
         if not self._may_renew:
             raise Refused("the realm has gone on, and this client may not write to it")
         self._check_forked(change)
-        client, number = change.client, change.number
-        if (client, number) in self._receipts:
-            receipt = self._receipts[client, number]
-            if receipt is not None:
-                if isinstance(receipt, Missing):
-                    raise Refused(f"version {change.version} is too old to tell whether it was applied")
-                self._result.known += 1
-                return
-            # Its client has gone on, and numbers must rise: so it comes under a name of its own.
-            client, number = sha256(b"renewed" + client + number.to_bytes(8, "big")).digest()[:ID_BYTES], 1
-            if self._state.last_number(self._path, client):
-                self._result.known += 1
-                return
-        transaction = data_pb2.Transaction(number=number, realm=self._path, operations=change.operations)
-        self._send(lambda done: self._taker.submit(client, transaction, done))
+        if self._is_here(change):
+            self._result.known += 1
+            return
+        transaction = data_pb2.Transaction(
+            number=change.number, realm=self._path, operations=change.operations
+        )
+        self._send(lambda done: self._taker.submit_renewed(transaction, change.client, done))
         self._result.renewed += 1
+
+    def _is_here(self, change: log_pb2.Change) -> bool:
+        """Whether a change of another history was made on ours, too: under its own name, or as a renewed one."""
+        receipt = self._receipts.get((change.client, change.number))
+        if isinstance(receipt, Missing):
+            raise Refused(f"version {change.version} is too old to tell whether it was applied")
+        return receipt is not None or self._taker.was_renewed(self._path, change.client, change.number)
 
     def _check_forked(self, change: log_pb2.Change) -> None:
         """Refuses what may have been on our history: it would be done a second time."""

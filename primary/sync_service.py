@@ -14,6 +14,7 @@ from understudy.common.access import Level, Principal, caller
 from understudy.common.authority import Authority
 from understudy.common.errors import (
     ProtocolError,
+    ReceiptExpired,
     Unavailable,
     UnderstudyError,
 )
@@ -280,6 +281,9 @@ class _Host:
         if self._node.heal_window.is_open(time.monotonic()):
             raise Unavailable("this server takes only what comes home for now", remedy="try again later")
         self._authority.permitted(self._principal, transaction.realm, Level.WRITE)
+        path, number = transaction.realm, transaction.number
+        if self._node.committer.was_renewed(path, client, number):
+            raise ReceiptExpired(f"transaction {number} on {path} has come home already, as a new change")
         self._node.submit(client, transaction, _heard_in_the_stream)
 
     def follow(self, path: str) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from understudy.common.errors import (
     Overloaded,
     ProtocolError,
+    ReceiptExpired,
     Unavailable,
     UnderstudyError,
 )
@@ -177,6 +178,8 @@ class SyncSession:
             )
         try:
             self._host.submit(client, transaction)
+        except ReceiptExpired:  # it is here, and won't be sent again
+            raise
         except UnderstudyError:
             binding.refused[client] = number
             raise

@@ -99,7 +99,8 @@ class Device:
         """A change of the application's, which adds its label to what it does."""
         label = self.world.new_label()
         self.realms[path].realm.commit(to_protos([*operations, Add(label, 1)]))
-        self.world.must.add((path, label))
+        if self not in self.world.twins:
+            self.world.must.add((path, label))
         self.do(self.session.local_change(path))
         return path, label
 
@@ -107,14 +108,20 @@ class Device:
         """A message arrives."""
         line = self.line
         assert line is not None
+        before = self.held()
+        self._take(line)
+        # A primary that is gone can still add to what is held here, or say that it is safe: on another replica.
+        self.world.must |= self.held() - before
+        if not line.is_held_above:
+            self.world.must -= before - self.held()
+
+    def _take(self, line: Line) -> None:
         response = sync_pb2.SyncResponse.FromString(line.down.popleft())
         if response.WhichOneof("message") == "welcome":
             self.store.set_met(response.welcome.cluster, response.welcome.epoch)
             self.do(self.session.connected(response.welcome))
         else:
             self.do(self.session.received(response, now_s=self.world.now_s))
-        for path in self.world.paths:  # it may come from a primary that is gone
-            self.world.must.update(*(labels_of(path, change.operations) for change in self.tail(path)))
 
     def written(self) -> None:
         """The first of what was sent has gone."""
@@ -163,10 +170,10 @@ class Device:
         queue = self.realms[path].realm.queued(0, count_max=1 << 30, bytes_max=1 << 60)
         return {label for change in queue for label in labels_of(path, change.operations)}
 
-    def queued_before(self, path: str, client: bytes, number: int) -> set[Label]:
-        """Labels of those that a client made before a number."""
+    def queued_of(self, path: str, client: bytes) -> set[Label]:
+        """Labels of those in its queue that were made under an id."""
         queue = self.realms[path].realm.queued(0, count_max=1 << 30, bytes_max=1 << 60)
-        meant = [change for change in queue if change.client == client and change.number < number]
+        meant = [change for change in queue if change.client == client]
         return {label for change in meant for label in labels_of(path, change.operations)}
 
     def tail(self, path: str) -> list[log_pb2.Change]:
@@ -194,7 +201,8 @@ class Device:
 
     def check_view(self, path: str) -> None:
         """G6, as the application sees it: nothing is ever there twice."""
-        twice = [key for key, value in self.pairs(path).items() if key.startswith(LABEL) and value != b"1"]
+        counts = {key: value for key, value in self.pairs(path).items() if key.startswith(LABEL)}
+        twice = [key for key in counts if counts[key] != b"1" and (path, key) not in self.world.overtaken]
         assert not twice, f"{self.name} sees {twice} of {path} more than once"
 
     def reset_error(self, path: str) -> ClientReset | None:

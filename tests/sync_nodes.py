@@ -11,7 +11,7 @@ from state_helpers import CLUSTER, KEY, write_here
 from store_helpers import open_both
 from sync_labels import labels_of
 
-from understudy.common.errors import Unavailable
+from understudy.common.errors import ReceiptExpired, Unavailable
 from understudy.common.locator import EpochSpan, span_of
 from understudy.common.records import Record
 from understudy.common.state import State
@@ -128,7 +128,10 @@ class _Host:
         node = self._line.node
         if node.is_healing:
             raise Unavailable("this server takes only what comes home for now", remedy="try again later")
-        node.server.committer.submit(client, transaction, lambda _: None)
+        committer = node.server.committer
+        if committer.was_renewed(transaction.realm, client, transaction.number):
+            raise ReceiptExpired("it has come home already, as a new change")
+        committer.submit(client, transaction, lambda _: None)
 
     def follow(self, path: str) -> None:
         self._line.follow(path)
@@ -220,16 +223,15 @@ class Node:
         )
 
     def _note_overtaking(self, home: TailHome) -> None:
-        """A known limit: what comes home takes the numbers before its own, which its client may still have queued."""
+        """What comes home under another name is seen twice by its own client until that has sent it again."""
         state = self.server.state
         numbers: dict[bytes, int] = {}
         for raw, _ in home.changes:
             change = log_pb2.Change.FromString(raw)
             last = numbers.get(change.client, state.last_number(home.path, change.client))
             if change.number > last + 1:
-                self.world.may_refuse = True
                 for device in self.world.devices:
-                    self.world.must -= device.queued_before(home.path, change.client, change.number)
+                    self.world.overtaken |= device.queued_of(home.path, change.client)
             numbers[change.client] = max(last, change.number)
 
     def check_shown(self, message: sync_pb2.SyncResponse) -> None:

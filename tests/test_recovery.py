@@ -58,6 +58,7 @@ RULES: list[tuple[Operation, Dropped | None, bytes | None, str]] = [
     (Delete(b"note"), None, None, "a delete deletes"),
     (Delete(b"gone"), Dropped.NOTHING_TO_DELETE, None, "there is nothing to do"),
     (Add(b"count", 2), None, b"7", "a counter adds to what is there"),
+    (Add(b"count", 0), None, b"5", "also nothing"),
     (Add(b"gone", 2), None, b"2", "a counter begins at nothing"),
     (Add(b"gone", 0), None, b"0", "also with nothing"),
     (Add(b"text", 2), Dropped.NOT_A_COUNTER, b"no number", "text is no counter"),

@@ -359,15 +359,18 @@ def test_what_is_refused_for_good_stops_the_uploads_and_stays(device: Device, hi
     assert device.pairs().keys() == {*THEIRS, b"mine", b"another", b"theirs"}
 
 
-def test_what_was_applied_long_ago_is_left_to_come_back(device: Device, history: History) -> None:
-    """A receipt that has expired is as good as one."""
+def test_what_was_applied_under_another_name_leaves_the_queue(device: Device, history: History) -> None:
+    """G6: what came home from somebody else, or was applied long ago, is not sent again, and others are."""
     bind = device.stream(history)
     number = device.put(b"mine")
     (upload,) = uploads_of(device.session.local_change("/realm"))
-    assert not device.receive(refused(bind.ref, upload.client, number, "ReceiptExpired"))
-    history.take_upload(upload)
-    device.receive(history.changes(bind.ref, 4))
+    assert device.receive(refused(bind.ref, upload.client, number, "ReceiptExpired")) == [
+        Uploaded(path="/realm")
+    ]
     assert device.realm().row.queue_count == 0
+    later = device.put(b"another")
+    (upload,) = uploads_of(device.session.local_change("/realm"))
+    assert [one.number for one in upload.transactions] == [later]
 
 
 def test_where_nothing_may_be_written_changes_stay_in_the_queue(device: Device, history: History) -> None:
