@@ -120,11 +120,8 @@ class Resetter(Protocol):
     Where one answers no, it has said so to the realm: nothing of it is synced until the next connection.
     """
 
-    def goes_on(self, realm: OpenRealm) -> bool:
-        """Whether a reset was begun when the directory was open last, and is gone on with.
-
-        If so, the server's state is loaded beside the copy.
-        """
+    def opened(self, realm: OpenRealm) -> None:
+        """The realm was opened: a reset may have been cut off before that."""
 
     def required(self, realm: OpenRealm, required: ResetRequired) -> bool:
         """The copy must be given up: whether that was begun. If so, the server's state is loaded beside the copy."""

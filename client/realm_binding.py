@@ -38,7 +38,7 @@ class Phase(enum.Enum):
 class RealmBinding(ABC):
     """A realm that is open; bound at most once at a time."""
 
-    def __init__(self, path: str, store: StorePort, *, fresh: bool) -> None:
+    def __init__(self, path: str, store: StorePort) -> None:
         self.phase = Phase.UNBOUND
         self.retry_at_s: float | None = None  # when to bind again
         self.head_version = 0  # the server's, as last told
@@ -48,7 +48,7 @@ class RealmBinding(ABC):
         self._realm = store.realm(path)
         self._connection: Connection | None = None
         self._backoff = Backoff(first_s=REBIND_S[0], last_s=REBIND_S[1])
-        self._fresh = fresh  # a reset has asked for the state, beside the copy
+        self._fresh = False  # a reset has asked for the state, beside the copy
         self._begin()
 
     def _begin(self) -> None:
@@ -94,8 +94,12 @@ class RealmBinding(ABC):
         return [connection.send(sync_pb2.SyncRequest(unbind=sync_pb2.UnbindRealm(ref=ref)))]
 
     def lost(self) -> None:
-        """The connection is gone, and with it all that was bound."""
+        """The connection is gone, and with it all that was bound.
+
+        Also where a state was loaded for a reset: the next server may take the copy, or lack what this one had of it.
+        """
         self._begin()
+        self._fresh = False
         self._connection, self.phase, self.retry_at_s = None, Phase.UNBOUND, None
 
     def _rebind(self) -> list[Action]:

@@ -124,9 +124,9 @@ class RealmSession(RealmBinding):
         return [HeadKnown(path=self._path, ticket=self._ticket, version=self._bound.head.version)]
 
     def _forget_reset(self) -> None:
-        """The server takes the copy again: a reset that was needed, and that nothing was done for, is not."""
+        """The server takes the copy again: a reset that was needed, and has not replaced it yet, is not."""
         row = self._realm.row
-        if row.HasField("reset") and not row.reset.attempted and not self._fresh:
+        if row.HasField("reset") and not row.reset.swapped and not self._fresh:
             self._realm.set_reset(None)
 
     # -- downloading ---------------------------------------------------------------------------------------------
@@ -286,7 +286,9 @@ class RealmSession(RealmBinding):
 
     def _stop_for_reset(self) -> list[Action]:
         self.phase = Phase.STOPPED
-        return [ResetRequired(path=self._path, bound=self._bound, tail_taken=self._tail_taken)]
+        return [
+            ResetRequired(path=self._path, bound=self._bound, tail_taken=self._tail_taken, fresh=self._fresh)
+        ]
 
     def _on_failed(self, failed: sync_pb2.RealmFailed, now_s: float) -> list[Action]:
         if self._connection is not None:

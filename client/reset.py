@@ -40,26 +40,22 @@ class CopyResetter:
         # By path, what was begun since the realm was opened, and has not put another state in the copy's place.
         self._begun: dict[str, str] = {}
 
-    def goes_on(self, realm: OpenRealm) -> bool:
-        """Whether a reset was cut off, and is gone on with."""
+    def opened(self, realm: OpenRealm) -> None:
+        """Gives up an attempt that was cut off, and that the present mode would not have made."""
         record = _copied(realm.realm.row.reset)
         self._begun.pop(realm.path, None)
-        if not record.attempted or record.swapped:
-            return False
-        if not is_wanted(realm.policy.mode, record.attempted):
+        if record.attempted and not record.swapped and not is_wanted(realm.policy.mode, record.attempted):
             self._put_back(realm, record)
-            return False
-        return self._begin(realm, record)
 
     def required(self, realm: OpenRealm, required: ResetRequired) -> bool:
         """The copy must be given up: whether that was begun. If not, the realm says why."""
         local, bound = realm.realm, required.bound
         record = _copied(local.row.reset)
-        chosen = choose(
-            realm.policy.mode,
-            record.attempted if record.swapped else self._begun.get(realm.path, ""),
-            recovery_forbidden=bound.recovery_forbidden,
-        )
+        begun = self._begun.get(realm.path, "")
+        # The connection was lost, and a server says again what the one before has said of the copy.
+        goes_on = begun == record.attempted and not record.swapped and not required.fresh
+        before = record.attempted if record.swapped else "" if goes_on else begun
+        chosen = choose(realm.policy.mode, before, recovery_forbidden=bound.recovery_forbidden)
         _note_reason(record, bound)
         if required.tail_taken is not None:
             _log_tail(realm.path, required.tail_taken)
@@ -70,6 +66,9 @@ class CopyResetter:
                 self._put_back(realm, record)
             self._stop(realm, record, chosen.value)
             return False
+        if goes_on and chosen.value == begun:
+            local.set_reset(record)
+            return True
         if record.swapped or not record.attempted:  # else the copy that was kept, or was about to be, will do
             record.kept, record.last_number = _name(realm.path), local.row.next_number - 1
         record.attempted, record.swapped = chosen.value, False

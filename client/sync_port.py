@@ -135,12 +135,14 @@ class Uploaded:
 class ResetRequired:
     """The copy is not on the server's history; nothing is done with this realm until somebody says what.
 
-    ``tail_taken``: what became of the tail, where the server had asked for it.
+    ``tail_taken``: what became of the tail, where the server had asked for it. ``fresh``: it said so to a reset that
+    asked for its state.
     """
 
     path: str
     bound: sync_pb2.RealmBound
     tail_taken: sync_pb2.Homecoming | None
+    fresh: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

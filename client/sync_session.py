@@ -72,9 +72,9 @@ class SyncSession:
 
     # -- realms --------------------------------------------------------------------------------------------------
 
-    def opened(self, path: str, *, fresh: bool = False) -> list[Action]:
-        """A realm is to be synced from here on; ``fresh``: a reset goes on that was begun before."""
-        realm = self._realms[path] = RealmSession(path, self._store, fresh=fresh)
+    def opened(self, path: str) -> list[Action]:
+        """A realm is to be synced from here on."""
+        realm = self._realms[path] = RealmSession(path, self._store)
         return realm.bind(self._connection) if self._connection is not None else []
 
     def closed(self, path: str) -> list[Action]:

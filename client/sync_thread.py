@@ -308,11 +308,10 @@ class SyncThread:
 
     def _open(self, realm: OpenRealm) -> None:
         self._realms[realm.path] = realm
-        fresh = False
         try:
-            fresh = self._resetter.goes_on(realm)
+            self._resetter.opened(realm)
         finally:  # whatever goes wrong there, the server will say again that a reset is needed
-            self._do(self._session.opened(realm.path, fresh=fresh))
+            self._do(self._session.opened(realm.path))
         self._tell(realm)
 
     def _close(self, path: str) -> None:

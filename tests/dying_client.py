@@ -130,7 +130,7 @@ def _wrap(step: int) -> Callable[[], None]:
 
     for name in _STEPS:
         setattr(os, name, counted(getattr(os, name)))
-    for method in ("required", "goes_on"):
+    for method in ("required", "opened"):
         setattr(CopyResetter, method, arming(getattr(CopyResetter, method)))
     LocalFile.writing = counted_writing  # type: ignore[method-assign]
     return count

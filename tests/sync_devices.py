@@ -57,7 +57,8 @@ class Device:
     def open(self, path: str, mode: str) -> None:
         """The application opens a realm."""
         realm = self.realms[path] = OpenRealm(self.store.realm(path), ResetPolicy(mode=mode))
-        self.do(self.session.opened(path, fresh=self.resetter.goes_on(realm)))
+        self.resetter.opened(realm)
+        self.do(self.session.opened(path))
 
     def reopen(self, path: str, mode: str) -> None:
         """The application closes a realm, and opens it with another mode."""
@@ -156,8 +157,9 @@ class Device:
     def _on_reset(self, required: ResetRequired) -> None:
         realm = self.realms[required.path]
         self.required.append(required.bound)
+        kept = realm.realm.row.reset.kept
         is_begun = self.resetter.required(realm, required)
-        if is_begun:
+        if is_begun and realm.realm.row.reset.kept != kept:  # else one goes on that was begun before
             self.resets.append((required.path, sync_pb2.ResetReason.Name(required.bound.reason)))
             if realm.realm.row.reset.attempted == "discard":
                 self.world.must -= self.queued(required.path)
@@ -177,10 +179,8 @@ class Device:
         return {label for change in meant for label in labels_of(path, change.operations)}
 
     def tail(self, path: str) -> list[log_pb2.Change]:
-        """The raw changes that it has still to offer: none once a reset is under way, which begins with that."""
+        """The raw changes that it has still to offer."""
         realm = self.realms[path].realm
-        if realm.row.reset.attempted and not realm.row.reset.swapped:
-            return []
         kept = realm.tail(realm.row.tail_first, bytes_max=1 << 60)
         return [log_pb2.Change.FromString(received.raw) for received in kept]
 
