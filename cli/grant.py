@@ -109,7 +109,7 @@ def remove(permission: str, node: Node) -> None:
 def policy(realm: str, recovery: str, node: Node) -> None:
     """Set what all clients may do with a realm, whatever else is permitted to them.
 
-    
+    \b
     Example:
       understudy grant policy /ledger --recovery forbidden --server 127.0.0.1:7850 --token @admin-token
     """

@@ -18,6 +18,8 @@ import click
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
+    from understudy.v1 import sync_pb2
+
 # Work that is over sooner needs no bar.
 _BAR_AFTER_S = 1.0
 _BAR_EVERY_S = 0.1
@@ -131,6 +133,17 @@ def print_facts(facts: Iterable[tuple[str, str]]) -> None:
     width = max(len(name) for name, _ in shown)
     for name, value in shown:
         click.echo(f"{name:<{width}}  {plain(value)}")
+
+
+def homecoming_facts(homecoming: sync_pb2.Homecoming) -> dict[str, object]:
+    """What became of changes that came home, for JSON."""
+    return {
+        "appended": homecoming.appended,
+        "renewed": homecoming.renewed,
+        "known": homecoming.known,
+        "refused": homecoming.refused,
+        "problems": list(homecoming.problems),
+    }
 
 
 def _print_plain(renderable: Any) -> None:

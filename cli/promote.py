@@ -50,5 +50,6 @@ def promote(directory: Path, as_json: bool) -> None:
         f"digest {promotion.digest.hex()}"
     )
     click.echo(
-        f"start it with: understudy primary --data-dir {directory}, and the other options of the old primary"
+        f"start it with: understudy primary --data-dir {directory}, and the other options of the old primary. It takes "
+        f"the old one's tokens; `understudy token admin {directory}` makes one for operators"
     )

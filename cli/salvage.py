@@ -33,34 +33,28 @@ def salvage(file: Path, server: str, credentials: Credentials, as_json: bool) ->
     """
     import asyncio
 
-    from understudy.cli.output import print_json
+    from understudy.cli.output import homecoming_facts, print_json
     from understudy.common.portal import new_event_loop
 
-    _check(file)
+    left_out = _check(file)
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         found = runner.run(_send(file, server, credentials))
     if as_json:
-        print_json(
-            {
-                "appended": found.appended,
-                "renewed": found.renewed,
-                "known": found.known,
-                "refused": found.refused,
-                "problems": list(found.problems),
-            }
-        )
+        print_json(homecoming_facts(found) | {"left_out": left_out})
     else:
-        _tell(found)
+        _tell(found, left_out)
     return ExitCode.FAILED if found.refused else ExitCode.DONE
 
 
-def _tell(found: sync_pb2.Homecoming) -> None:
+def _tell(found: sync_pb2.Homecoming, left_out: int) -> None:
     from understudy.cli.output import plain
 
     click.echo(
         f"{found.appended:,} changes came home as they were, {found.renewed:,} as new ones; "
         f"the server had {found.known:,}"
     )
+    if left_out:
+        click.echo(f"{left_out:,} changes of users, permissions and tokens were left out: make those again")
     if found.refused:
         click.echo(f"{found.refused:,} were refused:", err=True)
     for problem in found.problems:
@@ -74,8 +68,12 @@ async def _send(file: Path, server: str, credentials: Credentials) -> sync_pb2.H
         return await connected.salvage(_changes(file))
 
 
-def _check(file: Path) -> None:
-    """Reads the file through before anything is sent: a line that is none must not break off a call half done."""
+def _check(file: Path) -> int:
+    """Reads the file through before anything is sent: a line that is none must not break off a call half done.
+
+    Returns how many changes are left out.
+    """
+    from understudy.common.entry_json import is_system_change
     from understudy.common.errors import UsageError
 
     if file.exists() and not file.is_file():
@@ -84,6 +82,8 @@ def _check(file: Path) -> None:
         )
     for _ in _changes(file):
         pass
+    with open(file, "rb") as lines:
+        return sum(map(is_system_change, lines))
 
 
 def _changes(file: Path) -> Iterator[tuple[bytes, bytes]]:

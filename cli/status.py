@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -90,17 +91,15 @@ def _facts(found: admin_pb2.StatusResponse, *, is_running: bool) -> dict[str, ob
 
 
 def _healing_facts(healing: admin_pb2.Healing) -> dict[str, object] | None:
+    from understudy.cli.output import homecoming_facts
+
     home = healing.homecoming
     if not healing.seconds_left and not home.ByteSize():
         return None
     return {
         "seconds_left": round(healing.seconds_left, 3),
         "clients": healing.clients,
-        "appended": home.appended,
-        "renewed": home.renewed,
-        "known": home.known,
-        "refused": home.refused,
-        "problems": list(home.problems),
+        **homecoming_facts(home),
     }
 
 
@@ -128,7 +127,7 @@ def _upstream_facts(upstream: admin_pb2.UpstreamStatus) -> dict[str, object]:
 
 
 def _tell(found: admin_pb2.StatusResponse, *, is_running: bool) -> None:
-    from understudy.cli.output import counted, plain, print_facts, print_table, seconds_text, size_text
+    from understudy.cli.output import plain, print_facts
     from understudy.common.types import format_id
 
     facts = [
@@ -149,36 +148,44 @@ def _tell(found: admin_pb2.StatusResponse, *, is_running: bool) -> None:
     if found.access:
         facts.append(("access", _ACCESS.get(found.access, found.access)))
     if found.HasField("upstream"):
-        up = found.upstream
-        facts.append(
-            (
-                "primary",
-                f"{up.address or 'unknown'}, {'connected' if up.connected else 'not connected'}, behind by "
-                f"{counted(up.lag_entries, 'entry', 'entries')}, {size_text(up.lag_bytes)}, "
-                f"{seconds_text(up.lag_seconds)}",
-            )
-        )
+        facts.append(("primary", _upstream_text(found.upstream)))
     facts += _healing(found.healing)
     print_facts(facts)
     if found.replicas:
-        print_table(
-            ("replica", "state", "durable", "applied", "entries behind", "bytes behind", "time behind"),
-            [
-                (
-                    replica.id,
-                    replica.state,
-                    f"{replica.durable_lsn:,}",
-                    f"{replica.applied_lsn:,}",
-                    f"{replica.lag_entries:,}",
-                    size_text(replica.lag_bytes),
-                    seconds_text(replica.lag_seconds),
-                )
-                for replica in found.replicas
-            ],
-            right=("durable", "applied", "entries behind", "bytes behind", "time behind"),
-        )
+        _tell_replicas(found.replicas)
     for warning in found.warnings:
         click.echo(f"warning: {plain(warning)}")
+
+
+def _upstream_text(up: admin_pb2.UpstreamStatus) -> str:
+    from understudy.cli.output import counted, seconds_text, size_text
+
+    return (
+        f"{up.address or 'unknown'}, {'connected' if up.connected else 'not connected'}, behind by "
+        f"{counted(up.lag_entries, 'entry', 'entries')}, {size_text(up.lag_bytes)}, "
+        f"{seconds_text(up.lag_seconds)}"
+    )
+
+
+def _tell_replicas(replicas: Iterable[admin_pb2.ReplicaStatus]) -> None:
+    from understudy.cli.output import print_table, seconds_text, size_text
+
+    print_table(
+        ("replica", "state", "durable", "applied", "entries behind", "bytes behind", "time behind"),
+        [
+            (
+                replica.id,
+                replica.state,
+                f"{replica.durable_lsn:,}",
+                f"{replica.applied_lsn:,}",
+                f"{replica.lag_entries:,}",
+                size_text(replica.lag_bytes),
+                seconds_text(replica.lag_seconds),
+            )
+            for replica in replicas
+        ],
+        right=("durable", "applied", "entries behind", "bytes behind", "time behind"),
+    )
 
 
 def _healing(healing: admin_pb2.Healing) -> list[tuple[str, str]]:

@@ -146,7 +146,7 @@ def _facts(one: accounts_pb2.TokenInfo) -> dict[str, object]:
 def _row(one: accounts_pb2.TokenInfo) -> tuple[str, ...]:
     import datetime
 
-    until = "revoked by hand"
+    until = "it is revoked"
     if one.expires_us:
         until = f"{datetime.datetime.fromtimestamp(one.expires_us / 1e6, datetime.UTC):%Y-%m-%d %H:%M}"
     return one.id, _KINDS[one.kind], one.user, until, one.note

@@ -15,11 +15,10 @@ from google.protobuf.message import DecodeError
 from understudy.client.local_layout import Transaction, delete_rows, prefix, prefix_end
 from understudy.client.local_types import Received
 from understudy.common.errors import ProtocolError
+from understudy.common.locator import LOCATOR_POSITIONS_MAX
 from understudy.common.memtable import RealmDelta
 from understudy.common.operations import DELETE_RANGE
 from understudy.v1 import local_pb2, log_pb2, sync_pb2
-
-LOCATOR_POSITIONS_MAX = 64
 
 
 class Checked(NamedTuple):

@@ -53,8 +53,8 @@ _OURS = {OWNER_FILE, _CREATING, RECOVERED, LOCK_FILE, "lost+found"}
 
 FORMAT_KEY = b"format"
 DIRECTORY_KEY = b"directory"
-NUMBERS_KEY = b"numbers"  # of which forgotten realms have used some; u64, the first that new realms may use
-ID_BYTES = 8
+NUMBERS_KEY = b"numbers"  # u64: the highest that a forgotten realm may have used
+PREFIX_BYTES = 8  # of the id that keys begin with
 _FORMAT_ROW = struct.Struct("<I")
 LAST_KEY = b"\xff" * KEY_BYTES_MAX  # no key is behind it
 _BEHIND_KEYS = LAST_KEY + b"\xff"
@@ -90,12 +90,12 @@ _NAMES = ("meta", "realms", "data", "queue", "tail", "sweeping")
 
 def prefix(number: int) -> bytes:
     """What keys begin with that belong to a copy or a realm; also a number as the end of a key."""
-    return number.to_bytes(ID_BYTES, "big")
+    return number.to_bytes(PREFIX_BYTES, "big")
 
 
 def prefix_end(number: int) -> bytes:
     """Behind all keys that begin with :func:`prefix`, and before the next one's."""
-    return number.to_bytes(ID_BYTES, "big") + _BEHIND_KEYS
+    return number.to_bytes(PREFIX_BYTES, "big") + _BEHIND_KEYS
 
 
 def walk(
@@ -193,7 +193,9 @@ def prepare(path: Path) -> None:
 
 
 def not_ours(path: Path) -> NotADataDirectory:
-    """The directory is something else."""
+    """The directory is something else, or is not there."""
+    if not path.exists():
+        return NotADataDirectory(f"there is no {path}", remedy="give a directory with local copies of realms")
     return NotADataDirectory(
         f"{path} holds something else than local copies of realms", remedy="give an empty or absent directory"
     )

@@ -31,14 +31,9 @@ class LocalRealm(RealmRows):
 
     # -- what it is ------------------------------------------------------------------------------------------
 
-    @property
-    def is_loaded(self) -> bool:
-        """Whether the state that is loaded beside the copy is complete."""
-        return local_load.is_complete(self._row.incoming)
-
-    def locator(self, *, incoming: bool = False) -> list[sync_pb2.RealmPosition]:
+    def locator(self) -> list[sync_pb2.RealmPosition]:
         """The copy's head and positions receding from it; none where nothing was received."""
-        copy = self._row.incoming if incoming else self._row.copy
+        copy = self._row.copy
         if not copy.version:
             return []
         return [sync_pb2.RealmPosition(version=copy.version, digest=copy.head), *copy.earlier]
@@ -82,7 +77,6 @@ class LocalRealm(RealmRows):
             row.copy.realm_id = bound.realm_id
             if row.copy.version and bound.lsn:
                 row.copy.lsn, row.copy.epoch = bound.lsn, bound.epoch
-            row.recovery_forbidden = bound.recovery_forbidden
             if row != self.row:
                 with self._file.writing() as writing:
                     self._check_here()
@@ -146,7 +140,6 @@ class LocalRealm(RealmRows):
             self._discard(writing, row.incoming)
             number = self.store.take_ids(writing, 1)
             row.incoming.CopyFrom(local_load.begun(number, bound, cluster))
-            row.recovery_forbidden = bound.recovery_forbidden
             _heard(row, bound.time_us)
 
     def load_page(self, page: sync_pb2.StatePage, *, epoch: int) -> None:

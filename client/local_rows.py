@@ -6,7 +6,6 @@ Whatever changes is one LMDB transaction; memory follows once that is through.
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final, Self
 
@@ -52,7 +51,7 @@ class RealmRows:
         queue = []
         for key, value in rows:
             change = layout.parsed(local_pb2.QueuedChange, value, store.directory)
-            number = int.from_bytes(key[layout.ID_BYTES :], "big")
+            number = int.from_bytes(key[layout.PREFIX_BYTES :], "big")
             queue.append(Queued(number, change.client, list(change.operations), len(value)))
         return cls(store, path, row, queue)
 
@@ -134,7 +133,7 @@ class RealmRows:
         Raises:
             Overloaded: the queue is full.
         """
-        change = local_pb2.QueuedChange(operations=operations, time_us=time.time_ns() // 1000)
+        change = local_pb2.QueuedChange(operations=operations)
         with self._file.writing() as writing:
             self._check_here()
             number = self._next_number
@@ -197,7 +196,7 @@ class RealmRows:
             queue = writing.environment.queue
             for key, raw in list(layout.walk(writing.txn.cursor(queue), self._prefix, prefix_end(row.id))):
                 change = layout.parsed(local_pb2.QueuedChange, raw, self._file.path)
-                if is_meant(change.client, int.from_bytes(key[layout.ID_BYTES :], "big"), foreign):
+                if is_meant(change.client, int.from_bytes(key[layout.PREFIX_BYTES :], "big"), foreign):
                     change.client = client
                     writing.txn.put(key, change.SerializeToString(), db=queue)
             row.confirmed = row.sent = row.confirmed_us = 0
@@ -215,10 +214,9 @@ class RealmRows:
         row: local_pb2.LocalRealm,
         queue: Sequence[tuple[int, bytes, Sequence[log_pb2.Operation]]],
     ) -> None:
-        now_us = time.time_ns() // 1000
         added = []
         for number, client, operations in queue:
-            change = local_pb2.QueuedChange(client=client, operations=operations, time_us=now_us)
+            change = local_pb2.QueuedChange(client=client, operations=operations)
             raw = change.SerializeToString()
             key = self._prefix + prefix(number)
             if not writing.txn.put(key, raw, db=writing.environment.queue, overwrite=False):

@@ -293,6 +293,8 @@ class Realm:
     def wait_for_upload(self, timeout_s: float | None = TIMEOUT_S) -> None:
         """Returns once all that has been committed here so far has been applied by the server, and has come back.
 
+        A reset that is under way is complete then.
+
         What a reset has dropped is not waited for.
 
         Raises:
@@ -305,6 +307,8 @@ class Realm:
         last = realm.realm.row.next_number - 1
 
         def is_done() -> bool:
+            if realm.realm.row.reset.swapped:
+                return False  # complete, and forgotten, only when the copy is up to date as well
             first = realm.realm.queued(0, count_max=1, bytes_max=1)
             return not first or first[0].number > last
 
@@ -356,7 +360,7 @@ class Realm:
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         with thread.changed:
             while not is_done():
-                error = realm.reset or realm.error or thread.failure
+                error = realm.reset or realm.error or thread.failure or thread.refusal
                 if error is not None and not isinstance(error, Unavailable):
                     raise error
                 self._opened()

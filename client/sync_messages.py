@@ -8,8 +8,8 @@ from typing import Protocol
 
 from understudy.client.local_types import Received
 from understudy.client.sync_port import Action, RealmPort, Send
+from understudy.common.entries import with_hmacs
 from understudy.common.errors import ProtocolError
-from understudy.common.types import DIGEST_BYTES
 from understudy.v1 import sync_pb2
 
 # Handed out and not yet written to the connection, of all realms together: a bound on memory.
@@ -110,13 +110,7 @@ def received_changes(changes: sync_pb2.Changes) -> list[Received]:
     Raises:
         ProtocolError: there are more or fewer HMACs than changes.
     """
-    hmacs = changes.hmacs
-    if len(hmacs) != DIGEST_BYTES * len(changes.changes):
-        raise ProtocolError("the server's columns of changes are of different lengths")
-    return [
-        Received(raw, hmacs[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES])
-        for index, raw in enumerate(changes.changes)
-    ]
+    return [Received(raw, hmac) for raw, hmac in with_hmacs(changes.changes, changes.hmacs)]
 
 
 def check_head(bound: sync_pb2.RealmBound, realm: RealmPort) -> None:

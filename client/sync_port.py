@@ -28,7 +28,7 @@ class RealmPort(Protocol):
 
     def leave_queue(self, client: bytes, numbers: Sequence[int]) -> None: ...
 
-    def locator(self, *, incoming: bool = False) -> list[sync_pb2.RealmPosition]: ...
+    def locator(self) -> list[sync_pb2.RealmPosition]: ...
 
     def apply(
         self, changes: Sequence[Received], *, lsn: int, epoch: int, time_us: int, safe_version: int
@@ -153,7 +153,6 @@ class RealmError:
     error: UnderstudyError
 
 
-Notice = (
-    HeadKnown | RealmChanged | Progress | Loaded | CaughtUp | Uploaded | ResetRequired | RealmError
-)  # of one realm
+# Of one realm.
+Notice = HeadKnown | RealmChanged | Progress | Loaded | CaughtUp | Uploaded | ResetRequired | RealmError
 Action = Send | NewId | Notice

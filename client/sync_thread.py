@@ -43,6 +43,7 @@ from understudy.common import portal
 from understudy.common.credentials import Credentials
 from understudy.common.errors import (
     CorruptionError,
+    NotPermitted,
     NotPrimary,
     PeerUnreachable,
     StorageFailed,
@@ -99,9 +100,8 @@ class SyncThread:
         self._session = SyncSession(store)
         self._realms: dict[str, OpenRealm] = {}
         self._inbox: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
-        self._dirty: set[str] = (
-            set()
-        )  # realms with something new in their queue of which the session knows nothing
+        # Realms with something new in their queue of which the session knows nothing.
+        self._dirty: set[str] = set()
         self._link: Link | None = None
         self._told: set[str] = set()  # errors logged since the last success, each once
         self._has_failed = False
@@ -137,6 +137,12 @@ class SyncThread:
     def failure(self) -> UnderstudyError | None:
         """Why it does not go on at all."""
         return self.error if self._has_failed else None
+
+    @property
+    def refusal(self) -> NotPermitted | None:
+        """Why the server, or our own caution, lets us not connect; it is tried again, and may have been mended."""
+        error = self.error
+        return error if isinstance(error, NotPermitted) and self._link is None else None
 
     @property
     def connection(self) -> ConnectionState:

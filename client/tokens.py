@@ -196,6 +196,13 @@ class TokenSource:
             )
         )
 
+    def _tell(self) -> None:
+        """Whatever goes wrong with whoever wants to know, the token has to be renewed again."""
+        try:
+            self._on_renewed(self._tokens)
+        except Exception as error:
+            log.error("callback_failed", callback="on_renewed", exc_info=error)
+
     async def _renew_forever(self) -> None:
         while True:
             left_s = self._renew_at_s - time.time()
@@ -204,7 +211,7 @@ class TokenSource:
                 continue
             try:
                 self._note(await self._renewed(self._tokens.refresh))
-                self._on_renewed(self._tokens)
+                self._tell()
             except NotAuthenticated as error:  # calls say so, too, once the access token has expired
                 log.warning("login_ended", user=self._tokens.user, reason=error.message)
                 return

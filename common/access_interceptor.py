@@ -109,7 +109,7 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
             principal = ANONYMOUS if requires is Requires.NOTHING else self._identify(context)
             if not meets(principal, requires):
                 raise NotPermitted(f"{method} needs {requires.value}; the caller is {principal}")
-            self._count(principal, context)
+            self._count(principal, method, context)
             set_caller(principal)
             if is_stream:
                 async with self._watched(principal, context):
@@ -147,12 +147,18 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
             return self._authority.by_token(token)
         return self._authority.by_certificate(metadata)
 
-    def _count(self, principal: Principal, context: Context) -> None:
-        """Bounds the calls of one peer (G9); unauthenticated ones of a host are counted apart."""
+    def _count(self, principal: Principal, method: str, context: Context) -> None:
+        """Bounds the calls of one peer (G9).
+
+        Unauthenticated ones of a host are counted apart, by method: who watches its health for hours must not keep
+        others behind the same address from logging in.
+        """
         if principal.kind is Kind.LOCAL:
             return
-        name = principal.user_id or f"{principal.kind is Kind.ANONYMOUS} {peer_host(context.peer())}"
-        most = ANONYMOUS_CALLS_MAX if principal.kind is Kind.ANONYMOUS else CALLS_MAX
+        is_anonymous = principal.kind is Kind.ANONYMOUS
+        host = peer_host(context.peer())
+        name = principal.user_id or f"{method if is_anonymous else ''} {host}"
+        most = ANONYMOUS_CALLS_MAX if is_anonymous else CALLS_MAX
         if self._calls[name] >= most:
             raise Overloaded(f"{most} calls of this peer are under way already", remedy="try again later")
         self._calls[name] += 1

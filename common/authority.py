@@ -26,6 +26,7 @@ from understudy.common.tls import REPLICA_NAME, ServerTls, access_name
 from understudy.common.tokens import (
     LEEWAY_S,
     LOGIN_AGAIN,
+    RETIRED_KEY_S,
     TOKEN_BYTES_MAX,
     Claims,
     Lasting,
@@ -134,7 +135,9 @@ class Authority:
 
     def _public_key(self, key_id: str) -> bytes | None:
         row = self.accounts.key(key_id)
-        return None if row is None else row.public
+        if row is None or (row.retired_us and self.now_s() > row.retired_us / 1e6 + RETIRED_KEY_S):
+            return None
+        return row.public
 
     def _by_lasting(self, token: LastingToken) -> Principal:
         row = self.accounts.token(token.id)
@@ -218,11 +221,11 @@ class Authority:
         resolved = resolve_path(principal, path)
         if not self.may(principal, resolved, level):
             if is_system_realm(resolved):
-                raise NotPermitted(f"realm {resolved} is the system's own")
+                raise NotPermitted(f"realm {resolved:.{REALM_PATH_BYTES_MAX}} is the system's own")
             raise NotPermitted(
-                f"{principal} may not {level.name.lower()} {path}",
+                f"{principal} may not {level.name.lower()} {path:.{REALM_PATH_BYTES_MAX}}",
                 remedy=f"an operator permits it: understudy grant add --user {principal.user or 'NAME'} "
-                f"--level {level.name.lower()} {resolved}",
+                f"--level {level.name.lower()} {resolved:.{REALM_PATH_BYTES_MAX}}",
             )
         return resolved
 

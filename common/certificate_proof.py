@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
 from google.protobuf.message import DecodeError
 
-from understudy.common.certificates import PrivateKey, names_of
+from understudy.common.certificates import PrivateKey, uris_of
 from understudy.common.errors import NotAuthenticated
 from understudy.v1.certificate_pb2 import CertificateClaim, CertificateProof
 
@@ -55,7 +55,7 @@ def proven_names(proof: bytes, ca: Sequence[x509.Certificate]) -> tuple[str, ...
     _check_vouched(chain, ca)
     _check_signature(chain[0], message.signature, _DOMAIN + message.claim)
     _check_time(claim.made_us / 1e6)
-    return names_of(chain[0])
+    return uris_of(chain[0])
 
 
 def _check_vouched(chain: Sequence[x509.Certificate], ca: Sequence[x509.Certificate]) -> None:

@@ -87,6 +87,15 @@ def _public_bytes(key: object) -> bytes:
     return public
 
 
+def uris_of(certificate: x509.Certificate) -> tuple[str, ...]:
+    """The URIs among its alternative names: who signs host names for others does not sign these by mistake."""
+    try:
+        alternative = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return ()
+    return tuple(alternative.get_values_for_type(x509.UniformResourceIdentifier))
+
+
 def names_of(certificate: x509.Certificate) -> tuple[str, ...]:
     """Its alternative names (DNS, URI, IP address), then its common name."""
     try:

@@ -12,8 +12,8 @@ from hashlib import sha256
 
 from google.protobuf.message import DecodeError
 
-from understudy.common.errors import CorruptionError
-from understudy.common.types import ClusterId, Digest, Epoch, Lsn, NodeId, Position
+from understudy.common.errors import CorruptionError, ProtocolError
+from understudy.common.types import DIGEST_BYTES, ClusterId, Digest, Epoch, Lsn, NodeId, Position
 from understudy.v1 import log_pb2
 
 
@@ -25,6 +25,18 @@ def change_digest(change: bytes) -> Digest:
 def sign(key: bytes, digest: bytes) -> bytes:
     """HMAC-SHA-256 of a digest with the cluster's history key."""
     return hmac_module.digest(key, digest, "sha256")
+
+
+def with_hmacs(changes: Sequence[bytes], hmacs: bytes) -> list[tuple[bytes, bytes]]:
+    """Serialized changes, each with its HMAC, from the two columns in which they travel.
+
+    Raises:
+        ProtocolError: the columns are of different lengths.
+    """
+    if len(hmacs) != DIGEST_BYTES * len(changes):
+        raise ProtocolError("columns of changes and HMACs of different lengths")
+    ends = range(DIGEST_BYTES, len(hmacs) + 1, DIGEST_BYTES)
+    return [(change, hmacs[end - DIGEST_BYTES : end]) for change, end in zip(changes, ends, strict=True)]
 
 
 def change_entry(time_us: int, change: bytes, hmac: bytes) -> bytes:

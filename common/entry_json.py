@@ -54,7 +54,16 @@ def signed_change(line: bytes) -> tuple[bytes, bytes] | None:
         entry = log_pb2.Entry.FromString(payload)
     except (ValueError, KeyError, TypeError, RecursionError, DecodeError):
         raise ValueError("it is not a line of an export: no JSON object with an entry_base64") from None
-    return (entry.change, entry.hmac) if entry.change and not is_system_realm(str(row.get("realm"))) else None
+    return (entry.change, entry.hmac) if entry.change and not _is_of_the_system(row) else None
+
+
+def is_system_change(line: bytes) -> bool:
+    """Whether a line that :func:`signed_change` takes is a change of one of the system's own realms."""
+    return _is_of_the_system(json.loads(line))
+
+
+def _is_of_the_system(row: dict[str, object]) -> bool:
+    return is_system_realm(str(row.get("realm")))
 
 
 def operation_row(operation: log_pb2.Operation) -> dict[str, object]:

@@ -57,6 +57,7 @@ class ReadService(data_pb2_grpc.DataServicer):
                 reverse=request.reverse,
             ) as scan:
                 while not scan.at_end:
+                    self._readable(request.realm)  # as long as it may
                     keys, values = scan.page()
                     yield data_pb2.ScanPage(keys=keys, values=values, lsn=scan.lsn, version=scan.version)
 

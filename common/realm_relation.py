@@ -8,11 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from understudy.common.locator import LOCATOR_POSITIONS_MAX, EpochSpan
+from understudy.common.locator import EpochSpan
 from understudy.common.sync_table import Cluster, Identity, Realm, Relation, SyncFacts, Tail
 from understudy.v1 import sync_pb2
-
-REALM_LOCATOR_MAX = LOCATOR_POSITIONS_MAX
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,9 +22,8 @@ class OurRealm:
     realm_id: int  # 0: there is no such realm
     version: int
     history_first: int  # the oldest change kept; version + 1 if none is
-    digest_at: Callable[
-        [int], bytes | None
-    ]  # of the change that made a version; None where that is not known
+    # Of the change that made a version; None where that is not known.
+    digest_at: Callable[[int], bytes | None]
     client_number: int | None  # the client's highest number applied; None where nothing is known of it
     time_us: int  # the log's
     client_kept_us: int  # for how long clients are remembered

@@ -57,6 +57,7 @@ _SERVER_OPTIONS = (
 )
 _CHANNEL_OPTIONS = (
     *_OPTIONS,
+    ("grpc.enable_http_proxy", 0),  # a variable of the environment must not lead tokens elsewhere
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 0),
@@ -225,6 +226,7 @@ class Listener:
         with short_socket_path(control) as path:
             self.server.add_insecure_port(f"unix:{path}")
             await self.server.start()
+        _close_to_others(control)
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         for service in ("", *self._services):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
@@ -239,6 +241,11 @@ class Listener:
 def _remove_stale(socket: Path) -> None:
     # Left by a process that was killed; whoever calls this owns the directory.
     socket.unlink(missing_ok=True)
+
+
+def _close_to_others(socket: Path) -> None:
+    # Whoever may open it may do everything, whatever the umask was.
+    socket.chmod(0o600)
 
 
 @contextlib.contextmanager

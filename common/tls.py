@@ -10,7 +10,7 @@ import datetime
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,7 +39,7 @@ class Identity:
     """A certificate, those between it and its CA, and its key; as read, and as parsed."""
 
     chain_pem: bytes
-    key_pem: bytes
+    key_pem: bytes = field(repr=False)
     chain: Sequence[x509.Certificate]
     key: PrivateKey
 

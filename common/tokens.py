@@ -17,7 +17,7 @@ import json
 import re
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -27,10 +27,14 @@ from understudy.common.errors import NotAuthenticated
 ACCESS_S = 15 * 60.0
 REFRESH_S = 30 * 86400.0
 LEEWAY_S = 30.0  # between the clocks of an old primary and the one that was promoted
+RETIRED_KEY_S = (
+    ACCESS_S + 2 * LEEWAY_S
+)  # what a key has signed has expired so long after the next one took over
 TOKEN_BYTES_MAX = 4096
 LOGIN_AGAIN = "log in again: `understudy token login`"
 
 _SEGMENT = re.compile(r"[A-Za-z0-9_-]+\Z")
+_KEY_ID = re.compile(r"[A-Za-z0-9]{1,64}\Z")
 _LASTING = re.compile(r"understudy-([a-z]+)-([0-9a-f.]{1,80})-([A-Za-z0-9_-]{43})\Z")
 
 
@@ -88,7 +92,9 @@ def read_token(token: str, *, public_key: Callable[[str], bytes | None], issuer:
     header, claims = _decoded_json(parts[0]), _decoded_json(parts[1])
     if header.get("alg") != "EdDSA" or header.get("typ") != "JWT" or set(header) != {"alg", "typ", "kid"}:
         raise _bad("its algorithm is not EdDSA")
-    key = public_key(header["kid"]) if isinstance(header["kid"], str) else None
+    key_id = header["kid"]
+    # Nobody has vouched for it yet: it must not be looked up whatever it is.
+    key = public_key(key_id) if isinstance(key_id, str) and _KEY_ID.match(key_id) else None
     if key is None:
         raise _bad("its key is not known here")
     try:
@@ -101,6 +107,8 @@ def read_token(token: str, *, public_key: Callable[[str], bytes | None], issuer:
 def _checked(claims: Claims, *, issuer: str, now_s: float) -> Claims:
     if claims.issuer != issuer:
         raise _bad("another cluster has issued it")
+    if claims.expires_s > claims.issued_s + ACCESS_S:  # whoever has stolen a key must not make one that lasts
+        raise _bad("it is good for longer than those of this server")
     check_time(claims, now_s=now_s)
     return claims
 
@@ -182,7 +190,7 @@ class LastingToken:
 
     kind: Lasting
     id: str
-    secret: str
+    secret: str = field(repr=False)
 
     def __str__(self) -> str:
         return f"understudy-{self.kind}-{self.id}-{self.secret}"

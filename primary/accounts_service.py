@@ -19,7 +19,6 @@ from understudy.common.accounts import (
     after_prefix,
     grants_key,
     policy_key,
-    session_key,
     token_key,
     user_key,
 )
@@ -97,6 +96,9 @@ class AccountsService(accounts_pb2_grpc.AccountsServicer):
             log.warning("login_refused", user=known, peer=peer)
             raise NotAuthenticated(_WRONG)
         assert usable is not None
+        now = self._accounts.user(name)
+        if now is None or now.password != usable.password:  # it was changed while this one was being checked
+            raise NotAuthenticated(_WRONG)
         self._limits.succeeded(known, peer)
         self._metrics.logins.labels("accepted").inc()
         if is_outdated(usable.password):
@@ -177,13 +179,9 @@ class AccountsService(accounts_pb2_grpc.AccountsServicer):
                     *tokens,
                 ]
                 await self._change("user_removed", gone, user=request.name)
-                await self._end_logins(row.id)
+                await self._sessions.end_all(row.id)
             return accounts_pb2.RemoveUserResponse()
         raise AssertionError("aborted")
-
-    async def _end_logins(self, user_id: str) -> None:
-        logins = session_key(user_id, "")
-        await self._commit(SESSIONS_REALM, [DeleteRange(logins, after_prefix(logins))])
 
     async def ListUsers(
         self, request: accounts_pb2.ListUsersRequest, context: Context
@@ -215,7 +213,7 @@ class AccountsService(accounts_pb2_grpc.AccountsServicer):
                     raise NotPermitted(f"{principal} may change its own password only")
                 await self._check_password(request.name, request.old_password, context)
             await self._set_password(request.name, request.password)
-            await self._end_logins(self._user(request.name).id)
+            await self._sessions.end_all(self._user(request.name).id)
             return accounts_pb2.SetPasswordResponse()
         raise AssertionError("aborted")
 
@@ -252,7 +250,7 @@ class AccountsService(accounts_pb2_grpc.AccountsServicer):
                     [Put(prefix + grant.encode(), row.SerializeToString()), _REQUIRE],
                     subject="/".join(subject),
                     pattern=request.pattern,
-                    level=Level(request.level).name.lower(),
+                    permits=Level(request.level).name.lower(),  # `level` is the line's own
                 )
             return accounts_pb2.GrantResponse(id=grant)
         raise AssertionError("aborted")
@@ -328,8 +326,7 @@ class AccountsService(accounts_pb2_grpc.AccountsServicer):
         async with answering_errors(context):
             async with self._changing:
                 user_id, is_login, session = request.id.partition(".")
-                if is_login and self._accounts.session(user_id[:80], session[:80]) is not None:
-                    await self._commit(SESSIONS_REALM, [Delete(session_key(user_id, session))])
+                if is_login and await self._sessions.end_one(user_id[:80], session[:80]):
                     log.info("login_revoked", by=str(caller()), login=request.id)
                 elif not is_login and self._accounts.token(request.id[:80]) is not None:
                     await self._change("token_revoked", [Delete(token_key(request.id))], token=request.id)

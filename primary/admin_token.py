@@ -47,7 +47,6 @@ async def ensure_admin_token(directory: DataDirectory, accounts: Accounts, commi
         return
     try:
         await commit(SYSTEM_REALM, [new_admin_token(directory)])
-    except (
-        UnderstudyError
-    ) as error:  # it will be made at the next start, and what is asked for goes on without it
+    except UnderstudyError as error:
+        # It will be made at the next start, and the server does without it until then.
         log.warning("admin_token_not_made", error=str(error))

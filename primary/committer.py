@@ -106,9 +106,8 @@ class Committer:
         self._freezing = False
         self._active_since_s: float | None = None
         self._unshown: deque[tuple[Lsn, str]] = deque()
-        self.on_shown: Callable[[str], None] = lambda path: (
-            None
-        )  # other clients may be told of a change to it
+        # Called with the path of a realm of which other clients may be told a change.
+        self.on_shown: Callable[[str], None] = lambda path: None
 
     # -- taking in -----------------------------------------------------------------------------------------
 

@@ -335,7 +335,9 @@ class Primary:
         check_timeout(timeout_s)
 
         async def told() -> admin_pb2.StatusResponse:
-            return self._node.status()
+            status = self._node.status()
+            status.access = self._server.authority.access
+            return status
 
         return self._call(told(), timeout_s)
 

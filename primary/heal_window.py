@@ -7,7 +7,7 @@ from understudy.common.types import format_id
 from understudy.primary.homecoming import add_up
 from understudy.v1 import admin_pb2, sync_pb2
 
-_CLIENTS_COUNTED = 10_000  # a bound on memory; more are not told apart
+_CLIENTS_COUNTED_MAX = 10_000  # a bound on memory; more are not told apart
 
 
 class HealWindow:
@@ -26,7 +26,7 @@ class HealWindow:
     def note(self, client: bytes, path: str, homecoming: sync_pb2.Homecoming) -> None:
         """Something came home from a client, or (of no bytes) from an export."""
         add_up(self._total, homecoming)
-        if (homecoming.appended or homecoming.renewed) and len(self._clients) < _CLIENTS_COUNTED:
+        if (homecoming.appended or homecoming.renewed) and len(self._clients) < _CLIENTS_COUNTED_MAX:
             self._clients.add(client)
         report = log.warning if homecoming.refused else log.info
         report(

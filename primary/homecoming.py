@@ -22,7 +22,6 @@ from understudy.common.types import check_realm_path, is_system_realm
 from understudy.primary.in_flight import Done, SignedChange
 from understudy.v1 import data_pb2, log_pb2, sync_pb2
 
-HMAC_BYTES = 32
 _PROBLEMS_MAX = 10
 
 OnTaken = Callable[[sync_pb2.Homecoming], None]
@@ -101,6 +100,10 @@ class _Arrival:
         if not missing:
             return
         version, digest = self._taker.head(self._path)
+        if not version and not self._may_renew:
+            # It may have been dropped: what lets one read a realm must not bring it back.
+            self.refuse(len(missing), "the realm is not here, and this client may not write to it")
+            return
         first = missing[0][0]
         follows = (first.version, first.previous) == (version + 1, digest)
         step = self._append if follows else self._renew

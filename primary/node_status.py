@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from understudy.common import entries
 from understudy.common.directory import Role
 from understudy.common.errors import UnderstudyError
-from understudy.common.tls import access_name
 from understudy.common.types import Durability, Lsn
 from understudy.common.version import VERSION
 from understudy.primary.slots import Slot
@@ -21,7 +20,7 @@ _STREAMING_ENTRIES = 10_000  # a replica that is no further behind than this is 
 
 
 def tell_status(node: PrimaryNode) -> admin_pb2.StatusResponse:
-    """All that ``understudy status`` shows."""
+    """What ``understudy status`` shows, but for how peers get in."""
     engine, committer = node.engine, node.committer
     return admin_pb2.StatusResponse(
         role=(Role.FENCED if node.is_fenced else engine.directory.role).value,
@@ -39,7 +38,6 @@ def tell_status(node: PrimaryNode) -> admin_pb2.StatusResponse:
         warnings=_warnings(node),
         version=VERSION,
         proof=node.epoch_proof,
-        access=access_name(node.tls),
         healing=node.heal_window.status(time.monotonic()),
     )
 
@@ -76,10 +74,8 @@ def _lag_seconds(node: PrimaryNode, slot: Slot) -> float:
     try:
         [record] = node.engine.log.records(upto, Lsn(upto + 1))
         return max(_now_us() - entries.parse_entry(record.payload, record.lsn).time_us, 0) / 1e6
-    except (
-        UnderstudyError,
-        ValueError,
-    ):  # pruned just now, or storage has failed: status must still tell
+    except (UnderstudyError, ValueError):
+        # Pruned just now, or storage has failed: status must still tell.
         return max(_now_us() - slot.seen_us, 0) / 1e6
 
 

@@ -10,16 +10,16 @@ from __future__ import annotations
 import asyncio
 from weakref import WeakValueDictionary
 
-from understudy.common.accounts import KEYS, session_key, signing_key_key
+from understudy.common.accounts import KEYS, after_prefix, session_key, signing_key_key
 from understudy.common.authority import Authority
 from understudy.common.errors import NotAuthenticated
 from understudy.common.events import log
-from understudy.common.operations import Delete, Operation, Put
+from understudy.common.operations import Delete, DeleteRange, Operation, Put
 from understudy.common.tokens import (
     ACCESS_S,
-    LEEWAY_S,
     LOGIN_AGAIN,
     REFRESH_S,
+    RETIRED_KEY_S,
     Claims,
     Lasting,
     LastingToken,
@@ -43,19 +43,24 @@ class Sessions:
         self._authority = authority
         self._accounts = authority.accounts
         self._keys = asyncio.Lock()
-        self._renewing: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by user id
 
     def _now_us(self) -> int:
         return int(self._authority.now_s() * 1e6)
 
     # -- logins --------------------------------------------------------------------------------------------
 
+    def _turn(self, user_id: str) -> asyncio.Lock:
+        """Whoever changes a user's logins does so alone: a login that is being ended must not be renewed meanwhile."""
+        return self._turns.setdefault(user_id, asyncio.Lock())
+
     async def begin(self, user: str, user_id: str) -> accounts_pb2.Tokens:
         """A new login of somebody who has proved to be that user."""
         refresh = LastingToken.new(Lasting.REFRESH, f"{user_id}.{new_token_id()}")
         row = accounts_pb2.SessionRow(user=user, hash=refresh.hash, created_us=self._now_us())
-        gone: list[Operation] = [Delete(key) for key in self._superfluous(user_id)]
-        return await self._keep(refresh, row, gone)
+        async with self._turn(user_id):
+            gone: list[Operation] = [Delete(key) for key in self._superfluous(user_id)]
+            return await self._keep(refresh, row, gone)
 
     def _superfluous(self, user_id: str) -> list[bytes]:
         """The keys of a user's logins that have expired, or make room for one more."""
@@ -72,7 +77,7 @@ class Sessions:
             NotAuthenticated: it is worth nothing, or was used before.
         """
         token = _refresh_token(text)
-        async with self._renewing.setdefault(token.id, asyncio.Lock()):
+        async with self._turn(token.id.partition(".")[0]):
             row = self._good_row(token)
             row.earlier[:] = (await self._used(token, row))[:_EARLIER_MAX]
             renewed = LastingToken.new(Lasting.REFRESH, token.id)
@@ -129,9 +134,24 @@ class Sessions:
         """
         token = _refresh_token(text)
         user_id, _, session = token.id.partition(".")
-        row = self._accounts.session(user_id, session)
-        if row is not None and any(token.is_of(one) for one in (row.hash, *row.earlier)):
-            await self._commit(SESSIONS_REALM, [Delete(_key_of(token))])
+        async with self._turn(user_id):
+            row = self._accounts.session(user_id, session)
+            if row is not None and any(token.is_of(one) for one in (row.hash, *row.earlier)):
+                await self._commit(SESSIONS_REALM, [Delete(_key_of(token))])
+
+    async def end_one(self, user_id: str, session: str) -> bool:
+        """Ends a login; whether there was one."""
+        async with self._turn(user_id):
+            if self._accounts.session(user_id, session) is None:
+                return False
+            await self._commit(SESSIONS_REALM, [Delete(session_key(user_id, session))])
+            return True
+
+    async def end_all(self, user_id: str) -> None:
+        """Ends all logins of a user."""
+        logins = session_key(user_id, "")
+        async with self._turn(user_id):
+            await self._commit(SESSIONS_REALM, [DeleteRange(logins, after_prefix(logins))])
 
     # -- keys ----------------------------------------------------------------------------------------------
 
@@ -173,7 +193,7 @@ class Sessions:
                 old.retired_us = now_us
                 old.private = b""
                 operations.append(Put(signing_key_key(at), old.SerializeToString()))
-            elif old.retired_us + (ACCESS_S + 2 * LEEWAY_S) * 1e6 < now_us:
+            elif old.retired_us + RETIRED_KEY_S * 1e6 < now_us:
                 operations.append(Delete(signing_key_key(at)))
         await self._commit(SYSTEM_REALM, operations)
         return key_id

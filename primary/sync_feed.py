@@ -21,6 +21,7 @@ class SyncStream:
     run: bytes
     previous_run: bytes
     task: asyncio.Task[None]
+    user_id: str = ""  # of an operator's
     replaced: bool = False  # by a newer one of the same directory
     session: SyncSession = field(init=False)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
@@ -32,7 +33,8 @@ class Feed:
     def __init__(self) -> None:
         self.streams: set[SyncStream] = set()
         self._followers: dict[str, set[SyncStream]] = {}
-        self._seats: dict[bytes, SyncStream] = {}
+        # Of each user its own: others who have seen a client's id can't take its seat.
+        self._seats: dict[tuple[str, bytes], SyncStream] = {}
 
     @property
     def pace_s(self) -> float:
@@ -60,6 +62,10 @@ class Feed:
 
     # -- clients ---------------------------------------------------------------------------------------------
 
+    def count_of(self, user_id: str) -> int:
+        """How many streams a user has."""
+        return sum(stream.user_id == user_id for stream in self.streams)
+
     def seat(self, stream: SyncStream) -> bool:
         """Takes the stream for its client's; False where another device is connected with that client's id.
 
@@ -67,17 +73,17 @@ class Feed:
         word. Anything else is a copy of the directory, in use at the same time.
         """
         self.streams.add(stream)
-        seated = self._seats.get(stream.client)
+        seated = self._seats.get((stream.user_id, stream.client))
         if seated is not None and seated.run not in (stream.run, stream.previous_run):
             return False
         if seated is not None:
             seated.replaced = True
             seated.task.cancel()
-        self._seats[stream.client] = stream
+        self._seats[stream.user_id, stream.client] = stream
         return True
 
     def leave(self, stream: SyncStream) -> None:
         """The stream has ended."""
         self.streams.discard(stream)
-        if self._seats.get(stream.client) is stream:
-            del self._seats[stream.client]
+        if self._seats.get((stream.user_id, stream.client)) is stream:
+            del self._seats[stream.user_id, stream.client]

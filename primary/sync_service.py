@@ -12,6 +12,7 @@ import grpc.aio
 
 from understudy.common.access import Level, Principal, caller
 from understudy.common.authority import Authority
+from understudy.common.entries import with_hmacs
 from understudy.common.errors import (
     ProtocolError,
     ReceiptExpired,
@@ -25,7 +26,7 @@ from understudy.common.read_service import Context
 from understudy.common.rpc import answering_errors, first_message
 from understudy.common.store_expiry import CLIENT_KEPT_US
 from understudy.common.tasks import spawn
-from understudy.common.types import DIGEST_BYTES, ID_BYTES, check_realm_path
+from understudy.common.types import ID_BYTES, check_realm_path
 from understudy.primary.admission import admit
 from understudy.primary.homecoming import add_up, runs_of, take_home
 from understudy.primary.node import PrimaryNode
@@ -35,6 +36,7 @@ from understudy.primary.sync_session import SyncSession, TailHome
 from understudy.v1 import data_pb2, sync_pb2, sync_pb2_grpc
 
 STREAMS_MAX = 2_000  # directories connected at one time
+USER_STREAMS_MAX = 500  # of one user, who must not keep all others out
 MESSAGE_TRANSACTIONS_MAX = 1_000  # as for direct clients
 _POLL_S = 1.0
 _SETTLE_S_MAX = 2.0
@@ -61,12 +63,17 @@ class SyncService(sync_pb2_grpc.SyncServicer):
         hello = _hello(first)
         if len(self._feed.streams) >= STREAMS_MAX:
             raise Unavailable(f"{STREAMS_MAX:,} clients are connected already", remedy="try again later")
+        user_id = caller().user_id
+        if user_id and self._feed.count_of(user_id) >= USER_STREAMS_MAX:
+            raise Unavailable(
+                f"{USER_STREAMS_MAX:,} clients of this user are connected already", remedy="try again later"
+            )
         node = self._node
         if hello.cluster == node.engine.directory.cluster:
             admit(node, hello.epoch, hello.proof)
         node.refuse_if_fenced()
         task = cast("asyncio.Task[None]", asyncio.current_task())
-        stream = SyncStream(hello.client, hello.run, hello.previous_run, task)
+        stream = SyncStream(hello.client, hello.run, hello.previous_run, task, user_id)
         stream.session = SyncSession(_Host(node, self._feed, stream, self._authority, caller()))
         node.streams.add(task)
         try:
@@ -98,7 +105,7 @@ class SyncService(sync_pb2_grpc.SyncServicer):
             total = sync_pb2.Homecoming()
             async for request in requests:
                 _check_version(request.protocol_version, "the export's sender")
-                for path, run in runs_of(_signed(request.changes, request.hmacs)):
+                for path, run in runs_of(with_hmacs(request.changes, request.hmacs)):
                     add_up(total, await take_in(self._node, b"", path, run, may_renew=True))
             return sync_pb2.SalvageResponse(homecoming=total)
         raise AssertionError("aborted")
@@ -313,9 +320,3 @@ def _check_version(version: int, who: str) -> None:
             f"{who} speaks protocol version {version}, this server {PROTOCOL_VERSION}",
             remedy="use the same version of Understudy on both sides",
         )
-
-
-def _signed(changes: Sequence[bytes], macs: bytes) -> list[tuple[bytes, bytes]]:
-    if len(macs) != DIGEST_BYTES * len(changes):
-        raise ProtocolError("columns of different lengths")
-    return [(raw, macs[at * DIGEST_BYTES : (at + 1) * DIGEST_BYTES]) for at, raw in enumerate(changes)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 
+from understudy.common.entries import with_hmacs
 from understudy.common.errors import (
     Overloaded,
     ProtocolError,
@@ -16,15 +17,14 @@ from understudy.common.errors import (
     Unavailable,
     UnderstudyError,
 )
-from understudy.common.realm_relation import REALM_LOCATOR_MAX, OurRealm, find_facts, last_common
+from understudy.common.realm_relation import OurRealm, find_facts, last_common
 from understudy.common.sync_table import HEAL, LOAD, RESET, STREAM, Cluster, Realm, Reason, SyncFacts, decide
-from understudy.common.types import DIGEST_BYTES, ID_BYTES, KEY_BYTES_MAX
+from understudy.primary.sync_bind import check_bind, explain, our_realm, undecided
 from understudy.primary.sync_host import Head, Host
 from understudy.primary.sync_load import Loading
 from understudy.v1 import data_pb2, sync_pb2
 
 BINDINGS_MAX = 1_000  # realms of one directory: each costs a cursor, and an answer with its locator
-CLIENT_IDS_MAX = 16  # whose changes may stand in one queue: a new one comes only with a copied directory
 CHANGES_MAX = 1_000  # in a message
 CHANGES_BYTES_MAX = 256 << 10
 # What a client may send of its tail; twice what ours keep.
@@ -75,7 +75,7 @@ class SyncSession:
         self._answers: deque[sync_pb2.SyncResponse] = deque()
         self._ready: OrderedDict[int, None] = OrderedDict()
         self._tails: set[int] = set()  # bindings whose tail is being sent
-        self._undecided: deque[int] = deque()  # and those whose turn it will be then
+        self._undecided: OrderedDict[int, None] = OrderedDict()  # and those whose turn it will be then
 
     @property
     def has_room(self) -> bool:
@@ -110,7 +110,7 @@ class SyncSession:
         return None
 
     def _bind(self, bind: sync_pb2.BindRealm) -> None:
-        _check_bind(bind)
+        check_bind(bind)
         if bind.ref <= self._last_ref:
             raise ProtocolError(f"binding {bind.ref} comes after {self._last_ref}")
         self._last_ref = bind.ref
@@ -136,6 +136,7 @@ class SyncSession:
         if binding.loading is not None:
             binding.loading.close()
         self._ready.pop(ref, None)
+        self._undecided.pop(ref, None)
         self._end_tail(binding)
         refs = self._followed[binding.path]
         refs.discard(ref)
@@ -195,33 +196,17 @@ class SyncSession:
 
     # -- deciding --------------------------------------------------------------------------------------------
 
-    def _ours(self, binding: _Binding) -> OurRealm:
-        host, path = self._host, binding.path
-        state = host.state
-        head = state.realm(path)
-        return OurRealm(
-            cluster=host.cluster,
-            epochs=host.epochs,
-            realm_id=head.id if head else 0,
-            version=head.version if head else 0,
-            history_first=state.history_first(path) if head else 1,
-            digest_at=lambda version: state.digest_at(path, version),
-            client_number=(state.last_number(path, binding.bind.clients[0]) or None) if head else None,
-            time_us=state.time_us,
-            client_kept_us=host.client_kept_us,
-        )
-
     def _decide(self, binding: _Binding) -> None:
         """Answers the bind, and begins what follows from that."""
-        ours = self._ours(binding)
+        ours = our_realm(self._host, binding.bind, binding.path)
         bind = binding.bind
         facts = find_facts(bind, ours)
         row = decide(facts)
         wants_tail = row.decision == HEAL or (row.decision == RESET and self._wants_tail(binding, facts))
         if wants_tail and len(self._tails) >= TAILS_MAX:
-            self._undecided.append(binding.ref)
+            self._undecided[binding.ref] = None
             return
-        bound = self._bound(binding, ours)
+        bound = undecided(self._host, binding.bind, binding.path)
         bound.decision, bound.reason = row.decision, row.reason
         common = last_common(bind.locator, ours) if facts.cluster is Cluster.SAME else None
         if common is not None:
@@ -235,7 +220,7 @@ class SyncSession:
             bound.tail_from = max(common.version + 1 if common else 1, bind.tail_first)
             binding.tail, binding.heals = [], row.decision == HEAL
             self._tails.add(binding.ref)
-        bound.explanation = _explain(bound, binding.path)
+        bound.explanation = explain(bound)
         self._answers.append(sync_pb2.SyncResponse(bound=bound))
 
     def _wants_tail(self, binding: _Binding, facts: SyncFacts) -> bool:
@@ -246,27 +231,6 @@ class SyncSession:
             and facts.realm in (Realm.HERE, Realm.LOST)
             and self._host.may_write(binding.path)
         )
-
-    def _bound(self, binding: _Binding, ours: OurRealm) -> sync_pb2.RealmBound:
-        host, path = self._host, binding.path
-        head = host.state.realm(path)
-        return sync_pb2.RealmBound(
-            ref=binding.ref,
-            path=path,
-            realm_id=ours.realm_id,
-            head=sync_pb2.RealmPosition(version=ours.version, digest=head.head if head else b""),
-            last_numbers=self._last_numbers(binding),
-            recovery_forbidden=host.forbids_recovery(path),
-            may_write=host.may_write(path),
-            time_us=ours.time_us,
-            epoch=host.epochs[-1].epoch,
-        )
-
-    def _last_numbers(self, binding: _Binding) -> list[int]:
-        state = self._host.state
-        if state.realm(binding.path) is None:
-            return [0] * len(binding.bind.clients)
-        return [state.last_number(binding.path, client) for client in binding.bind.clients]
 
     def _begin_stream(self, binding: _Binding, bound: sync_pb2.RealmBound) -> None:
         locator = binding.bind.locator
@@ -304,10 +268,7 @@ class SyncSession:
             return None
         if binding.tail is None:
             raise ProtocolError("a tail that nobody has asked for")
-        if len(tail.hmacs) != DIGEST_BYTES * len(tail.changes):
-            raise ProtocolError("a tail whose columns are of different lengths")
-        macs = (tail.hmacs[at : at + DIGEST_BYTES] for at in range(0, len(tail.hmacs), DIGEST_BYTES))
-        binding.tail += zip(tail.changes, macs, strict=True)
+        binding.tail += with_hmacs(tail.changes, tail.hmacs)
         binding.tail_bytes += sum(map(len, tail.changes))
         if binding.tail_bytes > TAIL_BYTES_MAX or len(binding.tail) > TAIL_CHANGES_MAX:
             raise ProtocolError(
@@ -329,9 +290,8 @@ class SyncSession:
         binding.tail, binding.tail_bytes = None, 0
         self._tails.discard(binding.ref)
         while self._undecided and len(self._tails) < TAILS_MAX:
-            following = self._bindings.get(self._undecided.popleft())
-            if following is not None:
-                self._decide(following)
+            ref, _ = self._undecided.popitem(last=False)
+            self._decide(self._bindings[ref])
 
     def on_tail_taken(self, ref: int, homecoming: sync_pb2.Homecoming) -> None:
         """What came of a tail; the client is told, and gets another answer where it was to heal."""
@@ -395,10 +355,10 @@ class SyncSession:
 
     def _ended(self, binding: _Binding, head: Head | None) -> sync_pb2.SyncResponse:
         """The realm was dropped under the client."""
-        bound = self._bound(binding, self._ours(binding))
+        bound = undecided(self._host, binding.bind, binding.path)
         bound.decision = RESET
         bound.reason = Reason.REALM_GONE if head is None else Reason.REALM_RECREATED
-        bound.explanation = _explain(bound, binding.path)
+        bound.explanation = explain(bound)
         binding.streams = False
         if binding.loading is not None:
             binding.loading.close()
@@ -441,8 +401,8 @@ class SyncSession:
         if binding.loading is not None:
             binding.loading.close()
         binding.bind.ClearField("incoming")
-        ours = self._ours(binding)
-        bound = self._bound(binding, ours)
+        ours = our_realm(self._host, binding.bind, binding.path)
+        bound = undecided(self._host, binding.bind, binding.path)
         bound.decision = LOAD
         binding.streams = False
         self._begin_load(binding, bound, ours)
@@ -487,35 +447,3 @@ class SyncSession:
             else:
                 high = middle - 1
         return low if low > before else binding.told_safe  # what is no longer kept may never have been safe
-
-
-_EXPLANATIONS = {
-    Reason.FOREIGN_CLUSTER_COPY: "the copy of {path} is of another cluster's",
-    Reason.REALM_GONE: "{path} was dropped",
-    Reason.REALM_RECREATED: "{path} was dropped and begun anew",
-    Reason.SERVER_BEHIND: "the server knows less of {path} than this copy, and what it lacks could not come home",
-    Reason.OTHER_HISTORY: "the server's history of {path} is another one{common}",
-    Reason.NUMBERS_BEYOND: "the server knows nothing of changes to {path} that it had confirmed to this client",
-    Reason.CLIENT_UNKNOWN: "the server does not know this client of {path}, and it should",
-    Reason.CLIENT_EXPIRED: "this client of {path} was away for longer than clients are remembered",
-}
-
-
-def _explain(bound: sync_pb2.RealmBound, path: str) -> str:
-    common = f" behind version {bound.common.version}" if bound.common.version else ""
-    return _EXPLANATIONS.get(bound.reason, "").format(path=path, common=common)
-
-
-def _check_bind(bind: sync_pb2.BindRealm) -> None:
-    if not 1 <= len(bind.clients) <= CLIENT_IDS_MAX or any(len(one) != ID_BYTES for one in bind.clients):
-        raise ProtocolError(f"a bind names 1 to {CLIENT_IDS_MAX} client ids of {ID_BYTES} bytes")
-    positions = [*bind.locator, *([bind.incoming] if bind.HasField("incoming") else [])]
-    if len(positions) > REALM_LOCATOR_MAX + 1 or any(len(one.digest) != DIGEST_BYTES for one in positions):
-        raise ProtocolError(
-            f"a locator has at most {REALM_LOCATOR_MAX} positions, with digests of {DIGEST_BYTES} bytes"
-        )
-    if len(bind.frontier) > KEY_BYTES_MAX:
-        raise ProtocolError(f"a state that ends with a key of {len(bind.frontier)} bytes")
-    versions = [one.version for one in bind.locator]
-    if versions != sorted(set(versions), reverse=True) or 0 in versions:
-        raise ProtocolError("a locator recedes, from the copy's head down to no less than version 1")

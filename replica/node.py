@@ -10,7 +10,6 @@ from understudy.common.engine import Engine
 from understudy.common.errors import UnderstudyError, WrongRole
 from understudy.common.metrics import EngineMetrics
 from understudy.common.settings import ReplicaSettings, load_tls
-from understudy.common.tls import access_name
 from understudy.common.types import ClusterId
 from understudy.common.version import VERSION
 from understudy.replica.copy import Copy
@@ -108,7 +107,6 @@ class ReplicaNode:
             upstream=self._follower.status(),
             warnings=self._warnings(),
             version=VERSION,
-            access=access_name(self.tls),
         )
         engine = self._copy.opened
         if engine is not None:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import stat
+import threading
+import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import grpc
 import grpc.aio
 import pytest
-from harness import ANY_PORT, Processes, complaint, wait_until
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from harness import ANY_PORT, DEADLINE_S, Processes, complaint, wait_until
 
 from understudy.client import Put, TokenSource, aconnect, connect, login
 from understudy.client.peers import stream_end
@@ -21,14 +25,32 @@ from understudy.common import access_interceptor, passwords
 from understudy.common.access import REQUIRES, Kind, Principal, Requires, meets
 from understudy.common.accounts import token_key
 from understudy.common.credentials import Credentials
-from understudy.common.errors import NotAuthenticated, NotPermitted, NotPrimary, Overloaded, UnderstudyError
+from understudy.common.errors import (
+    NotAuthenticated,
+    NotPermitted,
+    NotPrimary,
+    Overloaded,
+    Unavailable,
+    UnderstudyError,
+)
 from understudy.common.operations import Delete, to_protos
 from understudy.common.rpc import from_rpc, open_channel, peer_errors, short_socket_path
 from understudy.common.settings import PrimarySettings, ReplicaSettings
+from understudy.common.tokens import RETIRED_KEY_S, read_token, sign_token
 from understudy.common.types import SESSIONS_REALM, SYSTEM_REALM
+from understudy.primary import sync_service
 from understudy.primary.server import PrimaryServer, serving_primary
 from understudy.replica.server import ReplicaServer, serving_replica
-from understudy.v1 import accounts_pb2, accounts_pb2_grpc, admin_pb2, admin_pb2_grpc, data_pb2, data_pb2_grpc
+from understudy.v1 import (
+    accounts_pb2,
+    accounts_pb2_grpc,
+    admin_pb2,
+    admin_pb2_grpc,
+    data_pb2,
+    data_pb2_grpc,
+    sync_pb2,
+    sync_pb2_grpc,
+)
 
 PASSWORD = "correct horse"
 Story = Callable[["World"], Coroutine[Any, Any, None]]
@@ -773,3 +795,179 @@ def test_from_the_command_line(processes: Processes, tmp_path: Path) -> None:
     assert len({before, while_running, (data / "admin-token").read_text()}) == 3
     again = processes.primary(data)
     processes.run("status", "--server", again.address, "--token", f"@{data / 'admin-token'}")
+
+
+# -- misuse ----------------------------------------------------------------------------------------------------
+
+
+def test_g10_a_login_is_not_renewed_while_it_is_being_revoked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G10: whoever renews a login in the moment of its end does not bring it back."""
+
+    async def story(world: World) -> None:
+        await world.add("ann")
+        tokens = await world.login("ann")
+        [login_id] = [one.id for one in await world.tokens() if one.user == "ann"]
+        admin, service = await world.admin(), await world.accounts()
+        submit, submitted = world.server.node.committer.submit_own, asyncio.Event()
+        held: list[Callable[[], None]] = []
+
+        def hold(*arguments: Any) -> None:  # as a slow disk would: taken in, and not applied yet
+            held.append(lambda: submit(*arguments))
+            submitted.set()
+
+        monkeypatch.setattr(world.server.node.committer, "submit_own", hold)
+        revoking = asyncio.ensure_future(admin.RevokeToken(accounts_pb2.RevokeTokenRequest(id=login_id)))
+        await submitted.wait()
+        renewing = asyncio.ensure_future(service.Refresh(accounts_pb2.RefreshRequest(refresh=tokens.refresh)))
+        for _ in range(
+            3
+        ):  # behind it on the same connection: when they are answered, it has got as far as it can
+            with pytest.raises(grpc.aio.AioRpcError):
+                await service.Refresh(accounts_pb2.RefreshRequest(refresh="none"))
+        monkeypatch.undo()
+        for one in held:
+            one()
+        world.server.node.flush_soon()
+        await revoking
+        with pytest.raises(NotAuthenticated), peer_errors("a"):
+            await renewing
+        assert not [one for one in await world.tokens() if one.user == "ann"]
+
+    _play(tmp_path, story)
+
+
+def test_g10_a_password_that_was_changed_meanwhile_is_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G10: who is being checked while the password changes is not logged in with the one before."""
+    checking, changed = threading.Event(), threading.Event()
+    is_password = passwords.is_password
+
+    def slow(password: str, row: accounts_pb2.Password | None) -> bool:
+        checking.set()
+        changed.wait(DEADLINE_S)
+        return is_password(password, row)
+
+    async def story(world: World) -> None:
+        await world.add("ann")
+        monkeypatch.setattr(passwords, "is_password", slow)
+        entering = asyncio.ensure_future(world.login("ann"))
+        await asyncio.to_thread(checking.wait, DEADLINE_S)
+        request = accounts_pb2.SetPasswordRequest(name="ann", password="another horse")
+        await (await world.admin()).SetPassword(request)
+        changed.set()
+        with pytest.raises(NotAuthenticated):
+            await entering
+
+    _play(tmp_path, story)
+
+
+def test_g10_a_stolen_key_is_worth_nothing_once_its_tokens_have_expired(tmp_path: Path) -> None:
+    """G10: what a retired key signs is taken for as long as what it signed in its time, and no longer."""
+
+    async def story(world: World) -> None:
+        await world.add("ann")
+        tokens = await world.login("ann")
+        authority = world.server.authority
+        found = authority.accounts.signing_key()
+        assert found is not None
+        key_id, stolen = found[0], bytes(found[1].private)
+        claims = read_token(
+            tokens.access,
+            public_key=lambda _: found[1].public,
+            issuer=authority.issuer,
+            now_s=authority.now_s(),
+        )
+        await (await world.admin()).RotateKeys(accounts_pb2.RotateKeysRequest())
+        assert await world.is_known(tokens.access)
+        later_s = authority.now_s() + RETIRED_KEY_S + 1
+        authority.now_s = lambda: later_s
+        forged = replace(claims, issued_s=int(later_s), expires_s=int(later_s) + 60)
+        assert not await world.is_known(sign_token(forged, key_id=key_id, private=stolen))
+
+    _play(tmp_path, story)
+
+
+def test_g9_a_refusal_does_not_repeat_what_was_sent(tmp_path: Path) -> None:
+    """G9: who may not write to a path without end is told so in a few words."""
+
+    async def story(world: World) -> None:
+        await world.add("ann")
+        call = await _bound(await world.data((await world.login("ann")).access))
+        [refusal] = (await _commit(call, "/" + "a" * 100_000, 1)).refusals
+        assert refusal.code == "NotPermitted"
+        assert len(refusal.message) + len(refusal.remedy) < 1_000
+
+    _play(tmp_path, story)
+
+
+def test_g9_who_watches_does_not_keep_others_from_logging_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G9: strangers behind the same address can't use up the calls that a login needs."""
+    monkeypatch.setattr(access_interceptor, "ANONYMOUS_CALLS_MAX", 3)
+
+    async def story(world: World) -> None:
+        await world.add("ann")
+        health = health_pb2_grpc.HealthStub(await world.channel())
+        watching = [health.Watch(health_pb2.HealthCheckRequest()) for _ in range(3)]
+        for call in watching:
+            await call.read()
+        with pytest.raises(Overloaded), peer_errors("a"):
+            await health.Watch(health_pb2.HealthCheckRequest()).read()
+        assert (await world.login("ann")).user == "ann"
+        for call in watching:
+            call.cancel()
+
+    _play(tmp_path, story)
+
+
+# -- synced clients --------------------------------------------------------------------------------------------
+
+
+async def _connected(world: World, token: str, client: bytes) -> tuple[Any, bool]:
+    """A client's stream, and whether it was told that its id is another's."""
+    call = sync_pb2_grpc.SyncStub(await world.channel(token)).Sync(timeout=30)
+    hello = sync_pb2.SyncHello(protocol_version=1, client=client, run=uuid.uuid4().bytes)
+    await call.write(sync_pb2.SyncRequest(hello=hello))
+    with peer_errors("a"):
+        answer = await call.read()
+    assert isinstance(answer, sync_pb2.SyncResponse), await _end_of(call)
+    return call, answer.welcome.new_id
+
+
+def test_g10_nobody_takes_the_seat_of_another_user_s_client(tmp_path: Path) -> None:
+    """G10: all who read a realm see whose changes they are, and can't pass for them."""
+
+    async def story(world: World) -> None:
+        for name in ("ann", "eve"):
+            await world.add(name)
+        eve, eve_has_another = await _connected(world, (await world.login("eve")).access, b"ann's own client")
+        ann, ann_has_another = await _connected(world, (await world.login("ann")).access, b"ann's own client")
+        assert (eve_has_another, ann_has_another) == (False, False)
+        for call in (eve, ann):
+            call.cancel()
+
+    _play(tmp_path, story)
+
+
+def test_g9_one_user_does_not_take_all_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """G9: who has connected as many clients as a user may keeps nobody else out."""
+    monkeypatch.setattr(sync_service, "USER_STREAMS_MAX", 1)
+
+    async def story(world: World) -> None:
+        for name in ("ann", "eve"):
+            await world.add(name)
+        eve = (await world.login("eve")).access
+        first, _ = await _connected(world, eve, b"the first client")
+        second = sync_pb2_grpc.SyncStub(await world.channel(eve)).Sync(timeout=30)
+        hello = sync_pb2.SyncHello(protocol_version=1, client=bytes(16), run=bytes(16))
+        await second.write(sync_pb2.SyncRequest(hello=hello))
+        assert isinstance(await _end_of(second), Unavailable)
+        ann, _ = await _connected(world, (await world.login("ann")).access, b"the third client")
+        for call in (first, ann):
+            call.cancel()
+
+    _play(tmp_path, story)

@@ -271,7 +271,7 @@ def _salvage(
 
 def _counts(done: subprocess.CompletedProcess[bytes]) -> tuple[int, ...]:
     shown = json.loads(done.stdout)
-    assert list(shown) == ["appended", "renewed", "known", "refused", "problems"]
+    assert list(shown) == ["appended", "renewed", "known", "refused", "problems", "left_out"]
     return tuple(shown[name] for name in ("appended", "renewed", "known", "refused"))
 
 

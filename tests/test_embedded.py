@@ -14,6 +14,7 @@ from harness import wait_until
 
 from understudy.client import Add, Put, connect
 from understudy.client.blocking import Server
+from understudy.common import portal
 from understudy.common.errors import (
     BadKey,
     BadOperation,
@@ -25,9 +26,11 @@ from understudy.common.errors import (
     UnknownRealm,
     UsageError,
 )
+from understudy.common.rpc import open_channel
 from understudy.common.settings import ReplicaSettings
 from understudy.primary import Primary, committer
 from understudy.replica.server import serving_replica
+from understudy.v1 import accounts_pb2, accounts_pb2_grpc
 
 
 @pytest.fixture
@@ -72,7 +75,8 @@ def test_both_do_the_same(primary: Primary, embedded: bool) -> None:
         assert list(server.scan("/realm", reverse=True, limit=2)) == [(b"c", b"3"), (b"b", b"7")]
         assert list(server.scan("/realm", limit=0)) == []
         assert [(one.path, one.version) for one in server.realms()] == [("/realm", 2)]
-        assert server.status().role == "primary"
+        status = server.status()
+        assert (status.role, status.access) == ("primary", "protected")
         assert server.drop_realm("/realm") > tx.receipt.lsn
         with pytest.raises(UnknownRealm):
             server.get("/realm", b"a")
@@ -161,6 +165,18 @@ def _refusal(primary: Primary) -> type[UnderstudyError]:
     with pytest.raises(UnderstudyError) as refused:
         primary.commit("/realm", [Put(b"key", b"value")], timeout_s=0.05)
     return refused.type
+
+
+def test_its_status_says_that_tokens_are_asked_for(primary: Primary) -> None:
+    """Once there is a token for a replica, status says so, whoever asks for it."""
+
+    async def issue() -> None:
+        async with open_channel(primary.address) as channel:
+            request = accounts_pb2.IssueTokenRequest(kind=accounts_pb2.TOKEN_REPLICA)
+            await accounts_pb2_grpc.AccountsStub(channel).IssueToken(request)
+
+    portal.call(issue())
+    assert primary.status().access == "tokens"
 
 
 def test_g6_what_waits_when_it_is_closed_is_not_said_to_be_refused(tmp_path: Path) -> None:

@@ -135,6 +135,15 @@ def history_of(server: Server, first: int = 1, path: str = "/a") -> list[tuple[i
 # -- as they were --------------------------------------------------------------------------------------------
 
 
+def test_g10_who_may_only_read_does_not_bring_a_realm_back(store: Store) -> None:
+    """G10: a realm that is not here may have been dropped; its changes are taken from those who may write to it."""
+    old = old_primary(store)
+    new = promoted(old, having=0)
+    assert brought(new, tail_of(old, 1), may_renew=False) == (0, 0, 0, 8)
+    assert new.state.realm("/a") is None
+    assert brought(new, tail_of(old, 1), may_renew=True) == (8, 0, 0, 0)
+
+
 def test_g3_changes_come_home_as_they_were(store: Store) -> None:
     """G3: versions, bytes and HMACs are what they were, so that every other copy of the realm agrees."""
     old = old_primary(store)

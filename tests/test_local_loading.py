@@ -32,6 +32,7 @@ from local_helpers import (
 from state_helpers import after_operation
 
 from understudy.client.local_layout import LAST_KEY
+from understudy.client.local_load import is_complete
 from understudy.client.local_realm import LocalRealm
 from understudy.client.local_store import LocalStore
 from understudy.client.local_types import ForeignChange
@@ -60,7 +61,7 @@ def _server(keys: int) -> Server:
 
 def _load(realm: LocalRealm, server: Server, *, keys: int = 3) -> None:
     """All pages from where the state stands."""
-    while not realm.is_loaded:
+    while not is_complete(realm.row.incoming):
         realm.load_page(server.page(realm.row.incoming.frontier, keys), epoch=3)
 
 
@@ -80,7 +81,7 @@ def test_a_loaded_state_takes_the_copys_place_at_once(store: LocalStore, realm: 
     copy = realm.row.incoming
     assert (copy.expected_entries, copy.path, copy.realm_id, copy.loading) == (10, PATH, REALM_ID, True)
     before = {b"gone": b"1", b"000": b"own", b"own": b"2"}
-    while not realm.is_loaded:
+    while not is_complete(realm.row.incoming):
         assert held(realm) == before
         with pytest.raises(UsageError):
             realm.finish_load({})
@@ -135,13 +136,14 @@ def test_an_interrupted_load_goes_on(tmp_path: Path) -> None:
     store.close()
     store, realm = open_realm(tmp_path / "local")
     assert realm.row.incoming.frontier == b"003"
-    assert realm.locator(incoming=True) == [server.position()]
+    incoming = realm.row.incoming
+    assert sync_pb2.RealmPosition(version=incoming.version, digest=incoming.head) == server.position()
     assert realm.locator() == []
     send(realm, [server.change([Put(b"001", b"new"), Put(b"008", b"new")])])
     _load(realm, server)
     store.close()
     store, realm = open_realm(tmp_path / "local")
-    assert (realm.is_loaded, realm.row.incoming.frontier) == (True, LAST_KEY)
+    assert (is_complete(realm.row.incoming), realm.row.incoming.frontier) == (True, LAST_KEY)
     realm.load_page(
         server.page(realm.row.incoming.frontier, 4), epoch=3
     )  # an empty one, with the last numbers
@@ -375,7 +377,7 @@ class RealmMachine(RuleBasedStateMachine):
     def begin_load(self) -> None:
         self.realm.begin_load(self.server.bound(), cluster=CLUSTER)
 
-    @precondition(lambda self: self.realm.row.incoming.id and not self.realm.is_loaded)
+    @precondition(lambda self: self.realm.row.incoming.id and not is_complete(self.realm.row.incoming))
     @rule(keys=st.integers(1, 3))
     def load(self, keys: int) -> None:
         row = self.realm.row.incoming
@@ -384,7 +386,7 @@ class RealmMachine(RuleBasedStateMachine):
             self.realm.apply(changes, lsn=1, epoch=1, time_us=1, safe_version=0)
         self.realm.load_page(self.server.page(self.realm.row.incoming.frontier, keys), epoch=1)
 
-    @precondition(lambda self: self.realm.is_loaded)
+    @precondition(lambda self: is_complete(self.realm.row.incoming))
     @rule()
     def finish(self) -> None:
         version = self.realm.row.incoming.version

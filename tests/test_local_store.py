@@ -19,7 +19,6 @@ from local_helpers import OTHER, PATH, START_US, Server, check_sound, held, open
 from store_helpers import fill_disk, small_disk
 
 from understudy.client import local_rows, local_tail
-from understudy.client.local_changes import LOCATOR_POSITIONS_MAX
 from understudy.client.local_realm import LocalRealm
 from understudy.client.local_store import LocalStore
 from understudy.client.local_types import ForeignChange
@@ -36,6 +35,7 @@ from understudy.common.errors import (
     UnknownRealm,
     UsageError,
 )
+from understudy.common.locator import LOCATOR_POSITIONS_MAX
 from understudy.common.operations import Add, DeleteRange, Put, to_protos
 from understudy.common.store import Store
 from understudy.v1 import local_pb2, replication_pb2
@@ -253,7 +253,7 @@ def test_the_locator_recedes_by_doubling(realm: LocalRealm) -> None:
         assert all(0 < far <= 2 * near for near, far in pairwise(distances[1:]))
         assert positions[-1].version == 1
         assert len(positions) <= min(LOCATOR_POSITIONS_MAX, 2 + 2 * server.version.bit_length())
-    assert Server().position() not in realm.locator(incoming=True)
+    assert Server().position() not in realm.locator()
 
 
 # -- the tail --------------------------------------------------------------------------------------------------------

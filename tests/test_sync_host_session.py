@@ -955,6 +955,7 @@ def test_g9_few_tails_are_on_their_way_at_one_time(store: Store, monkeypatch: py
         joined.say(client.bind(ref=ref))
     joined.listen()
     joined.say(clients.pop().unbind())  # it has waited in vain
+    assert len(joined.session._undecided) == 2
     healed: set[str] = set()
     while len(healed) < 4:
         asked = [client for client in clients if client.answers[-1].decision == HEAL]

@@ -20,6 +20,7 @@ from sync_helpers import (
 )
 
 from understudy.client import realm_binding, sync_messages, uploading
+from understudy.client.local_load import is_complete
 from understudy.client.sync_port import (
     Action,
     CaughtUp,
@@ -538,7 +539,7 @@ def test_for_a_reset_the_state_of_a_realm_that_is_gone_is_empty(device: Device, 
     device.receive(nothing.bound(bind, sync_pb2.SYNC_RESET, reason=sync_pb2.REALM_GONE))
     actions = device.receive(nothing.bound(bind_of(device.session.load_fresh("/realm"))))
     assert [action.fresh for action in actions if isinstance(action, Loaded)] == [True]
-    assert device.realm().is_loaded
+    assert is_complete(device.realm().row.incoming)
 
 
 def test_a_reset_that_nobody_began_is_forgotten_when_the_server_takes_the_copy_again(

@@ -150,3 +150,26 @@ def test_what_is_no_lasting_token(text: str) -> None:
     """Another kind, an id that could be another key, or too short a secret is none."""
     assert LastingToken.read(text) is None
     assert LastingToken.read(str(LastingToken.new(Lasting.ADMIN)) + "\n") is None
+
+
+def test_a_key_id_is_not_looked_up_whatever_it_is() -> None:
+    """What an unsigned header says is no text of any length and kind to search for."""
+    asked: list[str] = []
+    for key_id in ("\ud800", "k" * 600, "a/b", ""):
+        token = _forged(header={"alg": "EdDSA", "typ": "JWT", "kid": key_id})
+        with pytest.raises(NotAuthenticated):
+            read_token(token, public_key=asked.append, issuer="cluster", now_s=NOW_S)  # type: ignore[func-returns-value]
+    assert not asked
+
+
+def test_g10_a_token_is_good_for_minutes_whoever_signed_it() -> None:
+    """G10: who has come by a signing key can't make a token that outlives the key."""
+    lasting = replace(CLAIMS, expires_s=CLAIMS.issued_s + 10 * 365 * 86_400)
+    with pytest.raises(NotAuthenticated):
+        _read(sign_token(lasting, key_id="k1", private=PRIVATE))
+
+
+def test_a_secret_is_not_in_what_a_trace_shows() -> None:
+    """The text for debugging names a token without telling it."""
+    token = LastingToken.new(Lasting.ADMIN)
+    assert token.secret not in repr(token)

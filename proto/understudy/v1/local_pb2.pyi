@@ -87,7 +87,6 @@ class LocalRealm(_message.Message):
     QUEUE_COUNT_FIELD_NUMBER: _builtins.int
     QUEUE_BYTES_FIELD_NUMBER: _builtins.int
     RESET_FIELD_NUMBER: _builtins.int
-    RECOVERY_FORBIDDEN_FIELD_NUMBER: _builtins.int
     ID_FIELD_NUMBER: _builtins.int
     next_number: _builtins.int
     """of the next own change"""
@@ -106,7 +105,6 @@ class LocalRealm(_message.Message):
     """versions above `safe_version` that were dropped to keep the bound"""
     queue_count: _builtins.int
     queue_bytes: _builtins.int
-    recovery_forbidden: _builtins.bool
     id: _builtins.int
     """first 8 bytes of its keys in `queue` and `tail`"""
     @_builtins.property
@@ -138,12 +136,11 @@ class LocalRealm(_message.Message):
         queue_count: _builtins.int = ...,
         queue_bytes: _builtins.int = ...,
         reset: Global___ResetRecord | None = ...,
-        recovery_forbidden: _builtins.bool = ...,
         id: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["copy", b"copy", "incoming", b"incoming", "reset", b"reset"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["confirmed", b"confirmed", "confirmed_us", b"confirmed_us", "contact_us", b"contact_us", "copy", b"copy", "id", b"id", "incoming", b"incoming", "next_number", b"next_number", "queue_bytes", b"queue_bytes", "queue_count", b"queue_count", "recovery_forbidden", b"recovery_forbidden", "reset", b"reset", "safe_version", b"safe_version", "sent", b"sent", "tail_bytes", b"tail_bytes", "tail_dropped", b"tail_dropped", "tail_first", b"tail_first"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["confirmed", b"confirmed", "confirmed_us", b"confirmed_us", "contact_us", b"contact_us", "copy", b"copy", "id", b"id", "incoming", b"incoming", "next_number", b"next_number", "queue_bytes", b"queue_bytes", "queue_count", b"queue_count", "reset", b"reset", "safe_version", b"safe_version", "sent", b"sent", "tail_bytes", b"tail_bytes", "tail_dropped", b"tail_dropped", "tail_first", b"tail_first"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -228,10 +225,7 @@ class QueuedChange(_message.Message):
 
     CLIENT_FIELD_NUMBER: _builtins.int
     OPERATIONS_FIELD_NUMBER: _builtins.int
-    TIME_US_FIELD_NUMBER: _builtins.int
     client: _builtins.bytes
-    time_us: _builtins.int
-    """this device's clock when it was made"""
     @_builtins.property
     def operations(self) -> _containers.RepeatedCompositeFieldContainer[_log_pb2.Operation]: ...
     def __init__(
@@ -239,11 +233,10 @@ class QueuedChange(_message.Message):
         *,
         client: _builtins.bytes = ...,
         operations: _abc.Iterable[_log_pb2.Operation] | None = ...,
-        time_us: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "operations", b"operations", "time_us", b"time_us"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "operations", b"operations"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
