@@ -111,14 +111,14 @@ class Uploader:
     def refused(self, client: bytes, refusals: Sequence[data_pb2.Refusal], *, now_s: float) -> None:
         """The server did not take these. What can be tried again will be, from the first of them on, in order."""
         for refusal in refusals:
-            if not any(number == refusal.number for number, _ in self._in_flight):
-                continue  # it was sent with one before it that is to be sent again
             error = from_code(refusal.code, refusal.message, refusal.remedy)
             if isinstance(error, ReceiptExpired):
                 # It was applied, perhaps under another name: it won't come back as this one.
                 self._realm.leave_queue(client, [refusal.number])
                 self.confirmed(refusal.number)
                 continue
+            if not any(number == refusal.number for number, _ in self._in_flight):
+                continue  # it was sent with one before it that is to be sent again
             self._rewind(refusal.number)
             if isinstance(error, Unavailable):
                 self.retry_at_s = now_s + self._backoff.next_s(0.5)

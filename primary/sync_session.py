@@ -179,7 +179,8 @@ class SyncSession:
             )
         try:
             self._host.submit(client, transaction)
-        except ReceiptExpired:  # it is here, and won't be sent again
+        except ReceiptExpired:  # it is here, and won't be sent again: nobody has to wait for it
+            binding.refused.pop(client, None)
             raise
         except UnderstudyError:
             binding.refused[client] = number

@@ -24,7 +24,8 @@ from understudy.v1 import replication_pb2, replication_pb2_grpc
 
 
 async def _until_connected(node: ReplicaNode) -> None:
-    await asyncio.to_thread(wait_until, lambda: node.status().upstream.connected)
+    """Connected, and with an entry at least: before, it can't be promoted."""
+    await asyncio.to_thread(wait_until, lambda: node.status().upstream.connected and node.status().epoch)
 
 
 async def _split(tmp_path: Path, old_first: bool) -> None:
