@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,13 +12,12 @@ from understudy.cli.options import EPILOG, json_option, server_option, timeout_o
 
 if TYPE_CHECKING:
     from understudy.client.local_store import LocalStore
-    from understudy.client.realm import Realm, ResetMode
+    from understudy.client.realm import ResetMode
     from understudy.client.recovery import Dropped, Recovery
     from understudy.common.credentials import Credentials
     from understudy.v1 import local_pb2
 
 _MODES = ("recover", "discard", "recover_or_discard")
-_POLL_S = 0.02
 
 
 @click.group(epilog=EPILOG)
@@ -213,7 +211,6 @@ def _reset(
     ) as realm:
         realm.wait_for_download(timeout_s)
         realm.wait_for_upload(timeout_s)
-        _wait_until_over(realm, timeout_s)
     return recoveries[-1] if recoveries else None
 
 
@@ -228,11 +225,3 @@ def _begin_anew(directory: Path, path: str) -> None:
         local = store.realm(path, create=False)
         if local.row.reset.swapped:
             local.set_reset(None)
-
-
-def _wait_until_over(realm: Realm, timeout_s: float) -> None:
-    """Until the last word on the reset is on disk, which may come a moment after the last change."""
-    deadline_s = time.monotonic() + timeout_s
-    while realm.state.reset is not None and time.monotonic() < deadline_s:
-        realm.wait_for_download(timeout_s)  # raises where it has led to another one
-        time.sleep(_POLL_S)

@@ -10,12 +10,11 @@ tried again in the same way, so it can't loop.
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from understudy.client import local_export
+from understudy.client import local_export, local_layout
 from understudy.client.local_realm import LocalRealm
 from understudy.client.open_realm import OpenRealm
 from understudy.client.recovery import Known, RecoveryPlan, plan_recovery
@@ -26,7 +25,6 @@ from understudy.common.events import log
 from understudy.common.types import new_id
 from understudy.v1 import local_pb2, sync_pb2
 
-RECOVERED = "recovered"
 _NAME_CHARACTERS_MAX = 128  # of a realm's path: file systems take 255 in all
 _ALL = {"count_max": sys.maxsize, "bytes_max": sys.maxsize}
 
@@ -36,7 +34,7 @@ class CopyResetter:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._kept = directory / RECOVERED
+        self._kept = directory / local_layout.RECOVERED
         # By path, what was begun since the realm was opened, and has not put another state in the copy's place.
         self._begun: dict[str, str] = {}
 
@@ -204,8 +202,6 @@ def _log_tail(path: str, taken: sync_pb2.Homecoming) -> None:
 
 def _note_reason(record: local_pb2.ResetRecord, bound: sync_pb2.RealmBound) -> None:
     record.reason, record.explanation = bound.reason, bound.explanation
-    record.time_us = time.time_ns() // 1_000
-    record.recovery_forbidden = bound.recovery_forbidden
     record.ClearField("common")
     if bound.HasField("common"):
         record.common.CopyFrom(bound.common)

@@ -254,8 +254,6 @@ class ResetRecord(_message.Message):
     ATTEMPTED_FIELD_NUMBER: _builtins.int
     SWAPPED_FIELD_NUMBER: _builtins.int
     KEPT_FIELD_NUMBER: _builtins.int
-    TIME_US_FIELD_NUMBER: _builtins.int
-    RECOVERY_FORBIDDEN_FIELD_NUMBER: _builtins.int
     LAST_NUMBER_FIELD_NUMBER: _builtins.int
     reason: _sync_pb2.ResetReason.ValueType
     explanation: _builtins.str
@@ -265,9 +263,6 @@ class ResetRecord(_message.Message):
     """the fresh state has taken the copy's place"""
     kept: _builtins.str
     """the copy's name in `recovered/`"""
-    time_us: _builtins.int
-    """this device's clock"""
-    recovery_forbidden: _builtins.bool
     last_number: _builtins.int
     """of the queue when the copy was kept; once swapped, of what was judged"""
     @_builtins.property
@@ -281,13 +276,11 @@ class ResetRecord(_message.Message):
         attempted: _builtins.str = ...,
         swapped: _builtins.bool = ...,
         kept: _builtins.str = ...,
-        time_us: _builtins.int = ...,
-        recovery_forbidden: _builtins.bool = ...,
         last_number: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["common", b"common"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempted", b"attempted", "common", b"common", "explanation", b"explanation", "kept", b"kept", "last_number", b"last_number", "reason", b"reason", "recovery_forbidden", b"recovery_forbidden", "swapped", b"swapped", "time_us", b"time_us"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempted", b"attempted", "common", b"common", "explanation", b"explanation", "kept", b"kept", "last_number", b"last_number", "reason", b"reason", "swapped", b"swapped"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -462,8 +462,8 @@ class RealmBound(_message.Message):
     BYTES_FIELD_NUMBER: _builtins.int
     TIME_US_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
-    LSN_FIELD_NUMBER: _builtins.int
     RESUMED_FIELD_NUMBER: _builtins.int
+    LSN_FIELD_NUMBER: _builtins.int
     ref: _builtins.int
     decision: Global___SyncDecision.ValueType
     reason: Global___ResetReason.ValueType
@@ -485,10 +485,10 @@ class RealmBound(_message.Message):
     """the log's time"""
     epoch: _builtins.int
     """in which the server reigns"""
-    lsn: _builtins.int
-    """STREAM: of the copy's head in this server's log"""
     resumed: _builtins.bool
     """LOAD: goes on behind `frontier`; else it begins anew"""
+    lsn: _builtins.int
+    """STREAM: of the copy's head in this server's log"""
     @_builtins.property
     def common(self) -> Global___RealmPosition:
         """the last common version, where there is one"""
@@ -520,8 +520,8 @@ class RealmBound(_message.Message):
         bytes: _builtins.int = ...,
         time_us: _builtins.int = ...,
         epoch: _builtins.int = ...,
-        lsn: _builtins.int = ...,
         resumed: _builtins.bool = ...,
+        lsn: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["common", b"common", "head", b"head"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
