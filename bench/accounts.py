@@ -40,6 +40,25 @@ def checkpoint_process(parent: int) -> int:
     return 0
 
 
+def children(parent: int) -> list[int]:
+    """The pids of a process's children."""
+    pids = [int(folder.name) for folder in Path("/proc").iterdir() if folder.name.isdigit()]
+    return [pid for pid in pids if _parent(pid) == parent]
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there, and not only its exit status."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return _stat_fields(pid)[0] not in "ZX"
+    return False
+
+
+def _parent(pid: int) -> int:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return int(_stat_fields(pid)[1])
+    return 0
+
+
 def _stat_fields(pid: int) -> list[str]:
     """Fields of ``stat`` behind the command's name, which may hold anything; the first is the state."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -62,3 +62,9 @@ def busy() -> dict[str, float]:
         "stolen": steal * tick_s,
         "all": (user + nice + system + idle + iowait + irq + softirq + steal) * tick_s,
     }
+
+
+def stolen_percent(before: dict[str, float]) -> float:
+    """The share of all processor time since ``before`` that the hypervisor gave to others."""
+    now = busy()
+    return 100 * (now["stolen"] - before["stolen"]) / max(now["all"] - before["all"], 1e-9)

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import accounts
 import grpc
@@ -135,6 +135,9 @@ class Process:
         return self._process.poll() is None
 
 
+_P = TypeVar("_P", bound=Process)
+
+
 class Node(Process):
     """A primary or a replica that serves."""
 
@@ -251,6 +254,12 @@ class Processes:
         """Starts one of the bench's own scripts, with a job (a dataclass) as its argument."""
         command = [sys.executable, str(HERE / script), json.dumps(dataclasses.asdict(job))]
         process = Process(script, command, self._log(script.removesuffix(".py")))
+        self._started.append(process)
+        return process
+
+    def program(self, kind: type[_P], name: str, command: list[str]) -> _P:
+        """Starts any other program as a process of that kind."""
+        process = kind(name, command, self._log(name))
         self._started.append(process)
         return process
 

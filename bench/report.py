@@ -51,15 +51,17 @@ def as_markdown(machine: Mapping[str, Any], scale: str, rows: Sequence[RowResult
     parts = [
         "# Benchmarks",
         "Made by `make bench ARGS='--markdown docs/benchmarks.md'`; nothing here is written by hand. All processes of "
-        "a row share one machine and its loopback; fdatasync is on; references are measured in the same run.",
-        _machine_text(machine, scale),
+        "a row share one machine and its loopback; fdatasync is on; references are measured in the same run. "
+        "PostgreSQL, Redis and etcd beside it: [peers.md](peers.md).",
+        machine_text(machine, scale),
         _figures_table(rows),
         *(_row_section(row) for row in rows),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _machine_text(machine: Mapping[str, Any], scale: str) -> str:
+def machine_text(machine: Mapping[str, Any], scale: str) -> str:
+    """What the figures depend on, in sentences."""
     packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
     return (
         f"Machine: {machine['cpus']} processors ({machine['cpu']}), {machine['memory_gib']:g} GiB, "
@@ -74,7 +76,7 @@ def _figures_table(rows: Sequence[RowResult]) -> str:
     for row in rows:
         cells.append([f"**{row.title}**", "", "", "", "", ""])
         cells += [_cells(figure) for figure in row.figures]
-    return _table(_COLUMNS, cells)
+    return table(_COLUMNS, cells)
 
 
 def _row_section(row: RowResult) -> str:
@@ -83,10 +85,11 @@ def _row_section(row: RowResult) -> str:
 
 
 def _detail_table(detail: Detail) -> str:
-    return _table(detail.columns, [[_cell(cell) for cell in row] for row in detail.rows])
+    return table(detail.columns, [[_cell(cell) for cell in row] for row in detail.rows])
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -68,7 +68,7 @@ def main() -> int:
             facts = machine.facts(folder) | {"load_before": round(os.getloadavg()[0], 2)}
             before = machine.busy()
             rows, failed = _measure(options.only, scale, folder, console)
-            facts["stolen_percent"] = _stolen_percent(before)
+            facts["stolen_percent"] = machine.stolen_percent(before)
     except BenchFailed as error:
         console.print(f"bench: {error}", style="red", markup=False, highlight=False)
         return 1
@@ -145,11 +145,6 @@ def _progress(console: Console) -> Iterator[Callable[[str], None]]:
         return
     with console.status("") as status:
         yield status.update
-
-
-def _stolen_percent(before: dict[str, float]) -> float:
-    now = machine.busy()
-    return 100 * (now["stolen"] - before["stolen"]) / max(now["all"] - before["all"], 1e-9)
 
 
 if __name__ == "__main__":

@@ -86,6 +86,7 @@ def _realm_facts(row: local_pb2.LocalRealm) -> dict[str, object]:
             "common_version": row.reset.common.version or None,
             "attempted": row.reset.attempted or None,
             "kept": row.reset.kept or None,
+            "stopped": row.reset.stopped or None,
         }
         if row.HasField("reset")
         else None,
@@ -125,7 +126,7 @@ def _tell(facts: dict[str, object]) -> None:
 def _state(realm: dict[str, dict[str, object] | None]) -> str:
     reset, loading = realm["reset"], realm["loading"]
     if reset is not None:
-        return f"reset: {reset['reason']}, {reset['attempted'] or 'left to the application'}"
+        return f"reset: {reset['reason']}, {reset['stopped'] or reset['attempted'] or 'not begun'}"
     return f"loading, {loading['entries']:,} of about {loading['of_about']:,}" if loading is not None else ""
 
 

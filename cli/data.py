@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import click
@@ -19,8 +21,10 @@ from understudy.cli.options import (
 from understudy.common.errors import OutcomeUnknown, UnderstudyError
 
 if TYPE_CHECKING:
-    from understudy.client import Operation
+    from understudy.client import Operation, Server
     from understudy.common.credentials import Credentials
+
+_ANY_KEY = b"any"
 
 
 @click.command(epilog=EPILOG)
@@ -110,7 +114,8 @@ def put(
 
     raw = _standard_input() if value == "-" else value_bytes(value, is_base64=is_base64)
     operation = Put(key_bytes(key, is_base64=is_base64), raw)
-    _commit(server, credentials, realm, [operation], timeout_s=timeout_s, as_json=as_json)
+    with _primary(server, credentials, timeout_s) as connection:
+        _commit(connection, realm, [operation], timeout_s=timeout_s, as_json=as_json)
 
 
 @click.command(epilog=EPILOG)
@@ -139,7 +144,7 @@ def delete(
 ) -> None:
     """Remove keys, or a range of them.
 
-    All in one transaction. What does not exist is no error.
+    All in one transaction. A key that does not exist is no error, a realm that does not exist is one.
 
     \b
     Example:
@@ -147,6 +152,7 @@ def delete(
       understudy delete --server 127.0.0.1:7850 /inventory --range a b
     """
     from understudy.client import Delete, DeleteRange
+    from understudy.common.operations import to_protos
 
     if not keys and bounds is None:
         raise click.UsageError("Give keys, or --range.")
@@ -154,7 +160,10 @@ def delete(
     if bounds is not None:
         start, end = (key_bytes(bound, is_base64=is_base64) for bound in bounds)
         operations.append(DeleteRange(start, end))
-    _commit(server, credentials, realm, operations, timeout_s=timeout_s, as_json=as_json)
+    with _primary(server, credentials, timeout_s) as connection:
+        to_protos(operations)  # what is wrong with them is said first
+        connection.get(realm, _ANY_KEY, timeout_s=timeout_s)  # else the transaction would make the realm
+        _commit(connection, realm, operations, timeout_s=timeout_s, as_json=as_json)
 
 
 @click.command(epilog=EPILOG)
@@ -201,9 +210,18 @@ def _line(key: bytes, value: bytes) -> str:
     return f"{printable(key, length_max=None)}\t{printable(value)}"
 
 
+@contextlib.contextmanager
+def _primary(server: str, credentials: Credentials, timeout_s: float) -> Iterator[Server]:
+    from understudy.cli.writing import check_primary
+    from understudy.client.blocking import connect_as
+
+    with connect_as(credentials, server, timeout_s=timeout_s) as connection:
+        check_primary(connection.status(timeout_s=timeout_s), server)
+        yield connection
+
+
 def _commit(
-    server: str,
-    credentials: Credentials,
+    connection: Server,
     realm: str,
     operations: list[Operation],
     *,
@@ -211,15 +229,12 @@ def _commit(
     as_json: bool,
 ) -> None:
     from understudy.cli.output import print_json
-    from understudy.cli.writing import check_primary, unanswered
-    from understudy.client.blocking import connect_as
+    from understudy.cli.writing import unanswered
 
-    with connect_as(credentials, server, timeout_s=timeout_s) as connection:
-        check_primary(connection.status(timeout_s=timeout_s), server)
-        try:
-            receipt = connection.commit(realm, operations, timeout_s=timeout_s)
-        except OutcomeUnknown:
-            raise unanswered(connection, realm, timeout_s) from None
+    try:
+        receipt = connection.commit(realm, operations, timeout_s=timeout_s)
+    except OutcomeUnknown:
+        raise unanswered(connection, realm, timeout_s) from None
     if as_json:
         print_json(
             {

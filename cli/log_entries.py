@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+from google.protobuf.message import DecodeError
+
 from understudy.cli.output import printable
 from understudy.common.directory import NODE_FILE, NodeFile
 from understudy.common.entries import parse_change, parse_entry
-from understudy.common.entry_json import operation_row, text_or_base64
-from understudy.common.errors import NotADataDirectory
+from understudy.common.entry_json import kind_name, operation_row, text_or_base64
+from understudy.common.errors import CorruptionError, NotADataDirectory
 from understudy.common.log_reader import read_records
-from understudy.common.operations import ADD, DELETE_RANGE, KIND_NAMES, PUT, UPDATE
+from understudy.common.operations import ADD, DELETE_RANGE, PUT, UPDATE
 from understudy.common.records import Record
 from understudy.common.types import ClusterId, Lsn, format_id, is_system_realm
 from understudy.v1 import log_pb2
@@ -118,13 +120,13 @@ class LogEntry:
     def _operation_facts(self, operation: log_pb2.Operation) -> dict[str, Any]:
         if not self.is_secret:
             return operation_row(operation)
-        return {"kind": KIND_NAMES[operation.kind], **text_or_base64("key", operation.key), "hidden": True}
+        return {"kind": kind_name(operation), **text_or_base64("key", operation.key), "hidden": True}
 
     # -- text ----------------------------------------------------------------------------------------------
 
     def line(self) -> str:
         """The entry on one line: LSN, time, digest, and what it does."""
-        time = datetime.fromtimestamp(self.entry.time_us / 1e6, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        time = _shown_time(self.entry.time_us)
         return f"{self.record.lsn:>8}  {time}  {self.record.digest.hex()[:12]}  {self._words()}"
 
     def _words(self) -> str:
@@ -148,10 +150,10 @@ class LogEntry:
 
     def _operation_words(self, operation: log_pb2.Operation) -> str:
         kind = operation.kind
-        words = f"{KIND_NAMES[kind]} {_shown(operation.key)}"
+        words = f"{kind_name(operation)} {_shown(operation.key)}"
         if kind == DELETE_RANGE:
             return (
-                f"{KIND_NAMES[kind]} from {_shown(operation.key) or 'the first'} "
+                f"{kind_name(operation)} from {_shown(operation.key) or 'the first'} "
                 f"to before {_shown(operation.end) or 'the end'}"
             )
         if kind == ADD:
@@ -162,7 +164,17 @@ class LogEntry:
 
 
 def _epoch_start(entry: log_pb2.Entry) -> log_pb2.EpochStart:
-    return log_pb2.EpochStart.FromString(entry.epoch_start)
+    try:
+        return log_pb2.EpochStart.FromString(entry.epoch_start)
+    except DecodeError as error:
+        raise CorruptionError(f"the start of an epoch can't be decoded: {error}") from error
+
+
+def _shown_time(time_us: int) -> str:
+    try:
+        return datetime.fromtimestamp(time_us / 1e6, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    except (ValueError, OverflowError, OSError):  # a damaged clock, in a year that has five digits
+        return f"{time_us} us"
 
 
 def _shown(data: bytes) -> str:

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     "replica_id",
     metavar="NAME",
     envvar="UNDERSTUDY_ID",
-    help="Its name as a replica, the same as for `understudy replica`. The host's if not set. [UNDERSTUDY_ID]",
+    help="Its name as a replica, for which log is kept there: the same as for `understudy replica`. The host's if not "
+    "set. [UNDERSTUDY_ID]",
 )
 @credential_options
 @json_option
@@ -48,6 +49,7 @@ def rewind(directory: Path, to: str, replica_id: str | None, credentials: Creden
     from understudy.replica.rewind import rewind as rewind_directory
 
     split_address(to)  # before anything is touched
+    name = replica_id or socket.gethostname()
     configure_logs(level=QUIET)
     keep_freed_memory()
     with (
@@ -58,15 +60,15 @@ def rewind(directory: Path, to: str, replica_id: str | None, credentials: Creden
             rewind_directory(
                 directory,
                 to=to,
-                replica_id=replica_id or socket.gethostname(),
+                replica_id=name,
                 credentials=credentials,
                 progress=progress.update,
             )
         )
     if as_json:
-        print_json(_facts(outcome))
+        print_json(_facts(outcome) | {"replica_id": name})
     else:
-        _tell(outcome, directory, to)
+        _tell(outcome, directory, to, name)
 
 
 def _facts(outcome: Rewind) -> dict[str, object]:
@@ -83,7 +85,7 @@ def _facts(outcome: Rewind) -> dict[str, object]:
     }
 
 
-def _tell(outcome: Rewind, directory: Path, to: str) -> None:
+def _tell(outcome: Rewind, directory: Path, to: str, name: str) -> None:
     from understudy.cli.output import counted, size_text
 
     if outcome.decision == "STREAM":
@@ -97,4 +99,8 @@ def _tell(outcome: Rewind, directory: Path, to: str) -> None:
         click.echo(f"the old copy: {outcome.set_aside}")
     if outcome.bytes_total:
         click.echo(f"fetched {size_text(outcome.bytes_fetched)} of {size_text(outcome.bytes_total)}")
-    click.echo(f"start it with: understudy replica --data-dir {directory} --primary {to}")
+    click.echo(f"start it with: understudy replica --data-dir {directory} --primary {to} --id {name}")
+    click.echo(
+        f"{to} keeps log for a replica of that name from here on; "
+        f"if it gets another one: understudy forget {name} --server {to}"
+    )

@@ -29,7 +29,7 @@ def salvage(file: Path, server: str, credentials: Credentials, as_json: bool) ->
 
     \b
     Example:
-      understudy salvage data/set-aside/entries-00000000000000000101-….jsonl --server 127.0.0.1:7850
+      understudy salvage data/set-aside/entries-101-107-9f86d081884c.jsonl --server 127.0.0.1:7850
     """
     import asyncio
 

@@ -19,6 +19,19 @@ _ACCESS = {
     "tokens": "only peers on this machine, with tokens",
     "tls": "TLS, with tokens",
 }
+_FOR_OPERATORS = (
+    "node",
+    "lsn",
+    "durable_lsn",
+    "committed_lsn",
+    "checkpoint_lsn",
+    "digest",
+    "realms",
+    "replicas",
+    "upstream",
+    "warnings",
+    "healing",
+)
 
 
 @click.command(epilog=EPILOG)
@@ -65,10 +78,10 @@ def status(
 
 
 def _facts(found: admin_pb2.StatusResponse, *, is_running: bool) -> dict[str, object]:
-    """The keys, in this order, are contract; new ones go to the end."""
+    """The keys, in this order, are contract; new ones go to the end. What is not told to a user is null."""
     from understudy.common.types import format_id
 
-    return {
+    facts = {
         "role": found.role,
         "cluster": format_id(found.cluster),
         "node": format_id(found.node),
@@ -88,6 +101,12 @@ def _facts(found: admin_pb2.StatusResponse, *, is_running: bool) -> dict[str, ob
         "access": found.access or None,
         "healing": _healing_facts(found.healing),
     }
+    return facts if _is_all(found) else facts | dict.fromkeys(_FOR_OPERATORS)
+
+
+def _is_all(found: admin_pb2.StatusResponse) -> bool:
+    """Whether this is what operators are told: a node's id is none of a user's business."""
+    return bool(found.node)
 
 
 def _healing_facts(healing: admin_pb2.Healing) -> dict[str, object] | None:
@@ -133,16 +152,19 @@ def _tell(found: admin_pb2.StatusResponse, *, is_running: bool) -> None:
     facts = [
         ("role", found.role + ("" if is_running else ", not running")),
         ("cluster", format_id(found.cluster)),
-        ("node", format_id(found.node)),
         ("epoch", str(found.epoch)),
-        (
-            "LSN",
-            f"{found.lsn:,} (durable {found.durable_lsn:,}, committed {found.committed_lsn:,}, "
-            f"checkpoint {found.checkpoint_lsn:,})",
-        ),
-        ("digest", found.digest.hex()),
-        ("realms", f"{found.realms:,}"),
     ]
+    if _is_all(found):
+        facts[2:2] = [("node", format_id(found.node))]
+        facts += [
+            (
+                "LSN",
+                f"{found.lsn:,} (durable {found.durable_lsn:,}, committed {found.committed_lsn:,}, "
+                f"checkpoint {found.checkpoint_lsn:,})",
+            ),
+            ("digest", found.digest.hex()),
+            ("realms", f"{found.realms:,}"),
+        ]
     if found.durability:
         facts.append(("durability", found.durability))
     if found.access:

@@ -66,6 +66,7 @@ def _verify_directory(directory: Path, *, as_json: bool) -> bool:
                 "digest": report.digest.hex(),
                 "entries_checked": report.entries_checked,
                 "realms_checked": report.realms_checked,
+                "realms_in_log_only": report.realms_in_log_only,
                 "problems": report.problems,
             }
         )
@@ -80,9 +81,11 @@ def _tell_report(report: VerifyReport, directory: Path) -> None:
     _tell_problems(report.problems)
     verdict = counted(len(report.problems), "problem") if report.problems else "sound"
     entries = counted(report.entries_checked, "log entry", "log entries")
+    unwritten = counted(report.realms_in_log_only, "realm")
     click.echo(
         f"{directory}: {verdict}; LSN {report.lsn}, digest {report.digest.hex()}, "
-        f"{entries} and {counted(report.realms_checked, 'realm')} checked"
+        f"{entries} and {counted(report.realms_checked, 'realm')} of the store checked"
+        + (f"; {unwritten} more in the log only, until the next checkpoint" * bool(report.realms_in_log_only))
     )
 
 

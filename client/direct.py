@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from typing import TypeVar
 
-from understudy.client.peers import Peers
+from understudy.client.peers import Peers, kept
 from understudy.client.stream import CommitStream
 from understudy.common.arguments import (
     check_bounds,
@@ -24,7 +24,13 @@ from understudy.common.arguments import (
     parse_durability,
 )
 from understudy.common.credentials import ANONYMOUS, Credentials, Token
-from understudy.common.errors import NotPrimary, OutcomeUnknown, PeerUnreachable, UsageError
+from understudy.common.errors import (
+    NotPrimary,
+    OutcomeUnknown,
+    PeerUnreachable,
+    UnderstudyError,
+    UsageError,
+)
 from understudy.common.follow_table import PROTOCOL_VERSION
 from understudy.common.memtable import Receipt
 from understudy.common.operations import Operation, to_protos
@@ -299,10 +305,11 @@ class AsyncServer:
             try:
                 with peer_errors(address):
                     return await call(address, left_s())
-            except (PeerUnreachable, NotPrimary):
+            except UnderstudyError as error:
                 # With several addresses, another one may be primary by now.
-                if self._peers.is_one or not left_s():
-                    raise
+                may_be_another = isinstance(error, (PeerUnreachable, NotPrimary)) and not self._peers.is_one
+                if not may_be_another or not left_s():
+                    raise kept(error) from None
                 self._stream.check_open()
                 await asyncio.sleep(_RETRY_S)
 

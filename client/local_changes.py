@@ -5,7 +5,7 @@ Nothing here knows the queue; everything happens in the caller's LMDB transactio
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha256
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from understudy.common.errors import ProtocolError
 from understudy.common.locator import LOCATOR_POSITIONS_MAX
 from understudy.common.memtable import RealmDelta
 from understudy.common.operations import DELETE_RANGE
+from understudy.common.types import DIGEST_BYTES
 from understudy.v1 import local_pb2, log_pb2, sync_pb2
 
 
@@ -38,10 +39,7 @@ def checked(changes: Sequence[Received], copy: local_pb2.LocalCopy) -> list[Chec
     version, head = copy.version, copy.head
     found = []
     for received in changes:
-        try:
-            change = log_pb2.Change.FromString(received.raw)
-        except DecodeError as error:
-            raise ProtocolError(f"the change behind version {version} can't be read: {error}") from error
+        change = _parsed(received.raw, behind=version)
         version += 1
         if change.version != version or change.previous != head or change.realm != copy.path:
             raise ProtocolError(
@@ -50,6 +48,38 @@ def checked(changes: Sequence[Received], copy: local_pb2.LocalCopy) -> list[Chec
         head = sha256(received.raw).digest()
         found.append(Checked(change, received, head))
     return found
+
+
+def _parsed(raw: bytes, *, behind: int) -> log_pb2.Change:
+    try:
+        return log_pb2.Change.FromString(raw)
+    except DecodeError as error:
+        raise ProtocolError(f"the change behind version {behind} can't be read: {error}") from error
+
+
+def leading_to(copy: local_pb2.LocalCopy, changes: Sequence[Received]) -> list[Checked]:
+    """The last changes that made a copy's state, which came without them: each follows the one before, up to its head.
+
+    Raises:
+        ProtocolError: they don't.
+    """
+    if not changes:
+        return []
+    before = _before(_parsed(changes[0].raw, behind=copy.version - len(changes)), copy.path)
+    found = checked(changes, before)
+    if (found[-1].change.version, found[-1].digest) != (copy.version, copy.head):
+        raise ProtocolError(
+            f"version {found[-1].change.version} of {copy.path} came, which is not the version {copy.version} "
+            "that was loaded"
+        )
+    return found
+
+
+def _before(first: log_pb2.Change, path: str) -> local_pb2.LocalCopy:
+    """Where a copy stood before a change, as the change has it."""
+    if not first.version or len(first.previous) != (DIGEST_BYTES if first.version > 1 else 0):
+        raise ProtocolError(f"version {first.version} of {path} can't have followed any other")
+    return local_pb2.LocalCopy(path=path, version=first.version - 1, head=first.previous)
 
 
 # -- writing -----------------------------------------------------------------------------------------------
@@ -117,18 +147,29 @@ def _clipped(operations: Iterable[log_pb2.Operation], frontier: bytes) -> list[l
 
 def go_on(copy: local_pb2.LocalCopy, changes: Sequence[Checked], *, lsn: int, epoch: int) -> None:
     """Brings a copy's position up to date: the last of ``changes`` is its head now."""
-    passed = [
-        sync_pb2.RealmPosition(version=change.version, digest=digest)
-        for change, _, digest in reversed(changes[:-1])
-    ]
-    if copy.version:
-        passed.append(sync_pb2.RealmPosition(version=copy.version, digest=copy.head))
     last = changes[-1]
-    earlier = thinned(last.change.version, [*passed, *copy.earlier])
+    earlier = thinned(last.change.version, [*_passed(changes), *copy.earlier])
     copy.version, copy.head = last.change.version, last.digest
     copy.lsn, copy.epoch = lsn, epoch
     del copy.earlier[:]
     copy.earlier.extend(earlier)
+
+
+def look_back(copy: local_pb2.LocalCopy, changes: Sequence[Checked]) -> None:
+    """Notes the positions that a loaded copy's last changes, of which there are some, have passed."""
+    oldest = changes[0].change.version - 1
+    earlier = thinned(
+        copy.version, [*_passed(changes), *(one for one in copy.earlier if one.version < oldest)]
+    )
+    del copy.earlier[:]
+    copy.earlier.extend(earlier)
+
+
+def _passed(changes: Sequence[Checked]) -> Iterator[sync_pb2.RealmPosition]:
+    """The positions before each change, nearest first."""
+    for change, _, _ in reversed(changes):
+        if change.previous:
+            yield sync_pb2.RealmPosition(version=change.version - 1, digest=change.previous)
 
 
 def thinned(head: int, positions: Iterable[sync_pb2.RealmPosition]) -> list[sync_pb2.RealmPosition]:

@@ -3,6 +3,12 @@
 Two locks. Writers take turns, for as long as an LMDB transaction lasts. :attr:`LocalFile.lock` is held just while a
 commit becomes visible, in the file and in memory at once, and while a view begins, so that no view sees one without
 the other.
+
+A commit of LMDB's takes two syncs, of its pages and of the page that points to them. What a server will send again does
+without the second. That is safe, because commits are undone from the last one on or not at all: the pages of each are
+synced before it is pointed to, and with them, as they are in the same file, what points to the one before. So a power
+loss can undo one such commit, whole, with what left the queue in it and what it put in the copy; nothing that was
+committed before it; and nothing at all once a commit that is synced, such as an own change's, has come behind it.
 """
 
 from __future__ import annotations
@@ -106,6 +112,11 @@ class LocalFile:
             return file
 
     @property
+    def is_relaxed(self) -> bool:
+        """Whether a power loss may take the last seconds."""
+        return not self._sync
+
+    @property
     def is_read_only(self) -> bool:
         """Whether nothing can be written."""
         return self._owner is None
@@ -150,8 +161,12 @@ class LocalFile:
             yield txn
 
     def writing(self) -> Writing:
-        """One LMDB transaction; see :class:`Writing`."""
-        return Writing(self)
+        """One LMDB transaction, on disk at its end unless the directory is relaxed; see :class:`Writing`."""
+        return Writing(self, synced=self._sync)
+
+    def writing_again(self) -> Writing:
+        """One LMDB transaction which a power loss may undo, of what would simply be done again."""
+        return Writing(self, synced=False)
 
     def view(self, opened: Callable[[], LocalView]) -> LocalView:
         """Opens a view, and closes it with the file if nobody has done so before."""
@@ -274,12 +289,13 @@ class Writing:
         StorageFailed: it can't, now or later.
     """
 
-    __slots__ = ("_file", "_steps", "environment", "txn")
+    __slots__ = ("_file", "_steps", "_synced", "environment", "txn")
 
     txn: Transaction
 
-    def __init__(self, file: LocalFile) -> None:
+    def __init__(self, file: LocalFile, *, synced: bool) -> None:
         self._file = file
+        self._synced = synced
         self._steps: list[Callable[[], object]] = []
 
     def then(self, step: Callable[[], object]) -> None:
@@ -309,6 +325,8 @@ class Writing:
             if error is None:
                 with file.lock:
                     self.txn.commit()
+                    if self._synced:
+                        self.environment.env.sync(True)
                     for step in self._steps:
                         step()
                 return

@@ -25,6 +25,7 @@ from typing import TypeAlias, TypeVar
 import lmdb
 from google.protobuf.message import DecodeError
 
+from understudy.common.client_ids import new_client_id
 from understudy.common.errors import (
     CorruptionError,
     DirectoryError,
@@ -169,6 +170,17 @@ def local_errors(action: str, path: Path) -> Iterator[None]:
         raise local_error(error, action, path) from error
 
 
+@contextlib.contextmanager
+def row_errors(path: Path) -> Iterator[None]:
+    """Turns what comes of damaged rows into our error: names that are no text, numbers that don't fit each other."""
+    try:
+        yield
+    except (ValueError, OverflowError) as error:
+        raise CorruptionError(
+            f"the rows of {path} can't be what was written: {error}", remedy=REMEDY
+        ) from error
+
+
 # -- opening -------------------------------------------------------------------------------------------------
 
 
@@ -204,7 +216,8 @@ def not_ours(path: Path) -> NotADataDirectory:
 def create(path: Path) -> None:
     """Makes an empty environment in a directory that has none: complete, durable, or not at all."""
     beside = new_beside(path)
-    directory = local_pb2.LocalDirectory(client=new_id(), next_copy_id=1)
+    secret = new_id()
+    directory = local_pb2.LocalDirectory(client=new_client_id(secret), next_copy_id=1, secret=secret)
     write_new(beside, directory).env.close()
     with storage_errors("create", path / DATA_FILE):
         os.rename(beside / DATA_FILE, path / DATA_FILE)
@@ -225,7 +238,7 @@ def write_new(path: Path, directory: local_pb2.LocalDirectory) -> Environment:
     """A new environment with nothing but its directory row, on disk; the caller closes it."""
     reserve_lock_file(path)
     with local_errors("create", path):
-        env = _environment(path, readonly=False, sync=True)
+        env = _environment(path, readonly=False, sync=True, metasync=True)
         try:
             with env.begin(write=True) as txn:
                 databases = {name: env.open_db(name.encode(), txn=txn) for name in _NAMES}
@@ -243,7 +256,8 @@ def open_environment(path: Path, *, readonly: bool, sync: bool) -> Environment:
     Args:
         path: the directory.
         readonly: nothing is changed but LMDB's lock file.
-        sync: every commit is on disk when it returns.
+        sync: a power loss undoes at most the last commit, and none behind which the environment was synced. Without,
+            it may damage the file.
 
     Raises:
         NotADataDirectory, NewerFormat, CorruptionError, DirectoryError, DiskFull, StorageFailed.
@@ -255,7 +269,7 @@ def open_environment(path: Path, *, readonly: bool, sync: bool) -> Environment:
             raise CorruptionError(f"{path / DATA_FILE} is empty", remedy=REMEDY)
     reserve_lock_file(path)
     with local_errors("open", path):
-        env = _environment(path, readonly=readonly, sync=sync)
+        env = _environment(path, readonly=readonly, sync=sync, metasync=False)
         try:
             _check_length(env, path)
             _check_format(env, path)
@@ -265,7 +279,7 @@ def open_environment(path: Path, *, readonly: bool, sync: bool) -> Environment:
             raise
 
 
-def _environment(path: Path, *, readonly: bool, sync: bool) -> lmdb.Environment:
+def _environment(path: Path, *, readonly: bool, sync: bool, metasync: bool) -> lmdb.Environment:
     return lmdb.open(
         os.fspath(path),
         map_size=MAP_BYTES,
@@ -274,6 +288,7 @@ def _environment(path: Path, *, readonly: bool, sync: bool) -> lmdb.Environment:
         readonly=readonly,
         create=not readonly,
         sync=sync,
+        metasync=metasync,
         mode=0o600,
         lib_version=_LMDB_MAJOR_VERSION,
         max_spare_txns=4,  # views are opened and closed all the time

@@ -9,7 +9,10 @@ from itertools import pairwise
 
 import lmdb
 
+from understudy.client.local_changes import Checked, leading_to
 from understudy.client.local_layout import LAST_KEY, Transaction, prefix
+from understudy.client.local_types import Received
+from understudy.common.entries import with_hmacs
 from understudy.common.errors import ProtocolError
 from understudy.common.types import KEY_BYTES_MAX
 from understudy.v1 import local_pb2, sync_pb2
@@ -60,6 +63,16 @@ def add_page(
     copy.lsn, copy.epoch = page.lsn, epoch
     if page.last:
         copy.frontier = LAST_KEY
+
+
+def last_changes(copy: local_pb2.LocalCopy, page: sync_pb2.StatePage) -> list[Checked]:
+    """The signed changes that came with a page that was added, up to its version.
+
+    Raises:
+        ProtocolError: they don't lead there.
+    """
+    received = [Received(raw, hmac) for raw, hmac in with_hmacs(page.changes, page.hmacs)]
+    return leading_to(copy, received)
 
 
 def _check_page(copy: local_pb2.LocalCopy, page: sync_pb2.StatePage) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from understudy.client import local_load, local_tail
-from understudy.client.local_changes import Checked, checked, go_on, write_changes
+from understudy.client.local_changes import Checked, checked, go_on, look_back, write_changes
 from understudy.client.local_export import export
 from understudy.client.local_file import Writing
 from understudy.client.local_rows import RealmRows
@@ -78,7 +78,7 @@ class LocalRealm(RealmRows):
             if row.copy.version and bound.lsn:
                 row.copy.lsn, row.copy.epoch = bound.lsn, bound.epoch
             if row != self.row:
-                with self._file.writing() as writing:
+                with self._file.writing_again() as writing:
                     self._check_here()
                     self._put_row(writing, row)
         self.touch(bound.time_us)
@@ -102,7 +102,7 @@ class LocalRealm(RealmRows):
             ProtocolError: they don't follow; nothing has changed.
             ForeignChange: one has an own name and is not ours; nothing has changed.
         """
-        with self._changing() as (writing, row):
+        with self._receiving() as (writing, row):
             is_loading = bool(row.incoming.id)
             copy = row.incoming if is_loading else row.copy
             follow = checked(changes, copy)
@@ -136,34 +136,47 @@ class LocalRealm(RealmRows):
 
     def begin_load(self, bound: sync_pb2.RealmBound, *, cluster: bytes) -> None:
         """Begins to load a state beside the copy; what was loaded before goes."""
-        with self._changing() as (writing, row):
+        with self._receiving() as (writing, row):
             self._discard(writing, row.incoming)
             number = self.store.take_ids(writing, 1)
             row.incoming.CopyFrom(local_load.begun(number, bound, cluster))
             _heard(row, bound.time_us)
 
     def load_page(self, page: sync_pb2.StatePage, *, epoch: int) -> None:
-        """Adds a page to the state that is being loaded.
+        """Adds a page to the state that is being loaded, and leaves it beside the copy.
 
         Raises:
             ProtocolError: it does not go on where the state ends; nothing has changed.
         """
-        with self._changing() as (writing, row):
-            local_load.add_page(writing.txn, writing.environment.data, row.incoming, page, epoch)
-            _heard(row, page.time_us)
+        with self._receiving() as (writing, row):
+            changes = self._add_page(writing, row, page, epoch)
+            # Not on disk: until the state takes the copy's place, another opening is sent a last page again.
+            writing.then(lambda: setattr(self, "_loaded_changes", changes))
 
-    def finish_load(self, last_numbers: Mapping[bytes, int]) -> None:
-        """Has the loaded state take the copy's place, unless a reset waits to do that.
+    def _add_page(
+        self, writing: Writing, row: local_pb2.LocalRealm, page: sync_pb2.StatePage, epoch: int
+    ) -> list[Checked]:
+        """Adds a page; returns the signed changes that came with the last one."""
+        local_load.add_page(writing.txn, writing.environment.data, row.incoming, page, epoch)
+        _heard(row, page.time_us)
+        return local_load.last_changes(row.incoming, page) if page.last else []
+
+    def finish_load(self, page: sync_pb2.StatePage, last_numbers: Mapping[bytes, int], *, epoch: int) -> None:
+        """Adds the last page, and has the loaded state take the copy's place, unless a reset waits to do that.
 
         Args:
+            page: the last one.
             last_numbers: by client id, up to where own changes are in that state; they leave the queue.
+            epoch: of the server that sent it.
 
         Raises:
-            UsageError: the last page has not come.
+            UsageError: it is not the last page.
+            ProtocolError: it does not go on where the state ends; nothing has changed.
             ForeignChange: more changes of the present id are in it than were made; nothing has changed.
         """
         with self._file.turn:
-            if self._row.HasField("reset") and not self._row.reset.swapped:
+            if _is_reset_due(self._row):
+                self.load_page(page, epoch=epoch)
                 return
             last = last_numbers.get(self.store.client, 0)
             if last >= self._next_number:
@@ -174,12 +187,14 @@ class LocalRealm(RealmRows):
                     last=last,
                 )
             with self._changing() as (writing, row):
-                self._swap(writing, row)
+                changes = self._add_page(writing, row, page, epoch)
+                self._swap(writing, row, changes)
                 self._unqueue(writing, row, self._queue.numbers_up_to(last_numbers))
                 if last > row.confirmed:
                     row.confirmed, row.confirmed_us = last, row.contact_us
 
-    def _swap(self, writing: Writing, row: local_pb2.LocalRealm) -> None:
+    def _swap(self, writing: Writing, row: local_pb2.LocalRealm, changes: Sequence[Checked]) -> None:
+        """Puts the loaded state in the copy's place, and the changes that came with it in that of its tail."""
         if not local_load.is_complete(row.incoming):
             raise UsageError(f"the state of {self.path} is not loaded yet")
         self._discard(writing, row.copy)
@@ -188,6 +203,10 @@ class LocalRealm(RealmRows):
         row.copy.frontier = b""
         row.ClearField("incoming")
         local_tail.clear(writing.txn, writing.environment.tail, row)
+        if changes and changes[-1].digest == row.copy.head:  # else others have come behind them
+            look_back(row.copy, changes)
+            local_tail.keep(writing.txn, writing.environment.tail, row, changes)
+        writing.then(lambda: setattr(self, "_loaded_changes", []))
 
     def drop_incoming(self) -> None:
         """Gives up the state that is being loaded."""
@@ -201,7 +220,7 @@ class LocalRealm(RealmRows):
             if _is_reset_due(self._row):
                 return
             if time_us - self._contact_written_us >= _CONTACT_WRITTEN_EVERY_US:
-                with self._changing() as (_, row):
+                with self._receiving() as (_, row):
                     row.contact_us = time_us
             elif time_us > self._row.contact_us:
                 row = self._copied_row()
@@ -220,7 +239,7 @@ class LocalRealm(RealmRows):
         """Notes that the realm is safe on a replica up to that version."""
         if version <= self._row.safe_version:
             return
-        with self._changing() as (writing, row):
+        with self._receiving() as (writing, row):
             local_tail.note_safe(writing.txn, writing.environment.tail, row, version)
 
     # -- a reset -----------------------------------------------------------------------------------------------
@@ -250,12 +269,12 @@ class LocalRealm(RealmRows):
             UsageError: the last page has not come, or a number is that of a change which stays.
         """
         with self._changing() as (writing, row):
-            self._swap(writing, row)
+            # Of another history, of which this one knows nothing.
+            row.confirmed = row.sent = row.confirmed_us = row.safe_version = 0
+            self._swap(writing, row, self._loaded_changes)
             old = [one.number for one in self._queue.all() if one.number <= replaced_to]
             self._unqueue(writing, row, old)
             self._requeue(writing, row, queue)
-            # Of another history, of which this one knows nothing.
-            row.confirmed = row.sent = row.confirmed_us = row.safe_version = 0
             row.reset.CopyFrom(record)
 
     def copy_to(self, directory: Path) -> None:

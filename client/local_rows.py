@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final, Self
 
 from understudy.client import local_layout as layout
+from understudy.client.local_changes import Checked
 from understudy.client.local_file import Writing
 from understudy.client.local_layout import Transaction, prefix, prefix_end
 from understudy.client.local_queue import LocalQueue, is_meant
@@ -25,13 +26,19 @@ QUEUE_BYTES_MAX: Final = 256 << 20
 
 
 class RealmRows:
-    """What :class:`understudy.client.local_realm.LocalRealm` is made of, as far as no server is concerned."""
+    """What :class:`understudy.client.local_realm.LocalRealm` is made of, as far as no server is concerned.
+
+    Attributes:
+        is_sending: what is committed now is sent at once. So it is noted as sent together with being queued: a
+            transaction of its own for that would be as long as the commit, and the next commit would wait for it.
+    """
 
     def __init__(
         self, store: LocalStore, path: str, row: local_pb2.LocalRealm, queue: Sequence[Queued] = ()
     ) -> None:
         self.path = path
         self.store = store
+        self.is_sending = False
         self._file = store.file
         self._key = path.encode()
         self._prefix = prefix(row.id)
@@ -42,6 +49,8 @@ class RealmRows:
         self._is_row_stale = True
         self._contact_written_us = row.contact_us
         self._is_here = True
+        # Those that came with the last page of the state beside the copy.
+        self._loaded_changes: list[Checked] = []
 
     @classmethod
     def read(cls, store: LocalStore, path: str, raw: bytes, txn: Transaction) -> Self:
@@ -88,10 +97,17 @@ class RealmRows:
 
     # -- changing its rows -----------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def _changing(self) -> Iterator[tuple[Writing, local_pb2.LocalRealm]]:
+    def _changing(self) -> contextlib.AbstractContextManager[tuple[Writing, local_pb2.LocalRealm]]:
         """A transaction, and the row to change in it, which is written at the end of the block."""
-        with self._file.writing() as writing:
+        return self._row_in(self._file.writing())
+
+    def _receiving(self) -> contextlib.AbstractContextManager[tuple[Writing, local_pb2.LocalRealm]]:
+        """The same for what a server has sent, and sends again where a power loss has undone it."""
+        return self._row_in(self._file.writing_again())
+
+    @contextlib.contextmanager
+    def _row_in(self, transaction: Writing) -> Iterator[tuple[Writing, local_pb2.LocalRealm]]:
+        with layout.row_errors(self.store.directory), transaction as writing:
             self._check_here()
             row = self._copied_row()
             yield writing, row
@@ -122,7 +138,7 @@ class RealmRows:
 
     @staticmethod
     def _discard(writing: Writing, copy: local_pb2.LocalCopy) -> None:
-        if copy.id:
+        if copy.entries:
             writing.txn.put(prefix(copy.id), b"", db=writing.environment.sweeping)
 
     # -- own changes -----------------------------------------------------------------------------------------
@@ -141,9 +157,16 @@ class RealmRows:
             raw = change.SerializeToString()
             self._check_room(len(raw))
             writing.txn.put(self._prefix + prefix(number), raw, db=writing.environment.queue)
+            if self.is_sending and not self._file.is_relaxed:  # who is relaxed syncs before anything is sent
+                self._note_committed_as_sent(writing, number)
             queued = Queued(number, change.client, list(change.operations), len(raw))
             writing.then(lambda: self._append(queued))
         return number
+
+    def _note_committed_as_sent(self, writing: Writing, number: int) -> None:
+        row = self._copied_row()
+        row.sent, row.next_number = number, number + 1
+        self._put_row(writing, row)
 
     def _check_room(self, size: int) -> None:
         if self._queue.bytes + size > QUEUE_BYTES_MAX:

@@ -15,6 +15,7 @@ from understudy.client.local_layout import prefix, prefix_end
 from understudy.client.local_realm import LocalRealm
 from understudy.client.local_types import Applied, ForeignChange, Queued, Received
 from understudy.client.local_view import LocalView
+from understudy.common.client_ids import new_client_id
 from understudy.common.errors import UnknownRealm, UsageError
 from understudy.common.types import check_realm_path, new_id
 from understudy.v1 import local_pb2, replication_pb2
@@ -130,7 +131,7 @@ class LocalStore:
         return met.client
 
     def _change_client(self, writing: Writing, met: local_pb2.LocalDirectory) -> None:
-        met.client = new_id()
+        met.client = new_client_id(met.secret)
         for path in self.paths():
             self.realm(path).begin_client(writing)
 
@@ -155,7 +156,7 @@ class LocalStore:
 
     def paths(self) -> list[str]:
         """All realms, as the application calls them, in order."""
-        with self.file.reading() as txn:
+        with layout.row_errors(self.directory), self.file.reading() as txn:
             return [key.decode() for key, _ in txn.cursor(self.file.environment.realms)]
 
     def realm(self, path: str, *, create: bool = True) -> LocalRealm:
@@ -182,7 +183,7 @@ class LocalStore:
     def _new_realm(self, path: str, *, create: bool) -> LocalRealm:
         if not create or self.file.is_read_only:
             raise UnknownRealm(f"there is no local copy of {path} in {self.directory}")
-        with self.file.writing() as writing:
+        with self.file.writing_again() as writing:  # an own change's commit, behind it, is synced
             number = self.take_ids(writing, 2)
             row = local_pb2.LocalRealm(
                 id=number,
@@ -217,10 +218,13 @@ class LocalStore:
 
     def sweep(self, rows_max: int = 10_000) -> bool:
         """Deletes up to ``rows_max`` rows of copies that were replaced; whether there are more."""
-        with self.file.writing() as writing:
-            copies = writing.txn.cursor(writing.environment.sweeping)
-            if not copies.first():
+        self.file.check_writable()
+        with self.file.reading() as txn:  # there is nothing behind nearly every load
+            if not txn.cursor(self.file.environment.sweeping).first():
                 return False
+        with self.file.writing_again() as writing:
+            copies = writing.txn.cursor(writing.environment.sweeping)
+            copies.first()
             number = int.from_bytes(copies.key(), "big")
             cursor = writing.txn.cursor(writing.environment.data)
             rows, _ = layout.delete_rows(cursor, prefix(number), prefix_end(number), rows_max=rows_max)

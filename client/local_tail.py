@@ -56,7 +56,7 @@ def note_safe(txn: Transaction, tail: lmdb._Database, row: local_pb2.LocalRealm,
     row.safe_version = version
     if row.tail_first and row.tail_first <= version:
         start = prefix(row.id)
-        count, size = delete_rows(txn.cursor(tail), start, start + prefix(version + 1))
+        count, size = delete_rows(txn.cursor(tail), start, start + prefix(min(version, row.copy.version) + 1))
         row.tail_bytes -= size - count * 2 * len(start)
         row.tail_first = version + 1 if version < row.copy.version else 0
     first_kept = row.tail_first or row.copy.version + 1

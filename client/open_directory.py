@@ -116,6 +116,9 @@ class OpenDirectory:
 
 _lock = threading.Lock()
 _open: dict[Path, OpenDirectory] = {}
+# Where the names lead under which directories were given, with device and inode there: to find that out takes longer
+# than all else that opening one more realm of a directory does.
+_places: dict[str, tuple[Path, tuple[int, int]]] = {}
 
 
 def attach(
@@ -127,8 +130,8 @@ def attach(
         UsageError: it is open with other settings, or in a process of which this one is a fork.
         DirectoryError, CorruptionError, DiskFull: the directory can't be used.
     """
-    place = Path(directory).resolve()
     with _lock:
+        place = _resolved(os.fspath(directory))
         found = _open.get(place)
         if found is None:
             found = _open[place] = OpenDirectory(place, settings)
@@ -143,6 +146,25 @@ def attach(
             return found, found.attach(path, policy)
         finally:
             _close_if_unused(found)
+
+
+def _resolved(name: str) -> Path:
+    """Where a directory is; the same as long as the name leads there, and it is open."""
+    known = _places.get(name)
+    if known is not None and known[1] == _identity(name):
+        return known[0]
+    place = Path(name).resolve()
+    if place in _open:
+        _places[name] = place, _identity(name)
+    return place
+
+
+def _identity(name: str) -> tuple[int, int]:
+    try:
+        found = os.stat(name)
+    except OSError:
+        return 0, 0
+    return found.st_dev, found.st_ino
 
 
 def start(directory: OpenDirectory, realm: OpenRealm) -> None:
@@ -161,4 +183,6 @@ def detach(directory: OpenDirectory, realm: OpenRealm) -> None:
 def _close_if_unused(directory: OpenDirectory) -> None:
     if not directory.realms:
         del _open[directory.path]
+        for name in [name for name, (place, _) in _places.items() if place == directory.path]:
+            del _places[name]
         directory.close()

@@ -170,7 +170,7 @@ class Peers:
             with peer_errors(address):
                 await self.bind(address, call)
         except UnderstudyError as error:
-            self.last_error = error
+            self.last_error = kept(error)
         finally:
             call.cancel()
 
@@ -236,6 +236,15 @@ def _check_one_cluster(claims: Sequence[_Claim]) -> None:
                 f"{named[0].address} and {other.address} are of different clusters",
                 remedy="give the addresses of one cluster",
             )
+
+
+def kept(error: UnderstudyError) -> UnderstudyError:
+    """``error``, to be kept: without the frames that it came through, for these hold the call.
+
+    While somebody holds a call, gRPC goes on connecting to where it went, also after its channel was closed.
+    """
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
 
 
 async def stream_end(call: Stream | SyncStream) -> UnderstudyError | grpc.aio.AioRpcError:

@@ -43,7 +43,7 @@ class RealmBinding(ABC):
         self.retry_at_s: float | None = None  # when to bind again
         self.head_version = 0  # the server's, as last told
         self.asked = 0  # ticket of the last refresh that was asked for
-        self._path = path
+        self.path = path
         self._store = store
         self._realm = store.realm(path)
         self._connection: Connection | None = None
@@ -53,6 +53,7 @@ class RealmBinding(ABC):
 
     def _begin(self) -> None:
         """What belongs to one binding."""
+        self._realm.is_sending = False
         self._ref = 0
         self._clients: list[bytes] = []
         self._resumable = False  # the server may go on with a state that was being loaded
@@ -76,7 +77,7 @@ class RealmBinding(ABC):
     def _describe(self) -> sync_pb2.BindRealm:
         realm = self._realm
         self._clients = realm.clients()
-        bind = sync_pb2.BindRealm(ref=self._ref, path=self._path, clients=self._clients)
+        bind = sync_pb2.BindRealm(ref=self._ref, path=self.path, clients=self._clients)
         if not self._fresh:  # else as somebody who has nothing, and has never sent anything
             describe_copy(bind, realm)
             describe_own(bind, realm)
@@ -86,6 +87,7 @@ class RealmBinding(ABC):
 
     def unbind(self) -> list[Action]:
         """Lets go of the binding, if there is one."""
+        self._realm.is_sending = False
         connection, ref = self._connection, self._ref
         self.phase = Phase.UNBOUND
         if connection is None or ref not in connection.refs:
@@ -127,6 +129,11 @@ class RealmBinding(ABC):
         self.asked += 1
         return self._rebind() if self.phase is Phase.STREAMING else []
 
+    @property
+    @abstractmethod
+    def next_tick_s(self) -> float | None:
+        """When it has something to do by itself."""
+
     @abstractmethod
     def on_message(self, message: Message, *, now_s: float) -> list[Action]:
         """A message for this binding has come."""
@@ -135,7 +142,7 @@ class RealmBinding(ABC):
         if self.phase not in phases:
             kind = type(message).__name__
             raise ProtocolError(
-                f"the server sent {kind} for {self._path} while it was {self.phase.name.lower()}"
+                f"the server sent {kind} for {self.path} while it was {self.phase.name.lower()}"
             )
 
     # -- who we are ----------------------------------------------------------------------------------------------

@@ -68,8 +68,9 @@ class RealmSession(RealmBinding):
         else:
             self._expect(bound, Phase.BINDING, Phase.HEALING)
         self._bound, self.head_version = bound, bound.head.version
-        self._uploader = None
-        if bound.decision != sync_pb2.SYNC_RESET:  # which may come of our silence, and must not end it
+        self._uploader, self._realm.is_sending = None, False
+        # A reset may come of our silence, and must not end it; what else is written notes contact with it.
+        if bound.decision == sync_pb2.SYNC_HEAL or bound.resumed:
             self._realm.touch(bound.time_us)
         self._backoff.reset()
         match bound.decision:
@@ -81,7 +82,7 @@ class RealmSession(RealmBinding):
                 return self._send_tail(Phase.HEALING)
             case sync_pb2.SYNC_RESET:
                 return self._send_tail(Phase.PARTING) if bound.tail_from else self._stop_for_reset()
-        raise ProtocolError(f"unknown decision {bound.decision} about {self._path}")
+        raise ProtocolError(f"unknown decision {bound.decision} about {self.path}")
 
     def _stream(self, bound: sync_pb2.RealmBound) -> list[Action]:
         numbers = last_numbers(bound.last_numbers, self._clients)
@@ -104,7 +105,7 @@ class RealmSession(RealmBinding):
         self._realm.begin_load(bound, cluster=self._cluster)
         page = sync_pb2.StatePage(position=bound.head, realm_id=bound.realm_id, last=True)
         self._realm.load_page(page, epoch=bound.epoch)
-        return self._whole(numbers)
+        return self._loaded_fresh(numbers)
 
     def _load(self, bound: sync_pb2.RealmBound) -> list[Action]:
         numbers = last_numbers(bound.last_numbers, self._clients)
@@ -114,14 +115,14 @@ class RealmSession(RealmBinding):
         if not bound.resumed:
             self._realm.begin_load(bound, cluster=self._cluster)
         elif not self._resumable:
-            raise ProtocolError(f"the server would go on with a state of {self._path} that was never begun")
+            raise ProtocolError(f"the server would go on with a state of {self.path} that was never begun")
         self._resumable = False
         self._forget_reset()
         self.phase = Phase.LOADING
-        return [*self._head_known(), Progress(path=self._path)]
+        return [*self._head_known(), Progress(path=self.path)]
 
     def _head_known(self) -> list[Action]:
-        return [HeadKnown(path=self._path, ticket=self._ticket, version=self._bound.head.version)]
+        return [HeadKnown(path=self.path, ticket=self._ticket, version=self._bound.head.version)]
 
     def _forget_reset(self) -> None:
         """The server takes the copy again: a reset that was needed, and has not replaced it yet, is not."""
@@ -144,13 +145,13 @@ class RealmSession(RealmBinding):
         except ForeignChange:
             return [*self._apply_one_by_one(received, changes), *self._rebind()]
         if self._is_beside:
-            return [Progress(path=self._path)]
+            return [Progress(path=self.path)]
         own = [change.number for change in applied if change.own]
         if own and self._uploader is not None:
             self._uploader.confirmed(own[-1])
-        actions: list[Action] = [RealmChanged(path=self._path, applied=applied)]
+        actions: list[Action] = [RealmChanged(path=self.path, applied=applied)]
         if own and not self._realm.row.queue_count:
-            actions.append(Uploaded(path=self._path))
+            actions.append(Uploaded(path=self.path))
         return [*actions, *self._go_on()]
 
     def _apply(self, received: Sequence[Received], changes: sync_pb2.Changes) -> list[Applied]:
@@ -172,7 +173,7 @@ class RealmSession(RealmBinding):
             except ForeignChange as foreign:
                 actions += self._take_new_id(foreign)
                 applied += self._apply([one], changes)
-        return [*actions, RealmChanged(path=self._path, applied=[] if self._is_beside else applied)]
+        return [*actions, RealmChanged(path=self.path, applied=[] if self._is_beside else applied)]
 
     def _note_realm(self, realm_id: int) -> None:
         """A realm that was bound before there was one has come into being: without its id it would pass for gone."""
@@ -192,25 +193,31 @@ class RealmSession(RealmBinding):
 
     def _on_page(self, page: sync_pb2.StatePage) -> list[Action]:
         self._expect(page, Phase.LOADING)
+        progress: list[Action] = [Progress(path=self.path)]
+        if page.last and not self._fresh:
+            return [*progress, *self._finish(page)]
         self._realm.load_page(page, epoch=self._bound.epoch)
-        progress: list[Action] = [Progress(path=self._path)]
         if not page.last:
             return progress
-        return [*progress, *self._whole(last_numbers(page.last_numbers, self._clients))]
+        return [*progress, *self._loaded_fresh(last_numbers(page.last_numbers, self._clients))]
 
-    def _whole(self, numbers: Mapping[bytes, int]) -> list[Action]:
-        """The state is here."""
+    def _loaded_fresh(self, numbers: Mapping[bytes, int]) -> list[Action]:
+        """The state is here, beside the copy: changes go on into it, and it is the reset's turn."""
         self.phase = Phase.STREAMING
-        actions: list[Action] = [Loaded(path=self._path, last_numbers=numbers, fresh=self._fresh)]
-        if self._fresh:
-            return actions  # changes go on into it; it is the reset's turn
+        return [Loaded(path=self.path, last_numbers=numbers, fresh=True)]
+
+    def _finish(self, page: sync_pb2.StatePage) -> list[Action]:
+        """The state is here, in the copy's place."""
+        numbers = last_numbers(page.last_numbers, self._clients)
         had_queue = self._realm.row.queue_count > 0
         try:
-            self._realm.finish_load(numbers)
+            self._realm.finish_load(page, numbers, epoch=self._bound.epoch)
         except ForeignChange as foreign:
             return [*self._take_new_id(foreign), *self._rebind()]
+        self.phase = Phase.STREAMING
+        actions: list[Action] = [Loaded(path=self.path, last_numbers=numbers, fresh=False)]
         if had_queue and not self._realm.row.queue_count:
-            actions.append(Uploaded(path=self._path))
+            actions.append(Uploaded(path=self.path))
         self._start_uploader(numbers)
         return [*actions, *self._go_on()]
 
@@ -229,7 +236,7 @@ class RealmSession(RealmBinding):
             return self._rebind()
         actions: list[Action] = []
         if not self._caught_up and self._realm.row.copy.version >= self.head_version:
-            actions.append(CaughtUp(path=self._path))
+            actions.append(CaughtUp(path=self.path))
         self._caught_up = self._realm.row.copy.version >= self.head_version
         return [*actions, *self.pump()]
 
@@ -258,8 +265,10 @@ class RealmSession(RealmBinding):
             actions += self._rebind()
         except ForeignChange as foreign:
             actions += [*self._take_new_id(foreign), *self._rebind()]
+        else:
+            self._realm.is_sending = connection.has_room and uploader.has_room
         if uploader.error is not error and uploader.error is not None:
-            actions.append(RealmError(path=self._path, error=uploader.error))
+            actions.append(RealmError(path=self.path, error=uploader.error))
         return actions
 
     def _on_refusals(self, refusals: sync_pb2.Refusals, now_s: float) -> list[Action]:
@@ -268,9 +277,10 @@ class RealmSession(RealmBinding):
         if uploader is None or uploader.error is not None:
             return []
         uploader.refused(refusals.client, refusals.refusals, now_s=now_s)
+        self._realm.is_sending = uploader.has_room
         if uploader.error is not None:
-            return [RealmError(path=self._path, error=uploader.error)]
-        return [] if self._realm.row.queue_count else [Uploaded(path=self._path)]
+            return [RealmError(path=self.path, error=uploader.error)]
+        return [] if self._realm.row.queue_count else [Uploaded(path=self.path)]
 
     # -- the tail, and the end -----------------------------------------------------------------------------------
 
@@ -287,7 +297,7 @@ class RealmSession(RealmBinding):
     def _stop_for_reset(self) -> list[Action]:
         self.phase = Phase.STOPPED
         return [
-            ResetRequired(path=self._path, bound=self._bound, tail_taken=self._tail_taken, fresh=self._fresh)
+            ResetRequired(path=self.path, bound=self._bound, tail_taken=self._tail_taken, fresh=self._fresh)
         ]
 
     def _on_failed(self, failed: sync_pb2.RealmFailed, now_s: float) -> list[Action]:
@@ -297,7 +307,7 @@ class RealmSession(RealmBinding):
         self.phase = Phase.STOPPED
         if isinstance(error, Unavailable):
             self.phase, self.retry_at_s = Phase.UNBOUND, now_s + self._backoff.next_s(0.5)
-        return [RealmError(path=self._path, error=error)]
+        return [RealmError(path=self.path, error=error)]
 
     # -- time ----------------------------------------------------------------------------------------------------
 

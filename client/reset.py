@@ -26,6 +26,7 @@ from understudy.common.types import new_id
 from understudy.v1 import local_pb2, sync_pb2
 
 _NAME_CHARACTERS_MAX = 128  # of a realm's path: file systems take 255 in all
+_WHY_CHARACTERS_MAX = 500  # of an application's error: it may hold anything
 _ALL = {"count_max": sys.maxsize, "bytes_max": sys.maxsize}
 
 
@@ -58,6 +59,7 @@ class CopyResetter:
         if required.tail_taken is not None:
             _log_tail(realm.path, required.tail_taken)
         if isinstance(chosen, Refusal):
+            record.stopped = chosen.value
             if record.swapped:
                 local.set_reset(record)
             else:
@@ -69,7 +71,7 @@ class CopyResetter:
             return True
         if record.swapped or not record.attempted:  # else the copy that was kept, or was about to be, will do
             record.kept, record.last_number = _name(realm.path), local.row.next_number - 1
-        record.attempted, record.swapped = chosen.value, False
+        record.attempted, record.swapped, record.stopped = chosen.value, False, ""
         local.set_reset(record)
         return self._begin(realm, record)
 
@@ -152,6 +154,7 @@ class CopyResetter:
         self, realm: OpenRealm, record: local_pb2.ResetRecord, why: str, error: BaseException
     ) -> bool:
         self._begun.pop(realm.path, None)
+        record.stopped = why[:_WHY_CHARACTERS_MAX]
         self._put_back(realm, record)
         self._stop(realm, record, why, error)
         return False

@@ -14,7 +14,7 @@ import time
 from collections import OrderedDict, deque
 from dataclasses import dataclass
 
-from understudy.client.peers import Peers, Stream, stream_end
+from understudy.client.peers import Peers, Stream, kept, stream_end
 from understudy.common.backoff import Backoff
 from understudy.common.errors import (
     Diverged,
@@ -278,9 +278,9 @@ class CommitStream:
         except UnderstudyError as error:
             if was_bound and isinstance(error, NotAuthenticated):
                 # The token has expired meanwhile. The next attempt shows one that was renewed, or is refused.
-                self._peers.last_error = error
+                self._peers.last_error = kept(error)
             else:
-                self._on_refusal(error)
+                self._on_refusal(kept(error))
         finally:
             self._is_bound = False
             call.cancel()

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from understudy.client.peers import Peers, SyncStream, stream_end
+from understudy.client.peers import Peers, SyncStream, kept, stream_end
 from understudy.client.realm_state import ConnectionState
 from understudy.client.sync_port import Send
 from understudy.common.backoff import Backoff
@@ -45,7 +45,7 @@ class Link:
 
     def drop(self, problem: UnderstudyError) -> None:
         """Ends the stream."""
-        self.problem = problem
+        self.problem = kept(problem)
         self._loop.call_soon_threadsafe(self._call.cancel)
 
     async def next(self) -> Send:
@@ -194,7 +194,7 @@ class SyncConnection:
         except UnderstudyError as error:
             if is_open:
                 await self._hand_over(Lost(link=link))
-            await self._hand_over(Failed(error=link.problem or error))
+            await self._hand_over(Failed(error=link.problem or kept(error)))
         finally:
             call.cancel()
         if link.was_of_use:

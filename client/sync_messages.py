@@ -29,6 +29,12 @@ Message = (
 class Receiver(Protocol):
     """Whom messages for a binding concern."""
 
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def next_tick_s(self) -> float | None: ...
+
     def on_message(self, message: Message, *, now_s: float) -> list[Action]: ...
 
 

@@ -12,7 +12,12 @@ from understudy.v1 import local_pb2, sync_pb2
 
 
 class RealmPort(Protocol):
-    """One realm's local copy and queue; each method is one transaction."""
+    """One realm's local copy and queue; each method is one transaction.
+
+    ``is_sending``: what is committed from now on is sent at once, and so is to be noted as sent with that.
+    """
+
+    is_sending: bool
 
     @property
     def path(self) -> str: ...
@@ -42,7 +47,9 @@ class RealmPort(Protocol):
 
     def load_page(self, page: sync_pb2.StatePage, *, epoch: int) -> None: ...
 
-    def finish_load(self, last_numbers: Mapping[bytes, int]) -> None: ...
+    def finish_load(
+        self, page: sync_pb2.StatePage, last_numbers: Mapping[bytes, int], *, epoch: int
+    ) -> None: ...
 
     def drop_incoming(self) -> None: ...
 

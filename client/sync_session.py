@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from understudy.client.realm_session import RealmSession
-from understudy.client.sync_messages import Connection, Message
+from understudy.client.sync_messages import Connection, Message, Receiver
 from understudy.client.sync_port import Action, NewId, StorePort
 from understudy.common.errors import ProtocolError
 from understudy.v1 import sync_pb2
@@ -25,21 +25,22 @@ class SyncSession:
     def __init__(self, store: StorePort) -> None:
         self._store = store
         self._realms: dict[str, RealmSession] = {}
+        # When each realm has something to do by itself. Nearly none ever has: asking all, behind every event of any of
+        # them, is what many realms would cost most.
+        self._ticks_s: dict[str, float] = {}
         self._connection: Connection | None = None
 
     # -- the connection ------------------------------------------------------------------------------------------
 
     def connected(self, welcome: sync_pb2.SyncWelcome) -> list[Action]:
         """A server has taken our hello."""
-        self._connection = Connection(cluster=welcome.cluster)
+        connection = self._connection = Connection(cluster=welcome.cluster)
         actions: list[Action] = []
         if welcome.new_id:
             # What is queued keeps the id it was made under: whoever shares that id may hold the same changes, and
             # each must be applied once (G6). Where they are others under the same numbers, that shows as they come.
             actions.append(NewId(client=self._store.new_client()))
-        for realm in self._realms.values():
-            actions += realm.bind(self._connection)
-        return actions
+        return [*actions, *self._all(lambda realm: realm.bind(connection))]
 
     def received(self, response: sync_pb2.SyncResponse, *, now_s: float) -> list[Action]:
         """A message has come.
@@ -53,7 +54,7 @@ class SyncSession:
         message: Message = getattr(response, kind)
         realm = self._connection.refs.get(message.ref)
         if realm is not None:
-            return realm.on_message(message, now_s=now_s)
+            return self._noted(realm, realm.on_message(message, now_s=now_s))
         if not 0 < message.ref <= self._connection.last_ref:
             raise ProtocolError(f"the server sent {kind} for binding {message.ref}, which there never was")
         return []  # it was on its way when we let go of the binding
@@ -67,6 +68,7 @@ class SyncSession:
     def lost(self) -> None:
         """The connection is gone; the copies and what is queued are not."""
         self._connection = None
+        self._ticks_s.clear()
         for realm in self._realms.values():
             realm.lost()
 
@@ -75,34 +77,38 @@ class SyncSession:
     def opened(self, path: str) -> list[Action]:
         """A realm is to be synced from here on."""
         realm = self._realms[path] = RealmSession(path, self._store)
-        return realm.bind(self._connection) if self._connection is not None else []
+        return self._noted(realm, realm.bind(self._connection)) if self._connection is not None else []
 
     def closed(self, path: str) -> list[Action]:
         """And no longer."""
+        self._ticks_s.pop(path, None)
         return self._realms.pop(path).unbind()
 
     def local_change(self, path: str) -> list[Action]:
         """Something was queued."""
         realm = self._realms.get(path)
-        return realm.pump() if realm is not None else []
+        return self._noted(realm, realm.pump()) if realm is not None else []
 
     def refresh(self, path: str) -> tuple[int, list[Action]]:
         """Asks for the server's head as of now: :class:`HeadKnown` of this ticket, or of a later one, will tell."""
         realm = self._realms[path]
-        actions = realm.refresh()
+        actions = self._noted(realm, realm.refresh())
         return realm.asked, actions
 
     def load_fresh(self, path: str) -> list[Action]:
         """A reset wants the server's state beside the copy: :class:`Loaded` with ``fresh`` will tell."""
-        return self._realms[path].load_fresh()
+        realm = self._realms[path]
+        return self._noted(realm, realm.load_fresh())
 
     def resume(self, path: str) -> list[Action]:
         """A reset is over, or given up."""
-        return self._realms[path].resume()
+        realm = self._realms[path]
+        return self._noted(realm, realm.resume())
 
     def stop(self, path: str) -> list[Action]:
         """A reset has failed."""
-        return self._realms[path].stop()
+        realm = self._realms[path]
+        return self._noted(realm, realm.stop())
 
     def is_up_to_date(self, path: str) -> bool:
         """Whether the copy is where the server was when it spoke last."""
@@ -117,12 +123,20 @@ class SyncSession:
     @property
     def next_tick_s(self) -> float | None:
         """When :meth:`tick` has something to do; None: never, as it stands."""
-        times = (realm.next_tick_s for realm in self._realms.values())
-        return min((at_s for at_s in times if at_s is not None), default=None)
+        return min(self._ticks_s.values(), default=None)
 
     def tick(self, *, now_s: float) -> list[Action]:
         """Time has passed."""
         return self._all(lambda realm: realm.tick(now_s=now_s))
 
     def _all(self, do: Callable[[RealmSession], list[Action]]) -> list[Action]:
-        return [action for realm in self._realms.values() for action in do(realm)]
+        return [action for realm in self._realms.values() for action in self._noted(realm, do(realm))]
+
+    def _noted(self, realm: Receiver, actions: list[Action]) -> list[Action]:
+        """The actions of a realm; when it has to do something next may have changed with them."""
+        at_s = realm.next_tick_s
+        if at_s is None:
+            self._ticks_s.pop(realm.path, None)
+        else:
+            self._ticks_s[realm.path] = at_s
+        return actions

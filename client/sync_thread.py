@@ -123,7 +123,9 @@ class SyncThread:
 
     def _hello(self) -> sync_pb2.SyncHello:
         store = self._store
-        return sync_pb2.SyncHello(client=store.client, run=store.run, previous_run=store.previous_run)
+        return sync_pb2.SyncHello(
+            client=store.client, secret=store.met.secret, run=store.run, previous_run=store.previous_run
+        )
 
     # -- for other threads -----------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TypeVar
 
+from understudy.client.peers import kept
 from understudy.common import portal
 from understudy.common.arguments import check_timeout, parse_addresses
 from understudy.common.credentials import Credentials
@@ -102,7 +103,7 @@ async def _ask_primary(
                 with peer_errors(address):
                     return await ask(accounts_pb2_grpc.AccountsStub(channel), timeout_s)
             except (NotPrimary, PeerUnreachable) as error:
-                failed = error
+                failed = kept(error)
     raise failed
 
 

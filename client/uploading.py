@@ -64,11 +64,12 @@ class Uploader:
         if not self._may_write:
             self.error = NotPermitted(
                 f"the server takes no changes of {self._realm.path} from this client",
-                remedy="they stay in the queue until it does",
+                remedy="they stay in the queue until an operator permits it: "
+                f"understudy grant add --user NAME --level write {self._realm.path}",
             )
             return None
         self._check_unused(changes[0])
-        self._realm.note_sent(changes[-1].number)  # durable before it goes out
+        self._note_sent(changes[-1].number)
         self._cursor = changes[-1].number
         for change in changes:
             self._in_flight.append((change.number, change.size))
@@ -81,15 +82,38 @@ class Uploader:
             ],
         )
 
+    @property
+    def has_room(self) -> bool:
+        """Whether a change that comes into the queue now, behind what was sent, can be sent at once."""
+        is_stopped = self.error is not None or self.retry_at_s is not None
+        return not is_stopped and self._room_bytes > 0 and self._room_changes > 0
+
+    @property
+    def _room_bytes(self) -> int:
+        return WINDOW_BYTES - self._in_flight_bytes
+
+    @property
+    def _room_changes(self) -> int:
+        return WINDOW_CHANGES - len(self._in_flight)
+
     def _next_changes(self) -> list[Queued]:
-        room = WINDOW_BYTES - self._in_flight_bytes
-        count = WINDOW_CHANGES - len(self._in_flight)
-        if self.error is not None or self.retry_at_s is not None or room <= 0:
+        if not self.has_room:
             return []
-        found = self._realm.queued(
-            self._cursor, count_max=min(count, MESSAGE_CHANGES_MAX), bytes_max=min(room, MESSAGE_BYTES_TARGET)
-        )
+        found = self._queued(MESSAGE_CHANGES_MAX, MESSAGE_BYTES_TARGET)
         return found[: _same_client(found)]
+
+    def _queued(self, count_max: int, bytes_max: int) -> list[Queued]:
+        """What is to be sent next, within these limits and the window."""
+        return self._realm.queued(
+            self._cursor,
+            count_max=min(self._room_changes, count_max),
+            bytes_max=min(self._room_bytes, bytes_max),
+        )
+
+    def _note_sent(self, number: int) -> None:
+        """Notes, durably, what goes out before it does: all messages that the window has room for at one time."""
+        if number > self._realm.row.sent:
+            self._realm.note_sent(self._queued(WINDOW_CHANGES, WINDOW_BYTES)[-1].number)
 
     def _check_unused(self, first: Queued) -> None:
         if first.client not in self._last_numbers:

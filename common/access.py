@@ -130,6 +130,15 @@ class Requires(enum.Enum):
     ADMIN = "an operator's token"
 
 
+# What whoever calls can do about it.
+REMEDIES: Mapping[Requires, str] = {
+    Requires.REPLICA: "give --token @FILE with a token of `understudy token issue --replica`, or a replica's "
+    "certificate with --cert and --cert-key",
+    Requires.ADMIN: "give --token @FILE with an operator's token: admin-token in the data directory holds one, and "
+    "`understudy token issue --admin` makes more",
+}
+USER_REMEDY = "give --token @FILE with a user's token, of `understudy token login`, or an operator's"
+
 _OF_USERS = frozenset((Requires.READ, Requires.WRITE, Requires.MANAGE, Requires.SELF))
 
 REQUIRES: Mapping[str, Requires] = {

@@ -16,12 +16,15 @@ from typing import Any, TypeAlias
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 from understudy.common.access import (
     ANONYMOUS,
     LOCAL,
     OPEN,
+    REMEDIES,
     REQUIRES,
+    USER_REMEDY,
     Door,
     Kind,
     Principal,
@@ -31,13 +34,22 @@ from understudy.common.access import (
     set_caller,
 )
 from understudy.common.authority import Authority
-from understudy.common.errors import NotAuthenticated, NotPermitted, Overloaded, UnderstudyError
+from understudy.common.errors import (
+    NotAuthenticated,
+    NotPermitted,
+    Overloaded,
+    ProtocolError,
+    UnderstudyError,
+)
 from understudy.common.events import log
 from understudy.common.proving_channel import AUTHORIZATION_METADATA
 from understudy.common.rpc import answering_errors
+from understudy.common.unary_requests import UnaryRequests
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Enter: TypeAlias = Callable[[Context], contextlib.AbstractAsyncContextManager[Principal]]
+Read: TypeAlias = Callable[[Principal, Context], Awaitable[Any]]
 
 # Calls under way of one user, or of one host where there is no user. Our clients have one or two; each costs some
 # tens of kilobytes.
@@ -46,12 +58,6 @@ ANONYMOUS_CALLS_MAX = 100
 CHECK_S = 1.0  # how often it is looked at whether a stream's caller still is who it was
 
 _UNIX = "unix:"
-_HANDLERS: dict[tuple[bool, bool], Callable[..., Handler]] = {
-    (False, False): grpc.unary_unary_rpc_method_handler,
-    (False, True): grpc.unary_stream_rpc_method_handler,
-    (True, False): grpc.stream_unary_rpc_method_handler,
-    (True, True): grpc.stream_stream_rpc_method_handler,
-}
 
 
 class AccessInterceptor(grpc.aio.ServerInterceptor):
@@ -61,6 +67,7 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
         self._authority = authority
         self._guarded: dict[str, Handler] = {}
         self._calls: Counter[str] = Counter()
+        self._requests = UnaryRequests()
         self._streams: dict[asyncio.Task[Any], Principal] = {}
         self._ended: dict[asyncio.Task[Any], UnderstudyError] = {}
         self._watcher: asyncio.Task[None] | None = None
@@ -81,7 +88,6 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
         return self._guarded[method]
 
     def _guard(self, handler: Handler, method: str) -> Handler:
-        streams = bool(handler.request_streaming), bool(handler.response_streaming)
         behaviour = next(
             one
             for one in (
@@ -92,30 +98,41 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
             )
             if one is not None
         )
-        enter = functools.partial(self._entered, REQUIRES.get(method), method, is_stream=any(streams))
-        return _HANDLERS[streams](
-            _behind(behaviour, enter),
-            request_deserializer=handler.request_deserializer,
+        is_stream = bool(handler.request_streaming or handler.response_streaming)
+        enter = functools.partial(self._entered, REQUIRES.get(method), method, is_stream=is_stream)
+        read = None if handler.request_streaming else self._requests.read
+        # Never gRPC's unary requests: those are read before we are asked. On the wire there is no difference.
+        make = (
+            grpc.stream_stream_rpc_method_handler
+            if handler.response_streaming
+            else grpc.stream_unary_rpc_method_handler
+        )
+        return make(
+            _behind(behaviour, enter, read),
+            request_deserializer=_parser(handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
 
     @contextlib.asynccontextmanager
     async def _entered(
         self, requires: Requires | None, method: str, context: Context, *, is_stream: bool
-    ) -> AsyncIterator[None]:
+    ) -> AsyncIterator[Principal]:
         async with answering_errors(context):
             if requires is None:
                 raise NotPermitted(f"nothing says who may call {method}")
             principal = ANONYMOUS if requires is Requires.NOTHING else self._identify(context)
             if not meets(principal, requires):
-                raise NotPermitted(f"{method} needs {requires.value}; the caller is {principal}")
+                raise NotPermitted(
+                    f"{method} needs {requires.value}; the caller is {principal}",
+                    remedy=REMEDIES.get(requires, USER_REMEDY),
+                )
             self._count(principal, method, context)
             set_caller(principal)
             if is_stream:
                 async with self._watched(principal, context):
-                    yield
+                    yield principal
             else:
-                yield
+                yield principal
 
     # -- who it is -----------------------------------------------------------------------------------------
 
@@ -216,22 +233,42 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
                 task.cancel()
 
 
-def _behind(
-    behaviour: Callable[..., Any], enter: Callable[[Context], contextlib.AbstractAsyncContextManager[None]]
-) -> Callable[..., Any]:
-    """``behaviour``, entered through ``enter``, of the same nature: gRPC looks at whether it is a generator."""
+def _parser(parse: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+    """``parse`` with our error for bytes that are no message: of another one gRPC would log a trace for each call."""
+
+    if parse is None:
+        return None
+
+    def parsed(raw: bytes) -> Any:
+        try:
+            return parse(raw)
+        except DecodeError as error:
+            raise ProtocolError("a message that can't be decoded") from error
+
+    return parsed
+
+
+def _behind(behaviour: Callable[..., Any], enter: Enter, read: Read | None) -> Callable[..., Any]:
+    """``behaviour``, entered through ``enter``, of the same nature: gRPC looks at whether it is a generator.
+
+    With ``read``, it takes one request, which is read once the caller has been let in.
+    """
+
+    async def request_of(requests: object, principal: Principal, context: Context) -> object:
+        return requests if read is None else await read(principal, context)
+
     if inspect.isasyncgenfunction(behaviour):
 
-        async def pages(request: object, context: Context) -> AsyncIterator[Any]:
-            async with enter(context):
-                async for page in behaviour(request, context):
+        async def pages(requests: object, context: Context) -> AsyncIterator[Any]:
+            async with enter(context) as principal:
+                async for page in behaviour(await request_of(requests, principal, context), context):
                     yield page
 
         return pages
 
-    async def answer(request: object, context: Context) -> Any:
-        async with enter(context):
-            return await behaviour(request, context)
+    async def answer(requests: object, context: Context) -> Any:
+        async with enter(context) as principal:
+            return await behaviour(await request_of(requests, principal, context), context)
 
     return answer
 

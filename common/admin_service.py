@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from understudy.common.access import Kind, caller
 from understudy.common.authority import Authority
 from understudy.common.engine import Engine
 from understudy.common.errors import CorruptionError, Unavailable, WrongRole
@@ -35,11 +36,13 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         self._checking = asyncio.Lock()  # a full scan is costly: one at a time
 
     async def Status(self, request: admin_pb2.StatusRequest, context: Context) -> admin_pb2.StatusResponse:
-        """All that is known of this node."""
+        """All that is known of this node, to operators and replicas; to others what a client needs."""
         async with answering_errors(context):
             status = self._status()
             status.access = self._authority.access
-            return status
+            principal = caller()
+            sees_all = principal.is_operator or principal.kind is Kind.REPLICA
+            return status if sees_all else _for_clients(status)
         raise AssertionError("aborted")
 
     async def StateDigests(
@@ -83,6 +86,19 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         async with answering_errors(context):
             raise WrongRole("this node is not a primary", remedy="give the address of the primary")
         raise AssertionError("aborted")
+
+
+def _for_clients(status: admin_pb2.StatusResponse) -> admin_pb2.StatusResponse:
+    """Who reigns, and in which health; nothing of how much there is, of other machines, or of what others did."""
+    return admin_pb2.StatusResponse(
+        role=status.role,
+        cluster=status.cluster,
+        epoch=status.epoch,
+        proof=status.proof,
+        durability=status.durability,
+        version=status.version,
+        access=status.access,
+    )
 
 
 async def recompute_digests(engine: Engine) -> admin_pb2.StateDigestsResponse:

@@ -171,7 +171,10 @@ class Authority:
     def _check_user(self, principal: Principal) -> None:
         row = self.accounts.user(principal.user)
         if row is None or row.disabled or row.id != principal.user_id:
-            raise NotAuthenticated(f"there is no user {principal.user} any more, or it is disabled")
+            raise NotAuthenticated(
+                f"there is no user {principal.user} any more, or it is disabled",
+                remedy="`understudy user list` shows an operator which, and `understudy user set` enables it",
+            )
         if principal.session and self.accounts.session(principal.user_id, principal.session) is None:
             raise NotAuthenticated("this login has ended", remedy=LOGIN_AGAIN)
 
@@ -237,9 +240,12 @@ class Authority:
 
 def _no_token() -> NotAuthenticated:
     return NotAuthenticated(
-        "this server asks for a token", remedy="log in with `understudy token login`, or give --token"
+        "this server asks for a token", remedy="log in with `understudy token login`, and give --token @FILE"
     )
 
 
 def _worth_nothing() -> NotAuthenticated:
-    return NotAuthenticated("the token is worth nothing: it is not known here, or was revoked")
+    return NotAuthenticated(
+        "the token is worth nothing: it is not known here, or was revoked",
+        remedy=f"{LOGIN_AGAIN}; an operator issues one that lasts: `understudy token issue`",
+    )

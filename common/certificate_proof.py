@@ -48,7 +48,7 @@ def proven_names(proof: bytes, ca: Sequence[x509.Certificate]) -> tuple[str, ...
         message = CertificateProof.FromString(proof)
         claim = CertificateClaim.FromString(message.claim)
         chain = [x509.load_der_x509_certificate(der) for der in claim.chain[:_CHAIN_MAX]]
-    except (DecodeError, ValueError) as error:
+    except (DecodeError, ValueError, x509.InvalidVersion) as error:
         raise NotAuthenticated("the client certificate can't be read") from error
     if not chain:
         raise NotAuthenticated("a proof of no client certificate")
@@ -62,7 +62,7 @@ def _check_vouched(chain: Sequence[x509.Certificate], ca: Sequence[x509.Certific
     verifier = PolicyBuilder().store(Store(list(ca))).build_client_verifier()
     try:
         verifier.verify(chain[0], list(chain[1:]))
-    except VerificationError as error:
+    except (VerificationError, ValueError) as error:  # ValueError: a part that is only looked at now is none
         raise NotAuthenticated(
             f"the client certificate is not accepted: {error}",
             remedy="has it expired, and did the CA that the server was given with --tls-ca sign it?",

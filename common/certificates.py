@@ -30,7 +30,7 @@ def parse_certificates(pem: bytes, path: Path) -> list[x509.Certificate]:
     """
     try:
         return x509.load_pem_x509_certificates(pem)
-    except ValueError as error:
+    except (ValueError, x509.InvalidVersion) as error:
         raise UsageError(
             f"{path} is not a certificate in PEM", remedy="it begins with -----BEGIN CERTIFICATE-----"
         ) from error
@@ -58,13 +58,35 @@ def parse_key(pem: bytes, path: Path) -> PrivateKey:
     return key
 
 
+def check_not_swapped(cert_pem: bytes, key_pem: bytes, cert_path: Path, key_path: Path) -> None:
+    """Refuses a key in the place of a certificate, or the reverse, before anything else is said of the files.
+
+    Raises:
+        UsageError.
+    """
+    for pem, path, wanted, found in (
+        (cert_pem, cert_path, "CERTIFICATE", "PRIVATE KEY"),
+        (key_pem, key_path, "PRIVATE KEY", "CERTIFICATE"),
+    ):
+        ends = f"{wanted}-----".encode(), f"{found}-----".encode()
+        if ends[0] not in pem and ends[1] in pem:
+            raise UsageError(
+                f"{path} holds a {found.lower()}, where a {wanted.lower()} should be",
+                remedy="were the certificate and its key swapped?",
+            )
+
+
 def check_pair(chain: Sequence[x509.Certificate], key: PrivateKey, cert_path: Path, key_path: Path) -> None:
     """Refuses a certificate that is not the key's, or not valid now.
 
     Raises:
         UsageError.
     """
-    if _public_bytes(chain[0].public_key()) != _public_bytes(key.public_key()):
+    try:
+        certified = _public_bytes(chain[0].public_key())
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise UsageError(f"the certificate in {cert_path} has a key that can't be used: {error}") from error
+    if certified != _public_bytes(key.public_key()):
         raise UsageError(f"the key in {key_path} is not the one of the certificate in {cert_path}")
     now = datetime.datetime.now(datetime.UTC)
     if now > chain[0].not_valid_after_utc:
@@ -91,7 +113,7 @@ def uris_of(certificate: x509.Certificate) -> tuple[str, ...]:
     """The URIs among its alternative names: who signs host names for others does not sign these by mistake."""
     try:
         alternative = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except x509.ExtensionNotFound:
+    except (x509.ExtensionNotFound, ValueError):  # none, or none that can be read
         return ()
     return tuple(alternative.get_values_for_type(x509.UniformResourceIdentifier))
 

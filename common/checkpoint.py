@@ -39,6 +39,7 @@ from understudy.common.store_layout import (
     mark_key,
     prefix_end,
     realm_prefix,
+    row_errors,
 )
 from understudy.common.store_rows import delete_rows, put_rows, rows_between, rows_under
 from understudy.v1.log_pb2 import RealmDigest
@@ -82,7 +83,7 @@ def apply_checkpoint(store: Environment, parts: Iterable[CheckpointJob]) -> Chec
     """
     job = Job(parts)
     started = time.monotonic()
-    with lmdb_errors("write a checkpoint to", store.path):
+    with lmdb_errors("write a checkpoint to", store.path), row_errors(store.path):
         # A reader that was killed would keep the pages of its snapshot from ever being used again.
         store.env.reader_check()
         with store.env.begin(buffers=True) as before, store.env.begin(write=True) as txn:

@@ -68,7 +68,7 @@ def _is_of_the_system(row: dict[str, object]) -> bool:
 
 def operation_row(operation: log_pb2.Operation) -> dict[str, object]:
     """One operation; fields that its kind does not use are left out."""
-    row: dict[str, object] = {"kind": KIND_NAMES[operation.kind], **text_or_base64("key", operation.key)}
+    row: dict[str, object] = {"kind": kind_name(operation), **text_or_base64("key", operation.key)}
     if operation.value:
         row |= text_or_base64("value", operation.value)
     if operation.end:
@@ -76,6 +76,11 @@ def operation_row(operation: log_pb2.Operation) -> dict[str, object]:
     if operation.amount:
         row["amount"] = operation.amount
     return row
+
+
+def kind_name(operation: log_pb2.Operation) -> str:
+    """What an operation is called; its number where a later version has made it."""
+    return KIND_NAMES.get(operation.kind, f"kind {operation.kind}")
 
 
 def text_or_base64(name: str, data: bytes) -> dict[str, str]:

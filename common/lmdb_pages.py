@@ -24,6 +24,7 @@ META_PAGES = 2
 _MAGIC = 0xBEEFC0DE
 _DATA_VERSION = 1
 _PAGE_SIZES = frozenset(1 << bits for bits in range(8, 16))
+_PAGES_MAX = 1 << 28  # what a store's map of 1 TiB holds: a damaged number must not be taken for a length
 _DEPTH_MAX = 32  # LMDB's CURSOR_STACK
 
 _HEADER = struct.Struct("=QHHHH")  # page number, pad, flags, lower, upper
@@ -65,7 +66,7 @@ def parse_meta(page: bytes, path: Path) -> Meta:
     magic, version, _, _, page_bytes, free_root, last_page, txn_id = _META.unpack_from(page, _HEADER.size)
     if magic != _MAGIC or version != _DATA_VERSION:
         raise CorruptionError(f"{path} is not an LMDB file of data format {_DATA_VERSION}", remedy=RESTORE)
-    if page_bytes not in _PAGE_SIZES or last_page < META_PAGES - 1:
+    if page_bytes not in _PAGE_SIZES or not META_PAGES - 1 <= last_page < _PAGES_MAX:
         detail = f"page size {page_bytes}, last page {last_page}"
         raise CorruptionError(f"the meta page of {path} is damaged: {detail}", remedy=RESTORE)
     return Meta(

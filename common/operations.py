@@ -141,7 +141,10 @@ def check_operations(operations: Sequence[log_pb2.Operation]) -> None:
         TransactionTooLarge: too many operations or bytes.
     """
     if not operations:
-        raise BadOperation("a transaction needs at least one operation")
+        raise BadOperation(
+            "a transaction needs at least one operation",
+            remedy="begin one only where there is something to do",
+        )
     if len(operations) > OPERATIONS_MAX:
         raise TransactionTooLarge(
             f"a transaction of {len(operations)} operations", remedy=f"at most {OPERATIONS_MAX:,} are allowed"

@@ -32,11 +32,15 @@ def check_password(password: str) -> None:
     Raises:
         UsageError.
     """
-    size = len(password.encode("utf-8", "surrogatepass"))
+    size = _size(password)
     if not PASSWORD_BYTES_MIN <= size <= PASSWORD_BYTES_MAX:
         raise UsageError(
             f"a password of {size} bytes", remedy=f"give {PASSWORD_BYTES_MIN} to {PASSWORD_BYTES_MAX}"
         )
+
+
+def _size(password: str) -> int:
+    return len(password.encode("utf-8", "surrogatepass"))
 
 
 def hash_password(password: str) -> accounts_pb2.Password:
@@ -49,9 +53,13 @@ def hash_password(password: str) -> accounts_pb2.Password:
 def is_password(password: str, row: accounts_pb2.Password | None) -> bool:
     """Whether ``password`` is the one that ``row`` was made of; takes as long where there is no row.
 
+    One that is too long to have been chosen is none, and none of its beginning is looked at.
+
     Raises:
         CorruptionError: the row's parameters are none of ours.
     """
+    if _size(password) > PASSWORD_BYTES_MAX:
+        password, row = "", None
     expected = _nobody() if row is None else row
     derived = _derive(password, expected, len(expected.hash) or HASH_BYTES)
     return hmac.compare_digest(derived, expected.hash) and row is not None
@@ -96,13 +104,13 @@ class Hasher:
             return await asyncio.to_thread(hash_password, password)
 
     async def check(self, password: str, row: accounts_pb2.Password | None) -> bool:
-        """As :func:`is_password`; one that is too long is wrong.
+        """As :func:`is_password`.
 
         Raises:
             Overloaded: too many wait already.
         """
         async with self._one():
-            return await asyncio.to_thread(is_password, password[:PASSWORD_BYTES_MAX], row)
+            return await asyncio.to_thread(is_password, password, row)
 
     @contextlib.asynccontextmanager
     async def _one(self) -> AsyncIterator[None]:

@@ -57,3 +57,6 @@ def call(coroutine: Coroutine[Any, Any, _T]) -> _T:
     except BaseException:
         future.cancel()
         raise
+    finally:
+        # Else it and its error hold each other, and the connection that failed is left until they are found.
+        del future

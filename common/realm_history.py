@@ -137,7 +137,12 @@ class RealmHistory(ABC):
     def _row_at(self, layers: RealmLayers, version: int) -> HistoryRow:
         """A change that is kept."""
         with closing(self._rows(layers, version)) as rows:
-            return next(rows)
+            row = next(rows, None)
+        if row is None:
+            raise CorruptionError(
+                f"the store has no version {version} of realm {layers.path}", remedy=RESTORE
+            )
+        return row
 
     def history_first(self, path: str) -> int:
         """The oldest version whose change is kept; one more than the realm's version where none is.

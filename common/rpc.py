@@ -36,6 +36,7 @@ from understudy.common.errors import (
     from_code,
 )
 from understudy.common.events import log
+from understudy.common.grpc_loop import ignore_stray_events
 from understudy.common.tls import ServerTls, handshake_error
 from understudy.common.types import MESSAGE_BYTES_MAX
 
@@ -195,6 +196,7 @@ class Listener:
         self, services: Sequence[str], interceptors: Sequence[grpc.aio.ServerInterceptor] = ()
     ) -> None:
         _note_process()
+        ignore_stray_events(asyncio.get_running_loop())
         self.server = grpc.aio.server(interceptors=interceptors, options=_SERVER_OPTIONS)
         self.address = ""
         self._health = health.aio.HealthServicer()
@@ -266,6 +268,7 @@ def open_channel(target: str, credentials: Credentials = ANONYMOUS) -> grpc.aio.
         NotPermitted: a token would go through a network in the clear, or others may read a file with a secret.
     """
     _note_process()
+    ignore_stray_events(asyncio.get_running_loop())
     if credentials.tls is None:
         if credentials.token is not None:
             _check_stays_here(target)
@@ -325,17 +328,18 @@ def _sendable(text: str) -> bytes:
 @contextlib.contextmanager
 def peer_errors(address: str) -> Iterator[None]:
     """Turns a failed call to ``address`` into one of our errors."""
+    before = _cancellations()
     try:
         yield
     except asyncio.CancelledError:
         # gRPC raises it for a call that was cancelled, too: by the server, or by closing the channel. Taken for
         # a cancellation of this task, it would end the task without a word.
-        if _is_being_cancelled():
+        if _cancellations() > before:
             raise
         raise PeerUnreachable(f"the call to {address} was cancelled") from None
     except grpc.aio.AioRpcError as error:
         # It takes the place of a cancellation that comes while the call ends: the task would go on for ever.
-        if _is_being_cancelled():
+        if _cancellations() > before:
             raise asyncio.CancelledError from None
         raise from_rpc(error, address) from None  # gRPC's own trace says nothing more
     except grpc.aio.UsageError as error:
@@ -349,9 +353,10 @@ def peer_errors(address: str) -> Iterator[None]:
 _ENDED_WHILE_WRITING = "Internal error from Core"
 
 
-def _is_being_cancelled() -> bool:
+def _cancellations() -> int:
+    """How often this task was asked to end: what it has lived through counts for good, or until it takes that back."""
     task = asyncio.current_task()
-    return task is None or task.cancelling() > 0
+    return task.cancelling() if task is not None else 0
 
 
 def from_rpc(error: grpc.aio.AioRpcError, address: str) -> UnderstudyError:

@@ -102,6 +102,8 @@ class SegmentHeader:
                 f"{path}: format {version} of the change-log",
                 remedy=f"this version reads format {FORMAT_VERSION}; upgrade it",
             )
+        if not first_lsn:
+            raise CorruptionError(f"{path}: begins with LSN 0, which no entry has", remedy=RESTORE)
         return cls(
             cluster=ClusterId(cluster),
             epoch=Epoch(epoch),

@@ -57,7 +57,7 @@ class PrimarySettings:
         _check_listening(self)
         if self.sync_replicas < 1:
             raise UsageError(f"sync_replicas is {self.sync_replicas}", remedy="give 1 or more")
-        if self.degrade_after_s is not None and self.degrade_after_s < 0:
+        if self.degrade_after_s is not None and not self.degrade_after_s >= 0:  # NaN is neither
             raise UsageError(f"degrade_after_s is {self.degrade_after_s}", remedy="give seconds, 0 or more")
         if not 0 <= self.heal_window_s <= HEAL_WINDOW_S_MAX:
             raise UsageError(
@@ -202,7 +202,7 @@ def _from_file(path: Path, section: str, known: set[str]) -> Mapping[str, Any]:
         content = tomllib.loads(path.read_text())
     except OSError as error:
         raise UsageError(f"can't read {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not TOML, not text, a number or a depth without end
         raise UsageError(f"{path} is not TOML: {error}") from error
     for name in content:
         if name not in ("primary", "replica"):
@@ -210,6 +210,8 @@ def _from_file(path: Path, section: str, known: set[str]) -> Mapping[str, Any]:
                 f"{path}: unknown table or key {name!r}", remedy="known are [primary] and [replica]"
             )
     table = content.get(section, {})
+    if not isinstance(table, dict):
+        raise UsageError(f"{path}: {section!r} is no table", remedy=f"write [{section}] on a line of its own")
     for name in table:
         if name not in known:
             raise UsageError(
@@ -228,8 +230,10 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
             return parse_size(value)
         if hint is int and not isinstance(value, int):
             raise TypeError("not a whole number")
+        if hint is Path and "\0" in str(value):
+            raise ValueError("no name of a file")
         return value if isinstance(value, hint) else hint(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UsageError(
             f"bad value {value!r} for {name}", remedy=f"give a value of type {hint.__name__}"
         ) from error

@@ -18,7 +18,8 @@ _UNITS = {
     "GIB": 1 << 30,
     "TIB": 1 << 40,
 }
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*\Z")
+# With more digits it is no size of anything, and in the end more than a float can hold.
+_SIZE = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([A-Za-z]*)\s*\Z")
 
 
 def parse_size(text: str) -> int:

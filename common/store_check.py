@@ -30,6 +30,7 @@ from understudy.common.store_layout import (
     Environment,
     decode_history_row,
     history_key,
+    row_errors,
 )
 from understudy.common.types import ID_BYTES, KEY_BYTES_MAX, Digest, Lsn
 from understudy.v1.log_pb2 import Change
@@ -73,8 +74,11 @@ def check_state(store: Store, *, progress: Callable[[int], None] | None = None) 
 
     Args:
         progress: called with the number of pairs read so far, every 10,000.
+
+    Raises:
+        CorruptionError: there is no telling what it should hold: the checkpoint's row can't be read.
     """
-    with store.env.begin() as txn:
+    with row_errors(store.path), store.env.begin() as txn:
         return _Check(store.environment, txn, progress or (lambda _: None)).run()
 
 
@@ -99,7 +103,7 @@ class _Check:
         for part in (self._read_realms, self._check_data, self._check_history, self._check_clients):
             try:
                 part()
-            except lmdb.Error as error:
+            except (lmdb.Error, OverflowError) as error:  # or a version beyond all others
                 self._report(f"the store {self._store.path} can't be read to its end: {error}")
         state_digest = encode(
             sum(

@@ -101,7 +101,7 @@ class Expiry:
         oldest_us = self._checkpoint.time_us - HISTORY_AGE_US
         expired = [key for key, time_us in self._times() if time_us < oldest_us]
         delete_rows(self._txn, self._store.meta, expired[:-1])
-        return parse_lsn(expired[-1].removeprefix(TIME_PREFIX).decode()) if expired else NO_LSN
+        return _lsn_of(expired[-1]) if expired else NO_LSN
 
     def _times(self) -> list[tuple[bytes, int]]:
         rows = rows_under(self._txn.cursor(self._store.meta), TIME_PREFIX)
@@ -147,3 +147,10 @@ class Expiry:
     def _newest_lsn(self, row: RealmRow) -> int:
         newest = self._before.get(history_key(row.id, row.version), db=self._store.history)
         return history_row_lsn(newest) if newest is not None else NO_LSN
+
+
+def _lsn_of(key: bytes) -> Lsn:
+    try:
+        return parse_lsn(key.removeprefix(TIME_PREFIX).decode())
+    except ValueError as error:
+        raise CorruptionError(f"the time of a checkpoint can't be read: {error}", remedy=RESTORE) from error

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import lmdb
+from google.protobuf.message import DecodeError
 
 from understudy.common.errors import (
     RESTORE,
@@ -243,6 +244,15 @@ def _can_grow(path: Path) -> bool:
     except OSError as error:
         return error.errno not in NO_SPACE
     return True
+
+
+@contextlib.contextmanager
+def row_errors(path: Path) -> Iterator[None]:
+    """Turns what comes of reading a damaged row into our error: no message, no text, a number beyond all others."""
+    try:
+        yield
+    except (DecodeError, UnicodeDecodeError, OverflowError, struct.error) as error:
+        raise CorruptionError(f"a row of the store {path} can't be read: {error}", remedy=RESTORE) from error
 
 
 # -- opening -----------------------------------------------------------------------------------------------

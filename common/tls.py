@@ -53,7 +53,9 @@ class Identity:
         """
         from understudy.common import certificates  # takes long, and only TLS needs it
 
-        chain_pem, key_pem = read_file(cert), read_private(key)
+        chain_pem = read_file(cert)
+        certificates.check_not_swapped(chain_pem, read_file(key), cert, key)
+        key_pem = read_private(key)
         chain = certificates.parse_certificates(chain_pem, cert)
         private = certificates.parse_key(key_pem, key)
         certificates.check_pair(chain, private, cert, key)

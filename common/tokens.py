@@ -33,6 +33,7 @@ RETIRED_KEY_S = (
 TOKEN_BYTES_MAX = 4096
 LOGIN_AGAIN = "log in again: `understudy token login`"
 
+_TIME_S_MAX = 1 << 53  # beyond it, seconds are no float any more
 _SEGMENT = re.compile(r"[A-Za-z0-9_-]+\Z")
 _KEY_ID = re.compile(r"[A-Za-z0-9]{1,64}\Z")
 _LASTING = re.compile(r"understudy-([a-z]+)-([0-9a-f.]{1,80})-([A-Za-z0-9_-]{43})\Z")
@@ -130,6 +131,8 @@ def _claims(claims: dict[str, object]) -> Claims:
         raise _bad("it says something else than tokens of this server")
     for name, value in claims.items():
         if type(value) is not (int if name in ("iat", "exp") else str):
+            raise _bad(f"bad claim {name}")
+        if isinstance(value, int) and not 0 <= value < _TIME_S_MAX:
             raise _bad(f"bad claim {name}")
     return Claims(**{_NAMES[name]: value for name, value in claims.items()})  # type: ignore[arg-type]
 

@@ -52,7 +52,8 @@ class VerifyReport:
     lsn: Lsn  # the log's last good entry
     digest: Digest  # at `lsn`
     entries_checked: int  # of the log
-    realms_checked: int
+    realms_checked: int  # of the store
+    realms_in_log_only: int  # until the next checkpoint writes them: no state to check yet
     problems: list[str]
 
     @property
@@ -96,13 +97,16 @@ class _Verification:
             log = _LogCheck(
                 self._directory, snapshot, self._report, lambda count: self._progress(self._pairs + count)
             )
+            unwritten = 0
             with self._noting():
                 log.run()
+                unwritten = log.realms_not_in_store()
         return VerifyReport(
             lsn=log.position.lsn,
             digest=log.position.digest,
             entries_checked=log.entries,
             realms_checked=self._realms,
+            realms_in_log_only=unwritten,
             problems=self._problems,
         )
 
@@ -192,6 +196,15 @@ class _LogCheck:
                 if key:
                     return key
         return b""
+
+    def realms_not_in_store(self) -> int:
+        """How many realms the log has changes of, and the store nothing."""
+        found = self._snapshot
+        return sum(
+            1
+            for path, (version, _) in self._heads.items()
+            if version and (not found or not found.realm(path))
+        )
 
     # -- segments ------------------------------------------------------------------------------------------
 

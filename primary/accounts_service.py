@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterable, Iterator
-from typing import TypeVar
+from collections.abc import AsyncIterator, Iterable
 
 from understudy.common.access import Level, caller, check_name, check_pattern, is_name, peer_host
 from understudy.common.accounts import (
@@ -14,7 +13,6 @@ from understudy.common.accounts import (
     GRANTS,
     REQUIRED,
     TOKENS,
-    USERS,
     Subject,
     after_prefix,
     grants_key,
@@ -31,7 +29,8 @@ from understudy.common.passwords import Hasher, is_outdated
 from understudy.common.read_service import Context
 from understudy.common.rpc import answering_errors
 from understudy.common.tokens import Lasting, LastingToken, new_token_id
-from understudy.common.types import SESSIONS_REALM, SYSTEM_REALM, check_realm_path, is_system_realm
+from understudy.common.types import SYSTEM_REALM, check_realm_path, is_system_realm
+from understudy.primary.account_lists import all_grants, all_tokens, all_users, pages
 from understudy.primary.admin_token import CommitSystem
 from understudy.primary.login_limits import LoginLimits
 from understudy.primary.sessions import Sessions
@@ -39,15 +38,12 @@ from understudy.v1 import accounts_pb2, accounts_pb2_grpc
 
 GROUPS_MAX = 100  # of one user
 NOTE_MAX = 200
-_PAGE_ROWS = 500
 _KINDS = {
     accounts_pb2.TOKEN_ADMIN: Lasting.ADMIN,
     accounts_pb2.TOKEN_REPLICA: Lasting.REPLICA,
     accounts_pb2.TOKEN_APP: Lasting.APP,
 }
 _WRONG = "wrong user name or password"
-
-_T = TypeVar("_T")
 
 
 class AccountsService(accounts_pb2_grpc.AccountsServicer):
@@ -188,18 +184,7 @@ class AccountsService(accounts_pb2_grpc.AccountsServicer):
     ) -> AsyncIterator[accounts_pb2.UsersPage]:
         """All users, by name."""
         async with answering_errors(context):
-            users = (
-                accounts_pb2.User(
-                    name=name,
-                    id=row.id,
-                    groups=row.groups,
-                    disabled=row.disabled,
-                    has_password=row.HasField("password"),
-                    created_us=row.created_us,
-                )
-                for name, row in self._accounts.rows(USERS, accounts_pb2.UserRow)
-            )
-            for page in _pages(users):
+            for page in pages(all_users(self._accounts)):
                 yield accounts_pb2.UsersPage(users=page)
 
     async def SetPassword(
@@ -288,8 +273,7 @@ class AccountsService(accounts_pb2_grpc.AccountsServicer):
     ) -> AsyncIterator[accounts_pb2.GrantsPage]:
         """All permissions, by subject."""
         async with answering_errors(context):
-            grants = (_grant_info(at, row) for at, row in self._accounts.rows(GRANTS, accounts_pb2.GrantRow))
-            for page in _pages(grants):
+            for page in pages(all_grants(self._accounts)):
                 yield accounts_pb2.GrantsPage(grants=page)
 
     # -- tokens --------------------------------------------------------------------------------------------
@@ -342,28 +326,8 @@ class AccountsService(accounts_pb2_grpc.AccountsServicer):
     ) -> AsyncIterator[accounts_pb2.TokensPage]:
         """All tokens that last, then all logins that have not expired."""
         async with answering_errors(context):
-            for page in _pages(self._tokens()):
+            for page in pages(all_tokens(self._accounts, now_us=self._now_us())):
                 yield accounts_pb2.TokensPage(tokens=page)
-
-    def _tokens(self) -> Iterator[accounts_pb2.TokenInfo]:
-        for at, row in self._accounts.rows(TOKENS, accounts_pb2.TokenRow):
-            yield accounts_pb2.TokenInfo(
-                id=at,
-                kind=row.kind,
-                user=row.user,
-                note=row.note,
-                created_us=row.created_us,
-                expires_us=row.expires_us,
-            )
-        for at, login in self._accounts.rows(b"", accounts_pb2.SessionRow, realm=SESSIONS_REALM):
-            if login.expires_us > self._now_us():
-                yield accounts_pb2.TokenInfo(
-                    id=at.replace("/", "."),
-                    kind=accounts_pb2.TOKEN_SESSION,
-                    user=login.user,
-                    created_us=login.created_us,
-                    expires_us=login.expires_us,
-                )
 
     # -- keys and policy -----------------------------------------------------------------------------------
 
@@ -399,26 +363,3 @@ def _check_groups(groups: Iterable[str]) -> None:
         check_name(group, "group")
         if number > GROUPS_MAX:
             raise UsageError(f"more than {GROUPS_MAX} groups")
-
-
-def _grant_info(at: str, row: accounts_pb2.GrantRow) -> accounts_pb2.GrantInfo:
-    kind, name, grant = at.split("/")
-    subject = {
-        "user": accounts_pb2.Subject(user=name),
-        "group": accounts_pb2.Subject(group=name),
-        "anyone": accounts_pb2.Subject(anyone=True),
-    }[kind]
-    return accounts_pb2.GrantInfo(
-        id=grant, subject=subject, pattern=row.pattern, level=row.level, created_us=row.created_us
-    )
-
-
-def _pages(rows: Iterable[_T]) -> Iterator[list[_T]]:
-    """``rows`` in lists, at least one."""
-    page: list[_T] = []
-    for row in rows:
-        page.append(row)
-        if len(page) == _PAGE_ROWS:
-            yield page
-            page = []
-    yield page

@@ -10,8 +10,7 @@ from understudy.common.files import publish
 from understudy.common.metrics import EngineMetrics
 from understudy.common.rpc import open_channel, peer_errors, short_socket_path
 from understudy.common.settings import PrimarySettings
-from understudy.common.types import SYSTEM_REALM
-from understudy.primary.admin_token import ADMIN_TOKEN_FILE, new_admin_token
+from understudy.primary.admin_token import ADMIN_TOKEN_FILE, renew_here
 from understudy.primary.node import PrimaryNode
 from understudy.v1 import accounts_pb2, accounts_pb2_grpc
 
@@ -34,7 +33,7 @@ async def renew_admin_token(path: Path) -> None:
         node = PrimaryNode.open(directory, PrimarySettings(data_dir=path), EngineMetrics())
         try:
             await node.start()
-            await node.commit_system(SYSTEM_REALM, [new_admin_token(directory)])
+            await renew_here(directory, node.commit_system)
         finally:
             await node.close()
 

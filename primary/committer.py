@@ -205,17 +205,22 @@ class Committer:
         """Whether this change of a client is here, or in flight, under the name of one that was renewed."""
         return self._in_flight.last_number(path, renewed_name(client, number)) > 0
 
+    def is_in_flight(self, path: str, client: bytes, number: int) -> bool:
+        """Whether this change of a client was taken in, and is not applied yet."""
+        return number in self._in_flight.of(path, client)
+
     def submit_renewed(self, transaction: data_pb2.Transaction, origin: bytes, done: Done) -> None:
         """Takes in a change that this history has lost, as a new one.
 
         It keeps client and number where that leaves no earlier number of its client out, which may yet come; else it
-        gets a name of its own. What was renewed already is answered with its receipt.
+        gets a name of its own. What was renewed already, or is in flight, is answered with its receipt.
 
         Raises:
             as :meth:`submit`.
         """
         path, number = transaction.realm, transaction.number
-        if number == self._in_flight.last_number(path, origin) + 1:
+        is_in_flight = self.is_in_flight(path, origin, number)
+        if is_in_flight or number == self._in_flight.last_number(path, origin) + 1:
             self.submit(origin, transaction, done)
             return
         self._renews = True

@@ -3,12 +3,17 @@
 A change is believed for its HMAC: only a server of this cluster can have made it, and only after it had been taken
 in. Where it is the next of its realm it is appended as it was, and so keeps version and digest. Where the realm has
 gone on without it, it becomes a new change, unless what it does is there already, by its client's number (G6).
+
+A tail is taken in step by step. Nothing of it counts before all of it is known to be genuine. Each step is whole in
+itself: between two of them the realm may have gone on, been dropped, or been brought the same changes by somebody
+else, so each looks anew at where the realm stands.
 """
 
 from __future__ import annotations
 
 import hmac
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Protocol
 
 from google.protobuf.message import DecodeError
@@ -18,13 +23,17 @@ from understudy.common.errors import BadOperation, UnderstudyError
 from understudy.common.memtable import Missing, Receipt
 from understudy.common.operations import check_operations
 from understudy.common.state import State
-from understudy.common.types import check_realm_path, is_system_realm
+from understudy.common.types import REALM_PATH_BYTES_MAX, check_realm_path, is_system_realm
 from understudy.primary.in_flight import Done, SignedChange
 from understudy.v1 import data_pb2, log_pb2, sync_pb2
 
 _PROBLEMS_MAX = 10
+# What is done in one step, some milliseconds: 256 small changes, or fewer large ones.
+STEP_BYTES = 256 << 10
+_CHANGE_BYTES = 1 << 10  # a change costs as much as that many bytes of its operations
 
 OnTaken = Callable[[sync_pb2.Homecoming], None]
+_Tail = Sequence[tuple[log_pb2.Change, SignedChange]]
 
 
 class Taker(Protocol):
@@ -33,11 +42,14 @@ class Taker(Protocol):
     def head(self, path: str) -> tuple[int, bytes]:
         """Version and digest of a realm's last change, applied or in flight."""
 
+    def is_in_flight(self, path: str, client: bytes, number: int) -> bool:
+        """Whether a client's change was taken in, and is not applied yet."""
+
     def was_renewed(self, path: str, client: bytes, number: int) -> bool:
         """Whether a change has come home as a new one before."""
 
     def submit_renewed(self, transaction: data_pb2.Transaction, origin: bytes, done: Done) -> None:
-        """Takes in a change of ``origin`` as a new one."""
+        """Takes in a change of ``origin`` as a new one; of one that is in flight it waits for the outcome."""
 
     def submit_again(self, change: log_pb2.Change, signed: SignedChange, done: Done) -> None:
         """Takes in a change as it was."""
@@ -56,8 +68,10 @@ def take_home(
     history_key: bytes,
     may_renew: bool,
     on_taken: OnTaken,
-) -> None:
-    """Takes in what is missing of a realm's changes; best while nothing of the realm is in flight.
+) -> Generator[None, None, None]:
+    """Takes in what is missing of a realm's changes, a step at a time; best while nothing of the realm is in flight.
+
+    Whoever closes it early leaves the rest out; what was taken in until then is taken in.
 
     Args:
         path: the realm.
@@ -70,12 +84,12 @@ def take_home(
     """
     arrival = _Arrival(path, state, taker, on_taken, may_renew=may_renew)
     try:
-        checked = list(_checked(path, changes, history_key))
-    except Refused as refused:
-        arrival.refuse(len(changes), str(refused))
-    else:
-        arrival.take(checked)
-    arrival.close()
+        tail = yield from _checked(path, changes, history_key)
+        yield from arrival.take(tail)
+    except (UnderstudyError, Refused) as error:
+        arrival.refuse(len(changes), str(error))
+    finally:
+        arrival.close()
 
 
 class _Arrival:
@@ -89,42 +103,101 @@ class _Arrival:
         self._may_renew = may_renew
         self._result = sync_pb2.Homecoming()
         self._receipts: dict[tuple[bytes, int], Receipt | Missing | None] = {}  # of numbers that are not new
+        self._kept_from: int | None = (
+            None  # the oldest version of which our digest is kept; None: not looked up
+        )
+        self._at = 0  # how many changes have been dealt with
+        self._version = 0  # the realm's, when we looked last
+        self._realm_id = 0
         self._waiting = 1  # for `close`, and for each change that was taken in
 
-    def take(self, tail: Sequence[tuple[log_pb2.Change, SignedChange]]) -> None:
-        # Each change names the one before it: if one of them is on our history, so are all before it, also those that
-        # are too old to be looked up.
-        known = next((at for at in range(len(tail), 0, -1) if self._is_known(*tail[at - 1])), 0)
-        missing = tail[known:]
-        self._result.known += known
-        if not missing:
-            return
+    def take(self, tail: _Tail) -> Iterator[None]:
+        """Takes the tail in.
+
+        Raises:
+            Refused, UnderstudyError: no more of it.
+        """
+        self._pass_over(self._count_applied(tail))
+        while self._at < len(tail):
+            version, digest = self._look_again()
+            if self._is_brought_by_another(tail, version, digest):
+                continue
+            first = tail[self._at][0]
+            if (first.version, first.previous) == (version + 1, digest):
+                self._take_step(tail, self._append)
+            elif self._kept_from is not None:
+                self._take_step(tail, self._renew)
+            else:
+                self._kept_from = yield from self._look_up(tail)
+                continue
+            yield
+
+    def _take_step(self, tail: _Tail, take: Callable[[log_pb2.Change, SignedChange], None]) -> None:
+        size = 0
+        while size < STEP_BYTES and self._at < len(tail):
+            change, signed = tail[self._at]
+            take(change, signed)
+            self._at += 1
+            size += _cost(signed.change)
+
+    # -- where the realm stands ------------------------------------------------------------------------------
+
+    def _look_again(self) -> tuple[int, bytes]:
+        """Version and digest of the realm's last change.
+
+        Raises:
+            Refused: it was dropped under us, or may have been before: what lets one read a realm must not bring it
+                back.
+        """
         version, digest = self._taker.head(self._path)
+        realm = self._state.realm(self._path)
+        realm_id = realm.id if realm is not None else 0
+        if version < self._version or self._realm_id not in (0, realm_id):
+            raise Refused("the realm was dropped meanwhile")
         if not version and not self._may_renew:
-            # It may have been dropped: what lets one read a realm must not bring it back.
-            self.refuse(len(missing), "the realm is not here, and this client may not write to it")
-            return
-        first = missing[0][0]
-        follows = (first.version, first.previous) == (version + 1, digest)
-        step = self._append if follows else self._renew
-        if not follows:
-            self._look_up(missing)
-        for at, (change, signed) in enumerate(missing):
-            try:
-                step(change, signed)
-            except (UnderstudyError, Refused) as error:
-                self.refuse(len(missing) - at, str(error))
-                return
+            raise Refused("the realm is not here, and this client may not write to it")
+        self._version, self._realm_id = version, realm_id
+        return version, digest
 
-    def _look_up(self, missing: Sequence[tuple[log_pb2.Change, SignedChange]]) -> None:
-        """Notes receipts, client by client: the search for one finds all others of its client, but of no other's."""
-        for change, _ in sorted(missing, key=lambda pair: pair[0].client):
-            if change.number <= self._state.last_number(self._path, change.client):
-                receipt = self._state.receipt(self._path, change.client, change.number)
-                self._receipts[change.client, change.number] = receipt
+    def _count_applied(self, tail: _Tail) -> int:
+        """How many changes of the tail are on our history.
 
-    def _is_known(self, change: log_pb2.Change, signed: SignedChange) -> bool:
-        return self._state.digest_at(self._path, change.version) == signed.digest
+        Each names the one before it: if one of them is, so are all before it, also those that are too old to be
+        looked up. So the last one is found by halving.
+        """
+        realm = self._state.realm(self._path)
+        if realm is None or not tail:
+            return 0
+        first = tail[0][0].version
+        oldest = max(self._digests_first() - first, 0)
+        behind = min(max(realm.version + 1 - first, oldest), len(tail))
+        found = bisect_left(tail, True, min(oldest, behind), behind, key=self._is_not_applied)
+        return found if found > oldest else 0
+
+    def _digests_first(self) -> int:
+        realm = self._state.realm(self._path)
+        return self._state.history_first(self._path) - 1 if realm is not None else 0
+
+    def _is_not_applied(self, one: tuple[log_pb2.Change, SignedChange]) -> bool:
+        change, signed = one
+        return self._state.digest_at(self._path, change.version) != signed.digest
+
+    def _is_brought_by_another(self, tail: _Tail, version: int, digest: bytes) -> bool:
+        """Whether the realm has come further along this very tail; it is passed over up to there."""
+        at = version - tail[0][0].version
+        if not self._at <= at < len(tail) or tail[at][1].digest != digest:
+            return False
+        change, _ = tail[at]
+        if self._taker.is_in_flight(self._path, change.client, change.number):
+            self._submit_renewed(change)  # it is waited for, and with it all before it
+        self._pass_over(at + 1)
+        return True
+
+    def _pass_over(self, upto: int) -> None:
+        self._result.known += upto - self._at
+        self._at = upto
+
+    # -- as they were, or renewed ----------------------------------------------------------------------------
 
     def _append(self, change: log_pb2.Change, signed: SignedChange) -> None:
         self._send(lambda done: self._taker.submit_again(change, signed, done))
@@ -133,34 +206,59 @@ class _Arrival:
     def _renew(self, change: log_pb2.Change, signed: SignedChange) -> None:
         if not self._may_renew:
             raise Refused("the realm has gone on, and this client may not write to it")
-        self._check_forked(change)
+        if self._kept_from is None or change.version < self._kept_from:  # it may have been on our history
+            raise Refused(f"version {change.version} is older than what is kept of the realm's history")
         if self._is_here(change):
             self._result.known += 1
-            return
+        elif self._taker.is_in_flight(self._path, change.client, change.number):
+            self._submit_renewed(change)
+            self._result.known += 1
+        else:
+            self._submit_renewed(change)
+            self._result.renewed += 1
+
+    def _submit_renewed(self, change: log_pb2.Change) -> None:
         transaction = data_pb2.Transaction(
             number=change.number, realm=self._path, operations=change.operations
         )
         self._send(lambda done: self._taker.submit_renewed(transaction, change.client, done))
-        self._result.renewed += 1
+
+    def _look_up(self, tail: _Tail) -> Generator[None, None, int]:
+        """Notes receipts, client by client: the search for one finds all others of its client, but of no other's.
+
+        Returns:
+            The oldest version of which our digest is kept.
+        """
+        size, client = 0, b""
+        for change, signed in sorted(tail[self._at :], key=lambda pair: pair[0].client):
+            if size >= STEP_BYTES or change.client != client:
+                size, client = 0, change.client
+                yield
+            self._receipt(change)
+            size += _cost(signed.change)
+        return self._digests_first()
+
+    def _receipt(self, change: log_pb2.Change) -> Receipt | Missing | None:
+        """What our history has of the change's number; what was not on it before may have been applied since."""
+        key = change.client, change.number
+        if key not in self._receipts and change.number <= self._state.last_number(self._path, change.client):
+            self._receipts[key] = self._state.receipt(self._path, change.client, change.number)
+        return self._receipts.get(key)
 
     def _is_here(self, change: log_pb2.Change) -> bool:
         """Whether a change of another history was made on ours, too: under its own name, or as a renewed one."""
-        receipt = self._receipts.get((change.client, change.number))
+        receipt = self._receipt(change)
         if isinstance(receipt, Missing):
             raise Refused(f"version {change.version} is too old to tell whether it was applied")
         return receipt is not None or self._taker.was_renewed(self._path, change.client, change.number)
 
-    def _check_forked(self, change: log_pb2.Change) -> None:
-        """Refuses what may have been on our history: it would be done a second time."""
-        head = self._state.realm(self._path)
-        is_past = head is not None and change.version <= head.version
-        if is_past and self._state.digest_at(self._path, change.version) is None:
-            raise Refused(f"version {change.version} is older than what is kept of the realm's history")
+    # -- what came of it -------------------------------------------------------------------------------------
 
     def refuse(self, count: int, problem: str) -> None:
-        self._result.refused += count
+        """Of ``count`` changes, those that were not dealt with yet are refused."""
+        self._result.refused += count - self._at
         if len(self._result.problems) < _PROBLEMS_MAX:
-            self._result.problems.append(f"{self._path}: {problem}")
+            self._result.problems.append(f"{self._path:.{REALM_PATH_BYTES_MAX}}: {problem}")
 
     def _send(self, submit: Callable[[Done], None]) -> None:
         def done(_: Receipt) -> None:
@@ -180,18 +278,25 @@ class _Arrival:
             self._on_taken(self._result)
 
 
+def _cost(raw: bytes) -> int:
+    return len(raw) + _CHANGE_BYTES
+
+
 def _checked(
     path: str, changes: Iterable[tuple[bytes, bytes]], history_key: bytes
-) -> Iterator[tuple[log_pb2.Change, SignedChange]]:
+) -> Generator[None, None, list[tuple[log_pb2.Change, SignedChange]]]:
     """The changes of a tail, each genuine and following the one before.
 
     Raises:
         Refused: with the first that is not.
+        BadRealmPath: no realm can be there.
     """
     check_realm_path(path)
     if is_system_realm(path):
         raise Refused("this realm is the system's own")
+    found: list[tuple[log_pb2.Change, SignedChange]] = []
     before: tuple[int, bytes] | None = None
+    size = 0
     for at, (raw, mac) in enumerate(changes):
         digest = entries.change_digest(raw)
         if not hmac.compare_digest(entries.sign(history_key, digest), mac):
@@ -202,7 +307,12 @@ def _checked(
         if before is not None and (change.version, change.previous) != (before[0] + 1, before[1]):
             raise Refused(f"change {at}, of version {change.version}, does not follow the one before it")
         before = change.version, digest
-        yield change, SignedChange(raw, digest, mac)
+        found.append((change, SignedChange(raw, digest, mac)))
+        size += _cost(raw)
+        if size >= STEP_BYTES:
+            size = 0
+            yield
+    return found
 
 
 def _parsed(raw: bytes, at: int) -> log_pb2.Change:

@@ -14,7 +14,7 @@ from understudy.common.operations import Put, to_protos
 from understudy.common.records import encode_record
 from understudy.common.store import Store
 from understudy.common.types import START, SYSTEM_REALM, ClusterId, Epoch, Lsn, Position, new_id
-from understudy.primary.admin_token import new_admin_token
+from understudy.primary.admin_token import prepare_admin_token, publish_admin_token
 from understudy.v1 import log_pb2, store_pb2
 
 
@@ -32,6 +32,7 @@ def create_cluster(directory: DataDirectory) -> None:
     finally:
         changelog.close()
     directory.set_role(Role.PRIMARY)
+    publish_admin_token(directory)
 
 
 def _write_first_entries(changelog: ChangeLog, directory: DataDirectory) -> None:
@@ -41,7 +42,7 @@ def _write_first_entries(changelog: ChangeLog, directory: DataDirectory) -> None
         version=1,
         client=node,
         number=1,
-        operations=to_protos([Put(HISTORY_KEY, key), new_admin_token(directory)]),
+        operations=to_protos([Put(HISTORY_KEY, key), prepare_admin_token(directory)]),
     ).SerializeToString()
     time_us = time.time_ns() // 1_000
     payloads = (

@@ -63,6 +63,8 @@ def _slot(row: dict[str, object]) -> Slot:
     for name, value in values.items():
         if type(value) is not _KINDS[name] or (isinstance(value, int) and not 0 <= value < 1 << 63):
             raise ValueError(f"{name} is {value!r:.100}")
+        if isinstance(value, str) and not value.isprintable():  # nor could it be told to anybody
+            raise ValueError(f"{name} is {value!r:.100}")
     return Slot(**values)  # type: ignore[arg-type]  # checked just now
 
 

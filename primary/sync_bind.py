@@ -52,6 +52,17 @@ def our_realm(host: Host, bind: sync_pb2.BindRealm, path: str) -> OurRealm:
     )
 
 
+def can_resume(bind: sync_pb2.BindRealm, ours: OurRealm) -> bool:
+    """Whether a load that was broken off can go on: the changes since are kept."""
+    incoming = bind.incoming
+    return (
+        0 < incoming.version <= ours.version
+        and incoming.version + 1 >= ours.history_first
+        and ours.digest_at(incoming.version) == incoming.digest
+        and bool(bind.frontier)
+    )
+
+
 def undecided(host: Host, bind: sync_pb2.BindRealm, path: str) -> sync_pb2.RealmBound:
     """An answer with all but the decision and what follows from it."""
     state = host.state

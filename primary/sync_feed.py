@@ -21,7 +21,8 @@ class SyncStream:
     run: bytes
     previous_run: bytes
     task: asyncio.Task[None]
-    user_id: str = ""  # of an operator's
+    user_id: str  # empty: an operator's
+    secret: bytes  # of the client's directory
     replaced: bool = False  # by a newer one of the same directory
     session: SyncSession = field(init=False)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
@@ -33,8 +34,7 @@ class Feed:
     def __init__(self) -> None:
         self.streams: set[SyncStream] = set()
         self._followers: dict[str, set[SyncStream]] = {}
-        # Of each user its own: others who have seen a client's id can't take its seat.
-        self._seats: dict[tuple[str, bytes], SyncStream] = {}
+        self._seats: dict[bytes, SyncStream] = {}
 
     @property
     def pace_s(self) -> float:
@@ -73,17 +73,17 @@ class Feed:
         word. Anything else is a copy of the directory, in use at the same time.
         """
         self.streams.add(stream)
-        seated = self._seats.get((stream.user_id, stream.client))
+        seated = self._seats.get(stream.client)
         if seated is not None and seated.run not in (stream.run, stream.previous_run):
             return False
         if seated is not None:
             seated.replaced = True
             seated.task.cancel()
-        self._seats[stream.user_id, stream.client] = stream
+        self._seats[stream.client] = stream
         return True
 
     def leave(self, stream: SyncStream) -> None:
         """The stream has ended."""
         self.streams.discard(stream)
-        if self._seats.get((stream.user_id, stream.client)) is stream:
-            del self._seats[stream.user_id, stream.client]
+        if self._seats.get(stream.client) is stream:
+            del self._seats[stream.client]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from understudy.common.locator import EpochSpan
+from understudy.primary.incoming_tails import TailRoom
 from understudy.v1 import data_pb2
 
 
@@ -73,6 +74,8 @@ class Host(Protocol):
     def safe_lsn(self) -> int: ...
     @property
     def client_kept_us(self) -> int: ...
+    @property
+    def tail_room(self) -> TailRoom: ...
     def resolve(self, path: str) -> str:
         """The realm that this client means; refuses what it may not read."""
 

@@ -3,19 +3,26 @@
 Every page is of one version. Pages of one scan are of the same; the next scan is of a later one, and the changes
 made meanwhile go out before its first page. So a load can be broken off after any page and gone on with much later,
 and pins what it reads only for a while.
+
+The last page brings the signed changes that no replica is known to have, so that whoever has loaded a realm can bring
+them home as one who has followed it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from understudy.primary.sync_host import Head, Host, Pages
+from understudy.primary.sync_host import Change, Head, Host, Pages
+from understudy.primary.sync_safe import find_safe_version
 from understudy.v1 import sync_pb2
 
 PAGE_PAIRS = 2_000
 PAGE_BYTES = 256 << 10
 PAGES_A_SCAN = 64  # 16 MiB
 UNREAD_POLLS_MAX = 10  # so often in a row may the session look around while nothing is taken from a scan
+# Of the changes that come with the last page: what a client keeps, and with the page what a message takes.
+TAIL_CHANGES_MAX = 10_000
+TAIL_BYTES_MAX = 4 << 20
 
 
 class Loading:
@@ -76,9 +83,13 @@ class Loading:
             time_us=self._time_us,
         )
 
-    def sent(self, page: sync_pb2.StatePage) -> None:
-        """The page is going out."""
+    def sent(self, host: Host, path: str, page: sync_pb2.StatePage) -> None:
+        """The page is going out. Only now the last one gets its changes, so that none is held for long with them."""
         self.begun, self._page = True, None
+        if page.last:
+            changes = _unsafe_changes(host, path, page)
+            page.changes.extend(row.change for row in changes)
+            page.hmacs = b"".join(row.hmac for row in changes)
         if page.keys:
             self._frontier = page.keys[-1]
         self._pages_left -= 1
@@ -91,3 +102,21 @@ class Loading:
         self._unread_polls += 1
         if self._unread_polls > UNREAD_POLLS_MAX:
             self.close()
+
+
+def _unsafe_changes(host: Host, path: str, page: sync_pb2.StatePage) -> Sequence[Change]:
+    """The changes up to the page's version that are not safe, as far back as history goes; none where they don't fit.
+
+    A replica that lacks so many is hardly promoted, and where there is no replica at all, that is the whole history.
+    """
+    version = page.position.version
+    if page.lsn <= host.safe_lsn:
+        return []
+    safe = find_safe_version(host, path, told=0, upto=version)
+    first = max(safe + 1, host.state.history_first(path))
+    bytes_max = TAIL_BYTES_MAX - page.ByteSize()
+    if not first <= version < first + TAIL_CHANGES_MAX or bytes_max <= 0:
+        return []
+    rows = host.state.history(path, first, count_max=version + 1 - first, bytes_max=bytes_max) or []
+    is_whole = len(rows) == version + 1 - first and sum(len(row.change) for row in rows) <= bytes_max
+    return rows if is_whole else []

@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any, cast
 
 import grpc.aio
 
 from understudy.common.access import Level, Principal, caller
 from understudy.common.authority import Authority
+from understudy.common.client_ids import owns
 from understudy.common.entries import with_hmacs
 from understudy.common.errors import (
+    NotPermitted,
     ProtocolError,
     ReceiptExpired,
     Unavailable,
@@ -29,6 +31,7 @@ from understudy.common.tasks import spawn
 from understudy.common.types import ID_BYTES, check_realm_path
 from understudy.primary.admission import admit
 from understudy.primary.homecoming import add_up, runs_of, take_home
+from understudy.primary.incoming_tails import TailRoom
 from understudy.primary.node import PrimaryNode
 from understudy.primary.sync_feed import Feed, SyncStream
 from understudy.primary.sync_host import Histories, Pages
@@ -49,6 +52,7 @@ class SyncService(sync_pb2_grpc.SyncServicer):
         self._node = node
         self._authority = authority
         self._feed = Feed()
+        self._tail_room = TailRoom()
         node.committer.on_shown = self._feed.on_shown
 
     async def Sync(self, _: object, context: Context) -> None:  # type: ignore[override]
@@ -73,8 +77,10 @@ class SyncService(sync_pb2_grpc.SyncServicer):
             admit(node, hello.epoch, hello.proof)
         node.refuse_if_fenced()
         task = cast("asyncio.Task[None]", asyncio.current_task())
-        stream = SyncStream(hello.client, hello.run, hello.previous_run, task, user_id)
-        stream.session = SyncSession(_Host(node, self._feed, stream, self._authority, caller()))
+        stream = SyncStream(hello.client, hello.run, hello.previous_run, task, user_id, hello.secret)
+        stream.session = SyncSession(
+            _Host(node, self._feed, stream, self._authority, caller(), self._tail_room)
+        )
         node.streams.add(task)
         try:
             is_only = self._feed.seat(stream)
@@ -149,6 +155,8 @@ class _Conversation:
             message.DiscardUnknownFields()  # nothing enters the log that was not looked at
             if message.WhichOneof("message") == "upload":
                 await self._admit_upload(message.upload)
+            elif message.WhichOneof("message") == "bind":
+                _check_owned(self._stream.secret, message.bind.clients)
             home = self._session.receive(message)
             self._stream.wake.set()
             if home is not None:
@@ -204,6 +212,8 @@ async def take_in(
 ) -> sync_pb2.Homecoming:
     """Takes home what is missing of a realm, and returns when that has reached the server's durability.
 
+    Between two steps everybody else has a turn at this event loop, and what was taken in may have to find room.
+
     Raises:
         Unavailable: this server came to its end.
     """
@@ -218,7 +228,7 @@ async def take_in(
         if not taken.done():
             taken.set_result(homecoming)
 
-    take_home(
+    steps = take_home(
         path,
         changes,
         state=node.engine.state,
@@ -227,6 +237,14 @@ async def take_in(
         may_renew=may_renew,
         on_taken=on_taken,
     )
+    async with node.heal_window.turn:
+        with contextlib.closing(steps):
+            for _ in steps:
+                node.flush_soon()
+                await asyncio.sleep(0)
+                await node.wait_for_space()
+                if node.over.done():
+                    break
     node.flush_soon()
     either: list[asyncio.Future[Any]] = [taken, node.over]
     await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
@@ -239,13 +257,20 @@ class _Host:
     """The server as one client may see it."""
 
     def __init__(
-        self, node: PrimaryNode, feed: Feed, stream: SyncStream, authority: Authority, principal: Principal
+        self,
+        node: PrimaryNode,
+        feed: Feed,
+        stream: SyncStream,
+        authority: Authority,
+        principal: Principal,
+        tail_room: TailRoom,
     ) -> None:
         self._node = node
         self._feed = feed
         self._stream = stream
         self._authority = authority
         self._principal = principal
+        self.tail_room = tail_room
         self.client_kept_us = CLIENT_KEPT_US
 
     @property
@@ -309,9 +334,16 @@ def _hello(message: sync_pb2.SyncRequest) -> sync_pb2.SyncHello:
         raise ProtocolError("the first message of a stream says hello")
     hello = message.hello
     _check_version(hello.protocol_version, "the client")
-    if any(len(one) != ID_BYTES for one in (hello.client, hello.run)):
-        raise ProtocolError(f"ids of clients and runs have {ID_BYTES} bytes")
+    if any(len(one) != ID_BYTES for one in (hello.client, hello.run, hello.secret)):
+        raise ProtocolError(f"ids of clients and runs, and secrets, have {ID_BYTES} bytes")
+    _check_owned(hello.secret, [hello.client])
     return hello
+
+
+def _check_owned(secret: bytes, clients: Iterable[bytes]) -> None:
+    """All who read a realm see its clients' ids: with an id alone, nobody may use its numbers up."""
+    if not all(owns(secret, one) for one in clients):
+        raise NotPermitted("a client id was shown that is another directory's")
 
 
 def _check_version(version: int, who: str) -> None:

@@ -9,28 +9,20 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 
-from understudy.common.entries import with_hmacs
-from understudy.common.errors import (
-    Overloaded,
-    ProtocolError,
-    ReceiptExpired,
-    Unavailable,
-    UnderstudyError,
-)
+from understudy.common.errors import Overloaded, ProtocolError, UnderstudyError
 from understudy.common.realm_relation import OurRealm, find_facts, last_common
 from understudy.common.sync_table import HEAL, LOAD, RESET, STREAM, Cluster, Realm, Reason, SyncFacts, decide
-from understudy.primary.sync_bind import check_bind, explain, our_realm, undecided
+from understudy.primary.incoming_tails import IncomingTails
+from understudy.primary.sync_bind import can_resume, check_bind, explain, our_realm, undecided
 from understudy.primary.sync_host import Head, Host
 from understudy.primary.sync_load import Loading
-from understudy.v1 import data_pb2, sync_pb2
+from understudy.primary.sync_safe import find_safe_version
+from understudy.primary.sync_uploads import Uploads
+from understudy.v1 import sync_pb2
 
 BINDINGS_MAX = 1_000  # realms of one directory: each costs a cursor, and an answer with its locator
 CHANGES_MAX = 1_000  # in a message
 CHANGES_BYTES_MAX = 256 << 10
-# What a client may send of its tail; twice what ours keep.
-TAIL_BYTES_MAX = 8 << 20
-TAIL_CHANGES_MAX = 20_000
-TAILS_MAX = 4  # being sent at one time: more realms wait for their answer
 ANSWERS_MAX = 64  # that wait for the client to read: until then, nothing more that it says is listened to
 
 
@@ -57,11 +49,8 @@ class _Binding:
     safe_sought: tuple[int, int] = (0, 0)  # safe LSN and version when the safe version was looked for last
     streams: bool = False
     loading: Loading | None = None
-    tail: list[tuple[bytes, bytes]] | None = None  # it is being sent
-    tail_bytes: int = 0
     heals: bool = False  # another answer follows the tail
-    # By client, the first number that was refused: what was sent behind it must not overtake it.
-    refused: dict[bytes, int] = field(default_factory=dict)
+    uploads: Uploads = field(default_factory=Uploads)
 
 
 class SyncSession:
@@ -74,8 +63,8 @@ class SyncSession:
         self._last_ref = 0
         self._answers: deque[sync_pb2.SyncResponse] = deque()
         self._ready: OrderedDict[int, None] = OrderedDict()
-        self._tails: set[int] = set()  # bindings whose tail is being sent
-        self._undecided: OrderedDict[int, None] = OrderedDict()  # and those whose turn it will be then
+        self._tails = IncomingTails(host.tail_room)
+        self._undecided: OrderedDict[int, None] = OrderedDict()  # bindings whose tail must wait for its turn
 
     @property
     def has_room(self) -> bool:
@@ -87,6 +76,7 @@ class SyncSession:
         self._undecided.clear()
         for ref in list(self._bindings):
             self._unbind(ref)
+        self._tails.close()
 
     # -- what the client says --------------------------------------------------------------------------------
 
@@ -137,7 +127,8 @@ class SyncSession:
             binding.loading.close()
         self._ready.pop(ref, None)
         self._undecided.pop(ref, None)
-        self._end_tail(binding)
+        self._tails.give_up(ref)
+        self._decide_waiting()
         refs = self._followed[binding.path]
         refs.discard(ref)
         if not refs:
@@ -159,33 +150,13 @@ class SyncSession:
         for transaction in upload.transactions:
             transaction.realm = binding.path
             try:
-                self._submit(binding, upload.client, transaction)
+                binding.uploads.submit(self._host, upload.client, transaction)
             except UnderstudyError as error:
                 refusals.refusals.add(
                     number=transaction.number, code=error.code, message=error.message, remedy=error.remedy
                 )
         if refusals.refusals:
             self._answers.append(sync_pb2.SyncResponse(refusals=refusals))
-
-    def _submit(self, binding: _Binding, client: bytes, transaction: data_pb2.Transaction) -> None:
-        number = transaction.number
-        first = binding.refused.get(client, number)
-        # Unless it has come in meanwhile in another way: home from somebody who held it, or from a copied directory.
-        if number > first > self._host.state.last_number(binding.path, client):
-            # Were it taken now, the one before it never could be: numbers rise.
-            raise Unavailable(
-                f"transaction {number} on {binding.path} comes behind {first}, which was refused",
-                remedy="send them again, in order",
-            )
-        try:
-            self._host.submit(client, transaction)
-        except ReceiptExpired:  # it is here, and won't be sent again: nobody has to wait for it
-            binding.refused.pop(client, None)
-            raise
-        except UnderstudyError:
-            binding.refused[client] = number
-            raise
-        binding.refused.pop(client, None)
 
     def _is_live(self, binding: _Binding) -> bool:
         """Whether the client follows the realm that is there."""
@@ -204,7 +175,7 @@ class SyncSession:
         facts = find_facts(bind, ours)
         row = decide(facts)
         wants_tail = row.decision == HEAL or (row.decision == RESET and self._wants_tail(binding, facts))
-        if wants_tail and len(self._tails) >= TAILS_MAX:
+        if wants_tail and self._tails.is_full:
             self._undecided[binding.ref] = None
             return
         bound = undecided(self._host, binding.bind, binding.path)
@@ -219,8 +190,8 @@ class SyncSession:
         elif wants_tail:
             # From where we surely agree: a fork between two positions of the locator shows only in the tail.
             bound.tail_from = max(common.version + 1 if common else 1, bind.tail_first)
-            binding.tail, binding.heals = [], row.decision == HEAL
-            self._tails.add(binding.ref)
+            binding.heals = row.decision == HEAL
+            self._tails.expect(binding.ref)
         bound.explanation = explain(bound)
         self._answers.append(sync_pb2.SyncResponse(bound=bound))
 
@@ -249,16 +220,9 @@ class SyncSession:
     def _begin_load(self, binding: _Binding, bound: sync_pb2.RealmBound, ours: OurRealm) -> None:
         binding.realm_id = bound.realm_id
         bound.entries, bound.bytes = self._host.size(binding.path)
-        incoming = binding.bind.incoming
-        resumed = (
-            0 < incoming.version <= ours.version
-            and incoming.version + 1 >= ours.history_first
-            and ours.digest_at(incoming.version) == incoming.digest
-            and bool(binding.bind.frontier)
-        )
-        bound.resumed = resumed
-        binding.version = incoming.version if resumed else 0
-        binding.loading = Loading(binding.bind.frontier if resumed else None)
+        bound.resumed = can_resume(binding.bind, ours)
+        binding.version = binding.bind.incoming.version if bound.resumed else 0
+        binding.loading = Loading(binding.bind.frontier if bound.resumed else None)
         self._ready[binding.ref] = None
 
     # -- what comes home -------------------------------------------------------------------------------------
@@ -267,18 +231,14 @@ class SyncSession:
         binding = self._bindings.get(tail.ref)
         if binding is None:
             return None
-        if binding.tail is None:
-            raise ProtocolError("a tail that nobody has asked for")
-        binding.tail += with_hmacs(tail.changes, tail.hmacs)
-        binding.tail_bytes += sum(map(len, tail.changes))
-        if binding.tail_bytes > TAIL_BYTES_MAX or len(binding.tail) > TAIL_CHANGES_MAX:
-            raise ProtocolError(
-                f"a tail of more than {TAIL_CHANGES_MAX:,} changes or {TAIL_BYTES_MAX >> 20} MiB"
-            )
-        if not tail.last:
+        try:
+            changes = self._tails.receive(tail)
+        except Overloaded as error:
+            self._fail(tail.ref, error)
             return None
-        changes = binding.tail
-        self._end_tail(binding)
+        if changes is None:
+            return None
+        self._decide_waiting()
         return TailHome(
             ref=tail.ref,
             path=binding.path,
@@ -286,16 +246,15 @@ class SyncSession:
             may_renew=self._host.may_write(binding.path),
         )
 
-    def _end_tail(self, binding: _Binding) -> None:
-        """Nothing more of the tail is awaited, so that another realm has its turn."""
-        binding.tail, binding.tail_bytes = None, 0
-        self._tails.discard(binding.ref)
-        while self._undecided and len(self._tails) < TAILS_MAX:
+    def _decide_waiting(self) -> None:
+        """Another realm has its turn, if its tail may be asked for now."""
+        while self._undecided and not self._tails.is_full:
             ref, _ = self._undecided.popitem(last=False)
             self._decide(self._bindings[ref])
 
     def on_tail_taken(self, ref: int, homecoming: sync_pb2.Homecoming) -> None:
         """What came of a tail; the client is told, and gets another answer where it was to heal."""
+        self._tails.taken(ref)
         binding = self._bindings.get(ref)
         if binding is None:
             return
@@ -416,7 +375,7 @@ class SyncSession:
             return None
         if loading.begun and binding.version < page.position.version:
             return self._changes(binding, page.position.version)
-        loading.sent(page)
+        loading.sent(self._host, binding.path, page)
         page.ref = binding.ref
         binding.version = page.position.version
         if page.last:
@@ -429,22 +388,8 @@ class SyncSession:
         if sought == binding.safe_sought or not self._is_here(binding):
             return
         binding.safe_sought = sought
-        safe = self._safe_version(binding)
+        safe = find_safe_version(self._host, binding.path, told=binding.told_safe, upto=binding.version)
         if safe > binding.told_safe:
             binding.told_safe = safe
             message = sync_pb2.Safe(ref=binding.ref, safe_version=safe)
             self._answers.append(sync_pb2.SyncResponse(safe=message))
-
-    def _safe_version(self, binding: _Binding) -> int:
-        """The highest version up to the client's that is on enough replicas, as far as history tells."""
-        state, path = self._host.state, binding.path
-        before = state.history_first(path) - 1
-        low, high = max(binding.told_safe, before), binding.version
-        while low < high:
-            middle = (low + high + 1) // 2
-            rows = state.history(path, middle, count_max=1, bytes_max=1)
-            if rows and rows[0].lsn <= self._host.safe_lsn:
-                low = middle
-            else:
-                high = middle - 1
-        return low if low > before else binding.told_safe  # what is no longer kept may never have been safe

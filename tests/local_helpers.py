@@ -110,6 +110,20 @@ def send(realm: LocalRealm, changes: Sequence[Received], *, safe_version: int = 
     return [(one.version, one.own) for one in applied]
 
 
+def last_page(realm: LocalRealm, changes: Sequence[Received] = ()) -> sync_pb2.StatePage:
+    """What is sent to somebody who has all pages already, with the changes that a server adds to the last one."""
+    incoming = realm.row.incoming
+    return sync_pb2.StatePage(
+        position=sync_pb2.RealmPosition(version=incoming.version, digest=incoming.head),
+        realm_id=REALM_ID,
+        lsn=incoming.version,
+        last=True,
+        time_us=START_US,
+        changes=[change.raw for change in changes],
+        hmacs=b"".join(change.hmac for change in changes),
+    )
+
+
 def held(realm: LocalRealm) -> dict[bytes, bytes]:
     """What an application reads."""
     with realm.view() as view:

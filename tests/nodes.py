@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc.aio
 import pytest
 from harness import DEADLINE_S, Process, Processes, wait_until
 
@@ -285,3 +286,18 @@ class GarbageServer:
                 self.connections += 1
                 with connection, contextlib.suppress(OSError):
                     connection.sendall(b"SSH-2.0-nothing that you know\r\n" + bytes(range(256)))
+
+
+def assert_left_alone(server: GarbageServer, clock: GarbageServer) -> None:
+    """Nobody connects to ``server`` any more, while gRPC goes on connecting to ``clock``, which is no better."""
+
+    async def begin() -> grpc.aio.Channel:
+        channel = open_channel(clock.address)
+        channel.get_state(try_to_connect=True)
+        return channel
+
+    before = server.connections
+    channel = portal.call(begin())
+    wait_until(lambda: clock.connections >= 5)
+    portal.call(channel.close())
+    assert server.connections <= before + 1  # one was perhaps under way

@@ -62,6 +62,9 @@ class Copy:
         ]
 
 
+SECRET = b"s" * 16  # of all directories
+
+
 def _clipped(operation: Operation, frontier: bytes) -> Operation | None:
     """What an operation does to keys up to the frontier."""
     if not isinstance(operation, DeleteRange):
@@ -100,7 +103,12 @@ class ModelClient:
     def hello(self, *, run: bytes = b"r" * 16, previous_run: bytes = b"") -> sync_pb2.SyncRequest:
         """The first message of a stream."""
         hello = sync_pb2.SyncHello(
-            protocol_version=1, client=self.client, run=run, previous_run=previous_run, cluster=self.cluster
+            protocol_version=1,
+            client=self.client,
+            secret=SECRET,
+            run=run,
+            previous_run=previous_run,
+            cluster=self.cluster,
         )
         return sync_pb2.SyncRequest(hello=hello)
 
@@ -236,4 +244,16 @@ class ModelClient:
             self.copy.epoch = self.answers[-1].epoch
             self.confirmed = max(self.confirmed, page.last_numbers[0])
             self.confirmed_us = self.time_us = page.time_us
-            self.tail, self.tail_first = [], 0
+            self._keep_last(page)
+
+    def _keep_last(self, page: sync_pb2.StatePage) -> None:
+        """What came with the last page leads up to it."""
+        assert len(page.hmacs) == 32 * len(page.changes)
+        macs = (page.hmacs[at : at + 32] for at in range(0, len(page.hmacs), 32))
+        self.tail = list(zip(page.changes, macs, strict=True))
+        self.tail_first = self.copy.version + 1 - len(self.tail) if self.tail else 0
+        for version, (raw, _) in enumerate(self.tail, self.tail_first):
+            change = log_pb2.Change.FromString(raw)
+            assert (change.version, change.realm) == (version, self.path)
+            self.copy.digests[version] = sha256(raw).digest()
+        assert self.copy.digests.get(self.copy.version) == self.copy.head

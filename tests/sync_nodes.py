@@ -19,6 +19,7 @@ from understudy.common.store import Store
 from understudy.common.store_expiry import CLIENT_KEPT_US
 from understudy.common.types import START
 from understudy.primary.homecoming import take_home
+from understudy.primary.incoming_tails import TailRoom
 from understudy.primary.sync_feed import Feed, SyncStream
 from understudy.primary.sync_host import Pages
 from understudy.primary.sync_session import SyncSession, TailHome
@@ -43,7 +44,9 @@ class Line:
         self.is_held_above = True
         self.session = SyncSession(_Host(self))
         store = device.store
-        self._stream = SyncStream(store.client, store.run, store.previous_run, cast(Any, self))
+        self._stream = SyncStream(
+            store.client, store.run, store.previous_run, cast(Any, self), "", store.met.secret
+        )
         self._stream.session = self.session
         node.lines.append(self)
         is_only = node.feed.seat(self._stream)
@@ -92,6 +95,7 @@ class _Host:
 
     def __init__(self, line: Line) -> None:
         self._line = line
+        self.tail_room = line.node.tail_room
 
     @property
     def state(self) -> State:
@@ -148,6 +152,7 @@ class Node:
         self.lines: list[Line] = []
         self.homes: list[tuple[Line, TailHome, float]] = []
         self.feed = Feed()
+        self.tail_room = TailRoom()
         self.heal_until_s = world.now_s + heal_s
         folder = world.new_folder("node")
         Store.create(folder / "store", CLUSTER, CheckpointRow(digest=START.digest))
@@ -212,7 +217,7 @@ class Node:
                 line.session.on_tail_taken(home.ref, homecoming)
 
         self._note_overtaking(home)
-        take_home(
+        steps = take_home(
             home.path,
             home.changes,
             state=self.server.state,
@@ -221,6 +226,7 @@ class Node:
             may_renew=home.may_renew,
             on_taken=taken,
         )
+        deque(steps, maxlen=0)
 
     def _note_overtaking(self, home: TailHome) -> None:
         """What comes home under another name is seen twice by its own client until that has sent it again."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import stat
 import threading
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -24,8 +25,10 @@ from understudy.client.tokens import Tokens
 from understudy.common import access_interceptor, passwords
 from understudy.common.access import REQUIRES, Kind, Principal, Requires, meets
 from understudy.common.accounts import token_key
+from understudy.common.client_ids import client_id
 from understudy.common.credentials import Credentials
 from understudy.common.errors import (
+    DiskFull,
     NotAuthenticated,
     NotPermitted,
     NotPrimary,
@@ -33,12 +36,14 @@ from understudy.common.errors import (
     Unavailable,
     UnderstudyError,
 )
-from understudy.common.operations import Delete, to_protos
+from understudy.common.memtable import Receipt
+from understudy.common.operations import Delete, Operation, to_protos
 from understudy.common.rpc import from_rpc, open_channel, peer_errors, short_socket_path
 from understudy.common.settings import PrimarySettings, ReplicaSettings
 from understudy.common.tokens import RETIRED_KEY_S, read_token, sign_token
 from understudy.common.types import SESSIONS_REALM, SYSTEM_REALM
 from understudy.primary import sync_service
+from understudy.primary.admin_token import prepare_admin_token, renew_here
 from understudy.primary.server import PrimaryServer, serving_primary
 from understudy.replica.server import ReplicaServer, serving_replica
 from understudy.v1 import (
@@ -151,22 +156,36 @@ def _play(path: Path, story: Story) -> None:
 # -- every call ------------------------------------------------------------------------------------------------
 
 
-async def _is_let_in(channel: grpc.aio.Channel, method: str) -> bool:
-    """Whether an empty message gets past the door; what the service makes of it does not matter."""
-
-    async def nothing() -> AsyncIterator[bytes]:
-        yield b""
-
-    call: Any = channel.stream_stream(method)(nothing(), timeout=20)  # type: ignore[arg-type]
+async def _is_let_in(channel: grpc.aio.Channel, method: str) -> tuple[bool, str]:
+    """Whether an empty message gets past the door, and the answer; what the service makes of it does not matter."""
+    call: Any = channel.stream_stream(method)(timeout=20)  # type: ignore[call-arg]
     try:
-        async for _ in call:
-            break
+        with contextlib.suppress(
+            grpc.aio.BaseError, asyncio.InvalidStateError
+        ):  # refused before it was written
+            await call.write(b"")
+            await call.done_writing()
+        await call.read()
     except grpc.aio.AioRpcError as error:
         at_the_door = " needs " in str(error.details())
-        return error.code() is not grpc.StatusCode.UNAUTHENTICATED and not at_the_door
+        return error.code() is not grpc.StatusCode.UNAUTHENTICATED and not at_the_door, repr(error)
     finally:
         call.cancel()
-    return True
+    return True, "no error"
+
+
+@pytest.mark.parametrize("method", ["Data/Get", "Data/Scan", "Accounts/PutUser", "Replication/ReadSnapshot"])
+def test_g10_the_door_comes_before_the_message(tmp_path: Path, method: str) -> None:
+    """G10: who shows no token is refused before anything that it sends is read, however large it is."""
+
+    async def story(world: World) -> None:
+        await world.add("ann")
+        call: Any = (await world.channel()).stream_stream(f"/understudy.v1.{method}")(timeout=20)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await call.read()
+        assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+    _play(tmp_path, story)
 
 
 # What an operator who sends an empty message would really bring about.
@@ -194,7 +213,8 @@ def test_g10_every_call_lets_in_whom_the_table_names(tmp_path: Path, kind: Kind)
             if requires is Requires.NOTHING and "Accounts" in method:
                 continue  # they answer strangers as the door does
             if not (expected and method in _DEEDS):
-                assert await _is_let_in(channel, method) is expected, method
+                is_let_in, answer = await _is_let_in(channel, method)
+                assert is_let_in is expected, (method, answer)
 
     _play(tmp_path, story)
 
@@ -625,6 +645,32 @@ def test_g9_calls_of_one_peer_are_bounded(tmp_path: Path, monkeypatch: pytest.Mo
     _play(tmp_path, story)
 
 
+# -- status ----------------------------------------------------------------------------------------------------
+
+
+def test_users_are_told_who_reigns_and_not_what_operators_see(tmp_path: Path) -> None:
+    """Replicas, positions and what came home are for operators and replicas; users learn what a client needs."""
+
+    async def told(world: World, token: str) -> admin_pb2.StatusResponse:
+        return await admin_pb2_grpc.AdminStub(await world.channel(token)).Status(admin_pb2.StatusRequest())
+
+    async def story(world: World) -> None:
+        await world.add("ann")
+        home = sync_pb2.Homecoming(refused=1, problems=["/secret: who knows"])
+        world.server.node.heal_window.note(b"a" * 16, "/secret", home)
+        everything = await told(world, world.admin_token)
+        assert everything.healing.homecoming.problems
+        replica = (await world.issue(accounts_pb2.TOKEN_REPLICA)).token
+        assert (await told(world, replica)).healing == everything.healing
+        limited = await told(world, (await world.login("ann")).access)
+        names = {field.name for field, _ in limited.ListFields()}
+        assert names == {"role", "cluster", "epoch", "proof", "durability", "version", "access"}
+        for name in names - {"access"}:
+            assert getattr(limited, name) == getattr(everything, name)
+
+    _play(tmp_path, story)
+
+
 # -- admin tokens ----------------------------------------------------------------------------------------------
 
 
@@ -659,6 +705,50 @@ def test_a_cluster_without_an_admin_token_gets_one_and_a_lost_file_is_not_made_u
         assert not (world.path / "admin-token").exists()
 
     for story in (loses_row, has_a_new_one, has_none):
+        _play(tmp_path, story)
+
+
+async def _says_no(path: str, operations: Iterable[Operation]) -> Receipt:
+    raise DiskFull("no space left")
+
+
+def test_a_token_that_could_not_be_committed_does_not_take_the_place_of_one_that_is_good(
+    tmp_path: Path,
+) -> None:
+    """Whatever cuts it off, the file holds a token that lets its owner in; what was prepared goes at the next start."""
+
+    async def cut_off(world: World) -> None:
+        await world.tokens()  # by now, what the start had to do is done
+        directory = world.server.node.engine.directory
+        before = world.admin_token
+        with pytest.raises(DiskFull):
+            await renew_here(directory, _says_no)
+        assert world.admin_token == before
+        assert (world.path / "admin-token.coming").exists()
+
+    async def next_start(world: World) -> None:
+        await asyncio.to_thread(wait_until, lambda: not (world.path / "admin-token.coming").exists())
+        assert [one.kind for one in await world.tokens()] == [accounts_pb2.TOKEN_ADMIN]
+
+    for story in (cut_off, next_start):
+        _play(tmp_path, story)
+
+
+def test_a_token_that_was_committed_gets_its_file_at_the_next_start(tmp_path: Path) -> None:
+    """A new cluster, or a new token, that was cut off behind the commit has not lost it."""
+
+    async def cut_off(world: World) -> None:
+        await world.tokens()  # by now, what the start had to do is done
+        node = world.server.node
+        await node.commit_system(SYSTEM_REALM, [prepare_admin_token(node.engine.directory)])
+        (world.path / "admin-token").unlink()
+
+    async def next_start(world: World) -> None:
+        await asyncio.to_thread(wait_until, (world.path / "admin-token").exists)
+        assert not (world.path / "admin-token.coming").exists()
+        assert len(await world.tokens()) == 2
+
+    for story in (cut_off, next_start):
         _play(tmp_path, story)
 
 
@@ -783,6 +873,11 @@ def test_from_the_command_line(processes: Processes, tmp_path: Path) -> None:
     as_ann = ("--server", primary.address, "--token", token)
     processes.run("put", "/inventory", "apple", "3", *as_ann)
     assert "may not write /ledger" in complaint(processes.run("put", "/ledger", "a", "1", *as_ann, code=7))
+    told = processes.run("status", "--server", primary.address, *as_ann).stdout
+    assert b"primary" in told
+    assert b"LSN" not in told
+    status = json.loads(processes.run("status", "--server", primary.address, "--json", *as_ann).stdout)
+    assert (status["role"], status["epoch"], status["lsn"], status["replicas"]) == ("primary", 1, None, None)
     assert b"ann" in processes.run("user", "list", "--data-dir", data).stdout
     assert b"/inventory/**" in processes.run("grant", "list", *as_admin).stdout
     processes.run("token", "revoke", token.split("-")[2], *as_admin)
@@ -927,28 +1022,37 @@ def test_g9_who_watches_does_not_keep_others_from_logging_in(
 # -- synced clients --------------------------------------------------------------------------------------------
 
 
-async def _connected(world: World, token: str, client: bytes) -> tuple[Any, bool]:
-    """A client's stream, and whether it was told that its id is another's."""
+async def _connected(world: World, token: str, secret: bytes, client: bytes = b"") -> Any:
+    """The stream of a directory with this secret; it shows its own id, where it does not show another."""
     call = sync_pb2_grpc.SyncStub(await world.channel(token)).Sync(timeout=30)
-    hello = sync_pb2.SyncHello(protocol_version=1, client=client, run=uuid.uuid4().bytes)
+    hello = sync_pb2.SyncHello(
+        protocol_version=1, client=client or client_id(secret, b"salt"), secret=secret, run=uuid.uuid4().bytes
+    )
     await call.write(sync_pb2.SyncRequest(hello=hello))
     with peer_errors("a"):
         answer = await call.read()
-    assert isinstance(answer, sync_pb2.SyncResponse), await _end_of(call)
-    return call, answer.welcome.new_id
+    if not isinstance(answer, sync_pb2.SyncResponse):
+        raise await _end_of(call)
+    assert not answer.welcome.new_id
+    return call
 
 
-def test_g10_nobody_takes_the_seat_of_another_user_s_client(tmp_path: Path) -> None:
-    """G10: all who read a realm see whose changes they are, and can't pass for them."""
+def test_g10_nobody_passes_for_another_user_s_client(tmp_path: Path) -> None:
+    """G10: all who read a realm see whose changes they are, and can't take that id, in a hello or in a bind."""
 
     async def story(world: World) -> None:
         for name in ("ann", "eve"):
             await world.add(name)
-        eve, eve_has_another = await _connected(world, (await world.login("eve")).access, b"ann's own client")
-        ann, ann_has_another = await _connected(world, (await world.login("ann")).access, b"ann's own client")
-        assert (eve_has_another, ann_has_another) == (False, False)
-        for call in (eve, ann):
-            call.cancel()
+        mine, hers = b"the one of ann's", b"the one of eve's"
+        eve = (await world.login("eve")).access
+        with pytest.raises(NotPermitted):
+            await _connected(world, eve, hers, client_id(mine, b"salt"))
+        call = await _connected(world, eve, hers)
+        clients = [client_id(hers, b"salt"), client_id(mine, b"salt")]
+        await call.write(sync_pb2.SyncRequest(bind=sync_pb2.BindRealm(ref=1, path="/a", clients=clients)))
+        assert isinstance(await _end_of(call), NotPermitted)
+        ann = await _connected(world, (await world.login("ann")).access, mine)
+        ann.cancel()
 
     _play(tmp_path, story)
 
@@ -961,12 +1065,14 @@ def test_g9_one_user_does_not_take_all_places(tmp_path: Path, monkeypatch: pytes
         for name in ("ann", "eve"):
             await world.add(name)
         eve = (await world.login("eve")).access
-        first, _ = await _connected(world, eve, b"the first client")
+        first = await _connected(world, eve, b"the first secret")
         second = sync_pb2_grpc.SyncStub(await world.channel(eve)).Sync(timeout=30)
-        hello = sync_pb2.SyncHello(protocol_version=1, client=bytes(16), run=bytes(16))
+        hello = sync_pb2.SyncHello(
+            protocol_version=1, client=client_id(bytes(16), bytes(4)), secret=bytes(16), run=bytes(16)
+        )
         await second.write(sync_pb2.SyncRequest(hello=hello))
         assert isinstance(await _end_of(second), Unavailable)
-        ann, _ = await _connected(world, (await world.login("ann")).access, b"the third client")
+        ann = await _connected(world, (await world.login("ann")).access, b"the third secret")
         for call in (first, ann):
             call.cancel()
 

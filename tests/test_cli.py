@@ -486,6 +486,14 @@ def test_keys_and_ranges_are_deleted(processes: Processes, server: Process) -> N
     assert processes.run("scan", *at).stdout == b"b\tb\ne\te\n"
 
 
+def test_deleting_from_a_realm_that_is_none_makes_none(processes: Processes, server: Process) -> None:
+    """A mistyped path is named, with keys and with a range, and no empty realm comes of it."""
+    for what in (["key"], ["--range", "", ""]):
+        done = processes.run("delete", "--server", server.address, "/mistyped", *what, code=ExitCode.FAILED)
+        assert "/mistyped" in complaint(done)
+    assert b"/mistyped" not in processes.run("realms", "--server", server.address).stdout
+
+
 def test_a_scan_goes_from_start_to_end(processes: Processes, server: Process) -> None:
     """``scan`` keeps to start, end, limit and direction, and shows what is no text in quotes, with escapes."""
     at = ("--server", server.address, "/scanning")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from harness import Processes, complaint, wait_until
 from nodes import Pair, pairs, put
@@ -30,6 +32,7 @@ from reset_helpers import (
     seed,
 )
 
+from understudy.cli.salvage import salvage
 from understudy.client import ClientReset, Put, Realm
 from understudy.client.local_store import LocalStore
 from understudy.common.errors import ExitCode
@@ -165,8 +168,10 @@ def test_reset_recovers(processes: Processes, address: str, local: Path) -> None
         "common_version": None,
         "attempted": None,
         "kept": None,
+        "stopped": "that is left to the application",
     }
-    assert b"reset: REALM_RECREATED" in processes.run("client", "status", local).stdout
+    said = processes.run("client", "status", local).stdout
+    assert b"reset: REALM_RECREATED, that is left to the application" in said
     done = _reset(processes, local, "/recover", "recover", address)
     assert done.stdout.decode().splitlines() == [
         f"/recover was reset: 3 own operations made again, 1 dropped; the old copy is in {local / 'recovered'}",
@@ -207,9 +212,30 @@ def test_reset_is_refused_where_recovery_is_forbidden(
     processes.run("grant", "policy", "/forbidden", "--recovery", "forbidden", "--server", address)
     done = _reset(processes, local, "/forbidden", "recover", address, code=ExitCode.RESET_NEEDED)
     assert "forbids" in complaint(done)
+    said = processes.run("client", "status", local).stdout.decode()
+    assert "reset: REALM_RECREATED, the server forbids that changes are recovered" in said
     assert read_local(local, "/forbidden") == READ_HERE
     _reset(processes, local, "/forbidden", "recover_or_discard", address)
     assert read_local(local, "/forbidden") == THEIRS
+
+
+def test_status_tells_what_an_application_s_callback_has_stopped(
+    processes: Processes, address: str, local: Path
+) -> None:
+    """Until a reset is begun again: what its error was, and not that nothing was tried."""
+    needs_reset(address, local, "/callback")
+
+    def fail(_: object) -> None:
+        raise OSError("no space left")
+
+    with Realm.open("/callback", server=address, directory=local, before_reset=fail) as realm:
+        wait_until(lambda: isinstance(realm.state.error, ClientReset))
+    said = processes.run("client", "status", local).stdout.decode()
+    assert "reset: REALM_RECREATED, before_reset failed: OSError('no space left')" in said
+    with Realm.open("/callback", server=address, directory=local, on_reset="recover") as realm:
+        realm.wait_for_upload(60)
+    [shown] = _status(processes, local)["realms"]
+    assert shown["reset"] is None
 
 
 def test_reset_gets_a_realm_out_of_what_would_be_a_loop(
@@ -230,6 +256,7 @@ def test_reset_gets_a_realm_out_of_what_would_be_a_loop(
         realm.commit([Put(b"later", b"1")])
     [shown] = _status(processes, local)["realms"]
     assert shown["reset"]["attempted"] == "discard"
+    assert "has just led to this one" in shown["reset"]["stopped"]
     _reset(processes, local, "/loop", "recover", address)
     assert pairs(address, "/loop") == read_local(local, "/loop") == THEIRS | {b"later": b"1"}
     [shown] = _status(processes, local)["realms"]
@@ -261,6 +288,13 @@ def lost(shared: Processes, tmp_path_factory: pytest.TempPathFactory) -> Lost:
     shared.run("rewind", pair.a, "--to", new.address, "--id", "a")
     [file] = (pair.a / "set-aside").glob("entries-*.jsonl")
     return Lost(new.address, file, {b"before": b"1"} | {b"key/%d" % number: b"1" for number in range(3)})
+
+
+def test_the_example_of_salvage_is_a_file_as_rewind_writes_it(lost: Lost) -> None:
+    """Its name in ``--help`` has the same form."""
+    name = r"entries-\d+-\d+-[0-9a-f]{12}\.jsonl"
+    assert re.fullmatch(name, lost.file.name)
+    assert re.search(rf"set-aside/{name} ", salvage.get_help(click.Context(salvage)))
 
 
 def _salvage(

@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -352,6 +353,22 @@ def test_a_rewind_with_nothing_to_do_says_so(processes: Processes, tmp_path: Pat
     assert replica.terminate() == 0
     shown = processes.run("rewind", tmp_path / "b", "--to", primary.address, "--id", "b").stdout.decode()
     assert shown.startswith("nothing to rewind: ")
+
+
+def test_a_rewind_says_under_which_name_log_is_kept(processes: Processes, tmp_path: Path) -> None:
+    """Started as it says, the replica has that name, and no second one is left behind."""
+    pair = nodes.Pair(processes, tmp_path)
+    pair.primary.kill()
+    processes.run("promote", pair.b)
+    pair.replica.wait()
+    new = processes.primary(pair.b)
+    shown = processes.run("rewind", pair.a, "--to", new.address).stdout.decode()
+    name = socket.gethostname()
+    at = f"--primary {new.address} --id {name}"
+    assert f"start it with: understudy replica --data-dir {pair.a} {at}\n" in shown
+    assert f"understudy forget {name} --server {new.address}" in shown
+    processes.replica(pair.a, new.address, "--id", name)
+    assert {one.id for one in nodes.status(new.address).replicas} == {name}
 
 
 # -- a primary that shall reign no more ------------------------------------------------------------------------

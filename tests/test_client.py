@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import os
+import re
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -18,8 +19,9 @@ import grpc.aio
 import pytest
 from faulty_proxy import FaultyProxy
 from harness import DEADLINE_S, Process, Processes, wait_until
-from nodes import Pair, pairs, put, status, wait_until_caught_up
+from nodes import GarbageServer, Pair, assert_left_alone, pairs, put, status, wait_until_caught_up
 
+from understudy import client
 from understudy.client import (
     Add,
     AsyncServer,
@@ -31,6 +33,7 @@ from understudy.client import (
     Overloaded,
     PeerUnreachable,
     Put,
+    Realm,
     Receipt,
     Server,
     Update,
@@ -40,10 +43,11 @@ from understudy.client import (
     direct,
     stream,
 )
-from understudy.common import portal
+from understudy.common import errors, portal
 from understudy.common.backoff import Backoff
-from understudy.common.errors import Fenced, ProtocolError, UnderstudyError
+from understudy.common.errors import BadOperation, Fenced, ProtocolError, UnderstudyError
 from understudy.common.rpc import open_channel
+from understudy.primary import Primary
 from understudy.v1 import admin_pb2, admin_pb2_grpc, data_pb2, data_pb2_grpc
 
 _CLUSTER = b"c" * 16
@@ -163,6 +167,40 @@ def test_what_is_no_list_of_operations_is_refused(server: Server, operations: An
     """An empty one, too."""
     with pytest.raises(UsageError):
         server.commit("/realm", operations)
+
+
+def test_a_transaction_of_nothing_is_a_mistake_everywhere(server: Server, tmp_path: Path) -> None:
+    """Direct, synced or embedded, the block that collected no operation says so, and nothing is committed."""
+    with (
+        Primary.open(tmp_path / "primary", listen="127.0.0.1:0") as primary,
+        Realm.open("/nothing", server=None, directory=tmp_path / "local") as realm,
+    ):
+        blocks: list[contextlib.AbstractContextManager[object]] = [
+            server.transaction("/nothing"),
+            primary.transaction("/nothing"),
+            realm.transaction(),
+        ]
+        for block in blocks:
+            with pytest.raises(BadOperation, match=r"at least one operation \(begin one only"), block:
+                pass
+        assert not realm.state.pending_changes
+    assert "/nothing" not in [realm.path for realm in server.realms()]
+
+
+def _named_errors(api: object) -> set[str]:
+    """The errors that the docstrings of ``api`` and its methods name."""
+    documented = [api, *vars(api).values()] if isinstance(api, type) else [api]
+    text = "\n".join(str(getattr(one, "__doc__", "")) for one in documented)
+    raised = "\n".join(part.split("\n\n")[0] for part in text.split("Raises:")[1:])
+    return set(re.findall(r"\w+", raised)) & set(vars(errors))
+
+
+def test_what_an_application_may_catch_is_there_to_be_imported() -> None:
+    """Every error that a docstring of the client's names, and every mistake of the caller's."""
+    mistakes = {one.__name__ for one in UsageError.__subclasses__()} - {"BadImport"}
+    named = set().union(*(_named_errors(getattr(client, name)) for name in client.__all__))
+    assert {"Overloaded", "BadKey"} <= named
+    assert named | mistakes | {"ReceiptExpired"} <= set(client.__all__)
 
 
 @pytest.mark.parametrize("amount", _NO_AMOUNTS, ids=repr)
@@ -325,6 +363,46 @@ def test_an_asynchronous_connection_belongs_to_its_loop(server: Server) -> None:
         asyncio.run(inner.get("/realm", b"0"))
     with pytest.raises(UsageError, match="another event loop"):
         asyncio.run(inner.close())
+
+
+def test_blocking_and_asynchronous_connections_take_turns(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Loops that come and go in one process leave no errors of gRPC's with those that stay, or come after."""
+    address = server._server._peers.addresses[0]
+
+    async def commit() -> None:
+        async with aconnect(address) as other:
+            await other.commit("/turns", [Add(b"count", 1)])
+
+    for _ in range(20):
+        asyncio.run(commit())
+        asyncio.run(commit())
+        server.commit("/turns", [Add(b"count", 1)])
+    assert server.get("/turns", b"count") == b"60"
+    assert not [record.getMessage() for record in caplog.records if record.name == "asyncio"]
+
+
+def test_other_errors_of_a_loop_are_still_reported(caplog: pytest.LogCaptureFixture) -> None:
+    """What an application's own callbacks raise on a loop that has a connection is logged as ever."""
+
+    async def fail() -> None:
+        client = AsyncServer(["127.0.0.1:1"])
+        asyncio.get_running_loop().call_soon(lambda: 1 / 0)
+        await client.close()
+        await asyncio.sleep(0)
+
+    asyncio.run(fail())
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_a_connection_that_failed_is_not_tried_again_once_it_is_closed() -> None:
+    """Also while somebody keeps the error: nothing goes on in the background."""
+    with GarbageServer() as refused, GarbageServer() as clock:
+        with pytest.raises(UnderstudyError) as kept:
+            connect(refused.address, timeout_s=DEADLINE_S)
+        assert_left_alone(refused, clock)
+        assert kept.value
 
 
 @contextlib.contextmanager

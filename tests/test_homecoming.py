@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,13 @@ from state_helpers import KEY, Author, Layers
 from store_helpers import make_store, open_both
 
 from understudy.common import entries, realm_history
-from understudy.common.errors import BadOperation, BadRealmPath, DiskFull
+from understudy.common.errors import BadOperation, DiskFull
 from understudy.common.operations import Add, Put
 from understudy.common.state import State
 from understudy.common.store import Store
 from understudy.common.store_layout import Environment
-from understudy.common.types import Durability, Epoch
+from understudy.common.types import Durability, Epoch, Position
+from understudy.primary import homecoming
 from understudy.primary.homecoming import add_up, runs_of, take_home
 from understudy.primary.in_flight import Done, SignedChange
 from understudy.v1 import data_pb2, log_pb2, sync_pb2
@@ -81,6 +83,9 @@ class Halting:
     def head(self, path: str) -> tuple[int, bytes]:
         return self._server.committer.head(path)
 
+    def is_in_flight(self, path: str, client: bytes, number: int) -> bool:
+        return self._server.committer.is_in_flight(path, client, number)
+
     def was_renewed(self, path: str, client: bytes, number: int) -> bool:
         return self._server.committer.was_renewed(path, client, number)
 
@@ -104,7 +109,22 @@ def bring(
 ) -> list[sync_pb2.Homecoming]:
     """Has the server take a tail in; what came of it, once that is known."""
     found: list[sync_pb2.Homecoming] = []
-    take_home(
+    deque(coming(server, tail, found, path, may_renew=may_renew, state=state, taker=taker), maxlen=0)
+    return found
+
+
+def coming(
+    server: Server,
+    tail: Tail,
+    found: list[sync_pb2.Homecoming],
+    path: str = "/a",
+    *,
+    may_renew: bool = True,
+    state: State | None = None,
+    taker: Halting | None = None,
+) -> Generator[None, None, None]:
+    """Has the server take a tail in, step by step; what came of it goes to ``found``."""
+    return take_home(
         path,
         tail,
         state=state or server.state,
@@ -113,7 +133,6 @@ def bring(
         may_renew=may_renew,
         on_taken=found.append,
     )
-    return found
 
 
 def brought(server: Server, tail: Tail, *, may_renew: bool = True) -> tuple[int, int, int, int]:
@@ -412,9 +431,12 @@ def test_g10_nothing_comes_home_into_the_systems_own_realms(store: Store, path: 
 
 
 def test_a_realm_that_can_not_be_is_refused(store: Store) -> None:
-    """What no transaction could have made is an error of whoever sends it."""
-    with pytest.raises(BadRealmPath):
-        bring(Server(store, policy(LOCAL)), [], path="nowhere")
+    """What no transaction could have made is refused like anything else, and does not end what it came with."""
+    raw, mac = signed(log_pb2.Change(realm="nowhere", version=1, client=ANN, number=1))
+    server = Server(store, policy(LOCAL))
+    [home] = bring(server, [(raw, mac)], path="nowhere")
+    assert (home.refused, server.committer.position.lsn) == (1, 0)
+    assert "bad realm path 'nowhere'" in home.problems[0]
 
 
 def test_numbers_that_fall_are_refused(store: Store) -> None:
@@ -465,6 +487,177 @@ def test_g7_a_server_that_is_fenced_meanwhile_says_nothing(store: Store) -> None
     assert (found, new.count) == ([], 3)
     [home] = bring(new, tail_of(old, 4))  # and takes nothing more
     assert (home.appended, home.refused) == (0, 5)
+
+
+# -- step by step --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One change a step."""
+    monkeypatch.setattr(homecoming, "STEP_BYTES", 1)
+
+
+def until_taken(steps: Generator[None, None, None], server: Server, position: Position) -> None:
+    """Goes on until something is taken in behind a position."""
+    for _ in steps:
+        if server.committer.position != position:
+            return
+
+
+def test_g9_a_long_tail_is_taken_in_steps(store: Store) -> None:
+    """G9: neither checking a tail nor taking it in keeps everybody else waiting until the last change."""
+    author = Author()
+    for number in range(1, 1_001):
+        author.change("/a", [Add(b"n", 1)], number=number)
+    tail = [(row.change, row.hmac) for row in author.realms["/a"].history]
+    new = Server(store, policy(LOCAL))
+    found: list[sync_pb2.Homecoming] = []
+    taken = [new.committer.position.lsn for _ in coming(new, tail, found)]
+    ahead = [after - before for before, after in itertools.pairwise([*taken, new.committer.position.lsn])]
+    assert max(ahead) <= 256
+    assert taken.count(0) >= 3  # steps in which it was checked
+    new.durable()
+    assert [home.appended for home in found] == [1_000]
+
+
+@pytest.mark.usefixtures("small_steps")
+def test_g10_nothing_is_taken_before_all_of_it_is_genuine(store: Store) -> None:
+    """G10: a forged last change spoils the tail, in however many steps it is looked at."""
+    old = old_primary(store)
+    new = promoted(old, having=3)
+    before = new.committer.position
+    tail = tail_of(old, 4)
+    tail[-1] = tail[-1][0], bytes(32)
+    [home] = bring(new, tail)
+    assert (home.refused, new.committer.position) == (5, before)
+
+
+@pytest.mark.usefixtures("small_steps")
+@pytest.mark.parametrize("has_gone_on", [False, True])
+@pytest.mark.parametrize("lengths", [(8, 8), (6, 8), (8, 6)])
+def test_g6_two_who_bring_the_same_at_the_same_time_bring_it_once(
+    store: Store, lengths: tuple[int, int], has_gone_on: bool
+) -> None:
+    """G6: tails that are taken in turn by turn end in one copy of each change, as it was where that is possible."""
+    old = old_primary(store)
+    new = gone_on(old) if has_gone_on else promoted(old, having=3)
+    found: list[sync_pb2.Homecoming] = []
+    turns = [coming(new, tail_of(old, 4, last), found) for last in lengths]
+    for _ in itertools.zip_longest(*turns):
+        pass
+    new.durable()
+    assert sum(home.appended + home.renewed for home in found) == 5
+    assert sum(home.refused for home in found) == 0
+    assert sum(home.known for home in found) == sum(lengths) - 6 - 5
+    assert new.count == (9 if has_gone_on else 8)
+    if not has_gone_on:
+        assert history_of(new) == history_of(old)
+
+
+@pytest.mark.parametrize("lengths", [(8, 8), (6, 8), (8, 6)])
+def test_g6_what_is_still_in_flight_is_not_brought_twice(store: Store, lengths: tuple[int, int]) -> None:
+    """G6, G1: with no replica to make the first tail safe, the second waits for the same changes with it."""
+    old = old_primary(store)
+    new = promoted(old, having=3, level=REPLICA)
+    found = [bring(new, tail_of(old, 4, last)) for last in lengths]
+    new.write()
+    new.durable()
+    assert found == [[], []]
+    new.replicas(len(new.log))
+    assert sum(homes[0].appended for homes in found) == 5
+    assert sum(homes[0].renewed + homes[0].refused for homes in found) == 0
+    assert history_of(new) == history_of(old)
+
+
+@pytest.mark.usefixtures("small_steps")
+def test_g6_a_realm_that_goes_on_meanwhile_gets_the_rest_as_new_changes(store: Store) -> None:
+    """G6: a transaction between two steps forks the history there; nothing of the rest is lost, or done twice."""
+    old = old_primary(store)
+    new = promoted(old, having=3)
+    found: list[sync_pb2.Homecoming] = []
+    steps = coming(new, tail_of(old, 4), found)
+    until_taken(steps, new, new.committer.position)
+    new.submit(1, client=CID)
+    deque(steps, maxlen=0)
+    new.durable()
+    [home] = found
+    assert (home.appended, home.renewed, home.refused) == (1, 4, 0)
+    assert new.count == 9
+    assert brought(new, tail_of(old, 4)) == (0, 0, 5, 0)
+
+
+@pytest.mark.usefixtures("small_steps")
+def test_g6_what_its_client_sends_meanwhile_is_not_renewed(store: Store) -> None:
+    """G6: a number that was new when receipts were looked up may have been applied by the time it is its turn."""
+    old = old_primary(store)
+    new = gone_on(old)
+    found: list[sync_pb2.Homecoming] = []
+    steps = coming(new, tail_of(old, 4), found)
+    until_taken(steps, new, new.committer.position)  # BOB's 2
+    for number in (3, 4):
+        new.submit(number, client=ANN)
+    new.durable()
+    new.submit(3, client=BOB)  # this one is still in flight
+    deque(steps, maxlen=0)
+    new.durable()
+    [home] = found
+    assert (home.renewed, home.known, home.refused) == (2, 3, 0)
+    assert new.count == 9
+
+
+@pytest.mark.usefixtures("small_steps")
+@pytest.mark.parametrize(("begun_again", "is_applied"), [(0, True), (20, True), (0, False), (2, False)])
+def test_a_realm_that_is_dropped_meanwhile_is_not_brought_back(
+    store: Store, begun_again: int, is_applied: bool
+) -> None:
+    """What was left to be taken in is refused, whether somebody has begun the realm again or not."""
+    old = old_primary(store)
+    new = promoted(old, having=3)
+    found: list[sync_pb2.Homecoming] = []
+    steps = coming(new, tail_of(old, 4), found)
+    until_taken(steps, new, new.committer.position)
+    new.committer.drop_realm("/a", lambda _: None)
+    for number in range(begun_again):
+        new.submit(number + 1, client=CID)
+    if is_applied:
+        new.durable()
+    deque(steps, maxlen=0)
+    new.durable()
+    [home] = found
+    assert (home.appended, home.refused) == (1, 4)
+    assert "dropped meanwhile" in home.problems[0]
+    assert new.count == begun_again
+
+
+@pytest.mark.usefixtures("small_steps")
+def test_g7_a_server_that_is_fenced_between_steps_takes_nothing_more(store: Store) -> None:
+    """G7: neither is anything appended behind the fence, nor is what was before it acknowledged."""
+    old = old_primary(store)
+    new = promoted(old, having=3)
+    found: list[sync_pb2.Homecoming] = []
+    steps = coming(new, tail_of(old, 4), found)
+    until_taken(steps, new, new.committer.position)
+    position = new.committer.position
+    new.committer.fence(Epoch(2))
+    deque(steps, maxlen=0)
+    new.durable()
+    assert (found, new.committer.position) == ([], position)
+
+
+@pytest.mark.usefixtures("small_steps")
+def test_who_goes_away_leaves_what_was_taken_and_no_more(store: Store) -> None:
+    """A tail that is broken off counts as far as it was taken in, and the next one goes on from there."""
+    old = old_primary(store)
+    new = promoted(old, having=3)
+    found: list[sync_pb2.Homecoming] = []
+    steps = coming(new, tail_of(old, 4), found)
+    until_taken(steps, new, new.committer.position)
+    steps.close()
+    new.durable()
+    assert [(home.appended, home.refused) for home in found] == [(1, 0)]
+    assert brought(new, tail_of(old, 4)) == (4, 0, 1, 0)
+    assert history_of(new) == history_of(old)
 
 
 # -- with only a part of the past ------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from local_helpers import (
     Server,
     check_sound,
     held,
+    last_page,
     open_realm,
     pairs_of,
     put,
@@ -35,11 +36,11 @@ from understudy.client.local_layout import LAST_KEY
 from understudy.client.local_load import is_complete
 from understudy.client.local_realm import LocalRealm
 from understudy.client.local_store import LocalStore
-from understudy.client.local_types import ForeignChange
+from understudy.client.local_types import ForeignChange, Received
 from understudy.common.errors import ProtocolError, UsageError
 from understudy.common.operations import Add, Delete, DeleteRange, Operation, Put, Update, to_protos
 from understudy.common.types import new_id
-from understudy.v1 import local_pb2, sync_pb2
+from understudy.v1 import local_pb2, log_pb2, sync_pb2
 
 
 @pytest.fixture
@@ -84,13 +85,13 @@ def test_a_loaded_state_takes_the_copys_place_at_once(store: LocalStore, realm: 
     while not is_complete(realm.row.incoming):
         assert held(realm) == before
         with pytest.raises(UsageError):
-            realm.finish_load({})
+            realm.finish_load(server.page(realm.row.incoming.frontier, 1), {}, epoch=3)
         realm.load_page(server.page(realm.row.incoming.frontier, 4), epoch=3)
         check_sound(store, realm)
     assert held(realm) == before
     assert _incoming(realm) == server.pairs
     with realm.view() as view:
-        realm.finish_load(server.last_numbers)
+        realm.finish_load(last_page(realm), server.last_numbers, epoch=3)
         assert dict(view.scan()) == before
     assert held(realm) == server.pairs | {b"own": b"2"}
     row = realm.row
@@ -122,7 +123,7 @@ def test_changes_between_pages_reach_only_what_is_loaded(store: LocalStore, real
     check_sound(store, realm)
     _load(realm, server)
     send(realm, [server.change([DeleteRange(b"004", b""), Put(b"zzz", b"last")])])
-    realm.finish_load({})
+    realm.finish_load(last_page(realm), {}, epoch=3)
     assert held(realm) == server.pairs
     check_sound(store, realm)
 
@@ -144,10 +145,7 @@ def test_an_interrupted_load_goes_on(tmp_path: Path) -> None:
     store.close()
     store, realm = open_realm(tmp_path / "local")
     assert (is_complete(realm.row.incoming), realm.row.incoming.frontier) == (True, LAST_KEY)
-    realm.load_page(
-        server.page(realm.row.incoming.frontier, 4), epoch=3
-    )  # an empty one, with the last numbers
-    realm.finish_load({})
+    realm.finish_load(server.page(realm.row.incoming.frontier, 4), {}, epoch=3)  # an empty one
     assert held(realm) == server.pairs
     realm.begin_load(server.bound(), cluster=CLUSTER)
     realm.load_page(server.page(b"", 4), epoch=3)
@@ -155,7 +153,7 @@ def test_an_interrupted_load_goes_on(tmp_path: Path) -> None:
     realm.begin_load(server.bound(), cluster=CLUSTER)
     assert _incoming(realm) == {}
     _load(realm, server)
-    realm.finish_load({})
+    realm.finish_load(last_page(realm), {}, epoch=3)
     assert held(realm) == server.pairs
     check_sound(store, realm)
     store.close()
@@ -210,7 +208,7 @@ def test_own_changes_stay_readable_while_a_state_is_loaded(store: LocalStore, re
     server.change([Put(b"own", b"1")], client=store.client)
     realm.begin_load(server.bound(), cluster=CLUSTER)
     _load(realm, server)
-    realm.finish_load(server.last_numbers)
+    realm.finish_load(last_page(realm), server.last_numbers, epoch=3)
     assert (held(realm), realm.row.queue_count) == (server.pairs, 0)
 
 
@@ -224,12 +222,93 @@ def test_a_state_with_changes_of_ours_that_we_never_made_is_not_taken(
     _load(realm, server)
     numbers = {store.client: 2}
     with pytest.raises(ForeignChange):
-        realm.finish_load(numbers)
+        realm.finish_load(last_page(realm), numbers, epoch=3)
     assert (realm.row.copy.version, realm.row.queue_count) == (0, 1)
     old = store.client
     realm.reidentify(store.new_client(), ForeignChange("", old, first=1, last=2))
-    realm.finish_load(numbers)
+    realm.finish_load(last_page(realm), numbers, epoch=3)
     assert held(realm) == server.pairs | {b"key 1": b"value 1"}
+
+
+def _tail(realm: LocalRealm) -> list[Received]:
+    return realm.tail(realm.row.tail_first, bytes_max=1 << 20)
+
+
+def test_the_changes_that_come_with_the_last_page_are_the_tail(store: LocalStore, realm: LocalRealm) -> None:
+    """They take the place of the old copy's, are offered with it, and are positions that a server may know."""
+    old, server = Server(), _server(3)
+    send(realm, [old.change(put(1))])
+    for number in range(6):
+        server.change(put(number))
+    realm.begin_load(server.bound(), cluster=CLUSTER)
+    _load(realm, server)
+    assert _tail(realm) == old.changes
+    realm.finish_load(last_page(realm, server.changes[3:]), {}, epoch=3)
+    assert (realm.row.tail_first, _tail(realm)) == (4, server.changes[3:])
+    assert [one.version for one in realm.locator()] == [7, 6, 5, 3]
+    assert all(one.digest == server.digests[one.version] for one in realm.locator())
+    send(realm, [server.change(put(7))], safe_version=5)
+    assert (realm.row.tail_first, _tail(realm)) == (6, server.changes[5:])
+    check_sound(store, realm)
+
+
+def test_positions_that_a_load_has_passed_before_are_not_named_twice(realm: LocalRealm) -> None:
+    """Changes that came between pages come with the last page again."""
+    server = _server(9)
+    realm.begin_load(server.bound(), cluster=CLUSTER)
+    realm.load_page(server.page(b"", 4), epoch=3)
+    for number in range(4):
+        send(realm, [server.change(put(number))])
+    _load(realm, server)
+    realm.finish_load(last_page(realm, server.changes[2:]), {}, epoch=3)
+    versions = [one.version for one in realm.locator()]
+    assert versions == sorted(set(versions), reverse=True)
+    assert all(one.digest == server.digests[one.version] for one in realm.locator())
+
+
+def test_changes_that_do_not_lead_to_the_loaded_state_are_refused(realm: LocalRealm) -> None:
+    """A gap, another head, another realm, or what no change can be: nothing of the page is taken."""
+    server, other = _server(3), Server(path="/other")
+    for number in range(3):
+        server.change(put(number))
+        other.change(put(number))
+    other.change(put(4))
+    realm.begin_load(server.bound(), cluster=CLUSTER)
+    _load(realm, server)
+    none = log_pb2.Change(realm=PATH).SerializeToString()
+    beginning = log_pb2.Change(realm=PATH, version=4, previous=b"short").SerializeToString()
+    wrong = [
+        server.changes[:3],
+        [server.changes[1], server.changes[3]],
+        other.changes,
+        [server.changes[3]._replace(raw=b"\xff")],
+        [server.changes[3]._replace(raw=none)],
+        [server.changes[3]._replace(raw=beginning)],
+        [server.changes[3]._replace(hmac=b"short")],
+    ]
+    for changes in wrong:
+        with pytest.raises(ProtocolError):
+            realm.finish_load(last_page(realm, changes), {}, epoch=3)
+        assert (realm.row.copy.version, realm.row.incoming.version, realm.row.tail_first) == (0, 4, 0)
+    realm.finish_load(last_page(realm, server.changes[3:]), {}, epoch=3)
+    assert realm.row.tail_first == 4
+
+
+def test_a_reset_keeps_the_changes_that_came_with_the_state(store: LocalStore, realm: LocalRealm) -> None:
+    """Also above what was safe of the old history; and none where others have come behind them."""
+    old = Server()
+    send(realm, [old.change(put(number)) for number in range(9)], safe_version=9)
+    record = local_pb2.ResetRecord(attempted="recover", swapped=True)
+    for behind, first in ((0, 2), (1, 0)):
+        server = _server(3)
+        server.change(put(1))
+        realm.begin_load(server.bound(), cluster=CLUSTER)
+        _load(realm, server)
+        realm.load_page(last_page(realm, server.changes[1:]), epoch=3)
+        send(realm, [server.change(put(2)) for _ in range(behind)])
+        realm.swap_reset([], record, replaced_to=0)
+        assert (realm.row.copy.version, realm.row.tail_first) == (2 + behind, first)
+        check_sound(store, realm)
 
 
 def test_replaced_copies_are_swept_bit_by_bit(store: LocalStore, realm: LocalRealm) -> None:
@@ -238,7 +317,7 @@ def test_replaced_copies_are_swept_bit_by_bit(store: LocalStore, realm: LocalRea
     for _ in range(2):
         realm.begin_load(server.bound(), cluster=CLUSTER)
         _load(realm, server, keys=10)
-        realm.finish_load({})
+        realm.finish_load(last_page(realm), {}, epoch=3)
     realm.begin_load(server.bound(), cluster=CLUSTER)
     realm.load_page(server.page(b"", 5), epoch=3)
     realm.drop_incoming()
@@ -246,7 +325,7 @@ def test_replaced_copies_are_swept_bit_by_bit(store: LocalStore, realm: LocalRea
         sweeps = 1
         while store.sweep(rows_max=10):
             sweeps += 1
-        assert sweeps == 5
+        assert sweeps == 4
         assert dict(view.scan()) == server.pairs
     with store.file.reading() as txn:
         assert txn.stat(store.file.environment.data)["entries"] == 25
@@ -265,7 +344,7 @@ def test_a_reset_waits_and_then_replaces_copy_and_queue_at_once(store: LocalStor
     realm.set_reset(record)
     realm.begin_load(server.bound(), cluster=CLUSTER)
     _load(realm, server)
-    realm.finish_load({})
+    realm.finish_load(last_page(realm), {}, epoch=3)
     assert realm.row.copy.version == 1
     send(realm, [server.change([Put(b"zzz", b"while it waits")])])
     realm.commit(to_protos(put(4)))
@@ -387,11 +466,13 @@ class RealmMachine(RuleBasedStateMachine):
         self.realm.load_page(self.server.page(self.realm.row.incoming.frontier, keys), epoch=1)
 
     @precondition(lambda self: is_complete(self.realm.row.incoming))
-    @rule()
-    def finish(self) -> None:
+    @rule(kept=st.integers(0, 3))
+    def finish(self, kept: int) -> None:
         version = self.realm.row.incoming.version
         last = self.server.last_numbers_at(version)
-        self.realm.finish_load(last)
+        self.realm.finish_load(
+            last_page(self.realm, self.server.changes[max(version - kept, 0) : version]), last, epoch=1
+        )
         self.base = self._state(version)
         self.unconfirmed = [one for one in self.unconfirmed if one[1] > last.get(one[0], 0)]
 
@@ -475,7 +556,7 @@ def _serve(store: LocalStore, realm: LocalRealm, step: int) -> None:
         server.pairs, server.version, server.head = pairs, server.version + 1, new_id() * 2
         realm.begin_load(server.bound(), cluster=CLUSTER)
         _load(realm, server, keys=10)
-        realm.finish_load(numbers)
+        realm.finish_load(last_page(realm), numbers, epoch=3)
         store.sweep(20)
 
 

@@ -10,12 +10,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, cast
 
 import lmdb
 import pytest
-from local_helpers import OTHER, PATH, START_US, Server, check_sound, held, open_realm, put, send
+from local_helpers import CLUSTER, OTHER, PATH, START_US, Server, check_sound, held, open_realm, put, send
 from store_helpers import fill_disk, small_disk
 
 from understudy.client import local_rows, local_tail
@@ -154,6 +156,92 @@ def test_what_is_sent_is_noted_first(tmp_path: Path) -> None:
     store, realm = open_realm(tmp_path / "local")
     assert realm.row.sent == 1
     store.close()
+
+
+def test_what_is_committed_while_all_is_sent_at_once_is_noted_with_it(tmp_path: Path) -> None:
+    """In one transaction that is on disk; a relaxed directory has to sync before it sends, and notes it then."""
+    for durability, sent in (("durable", 2), ("relaxed", 0)):
+        store, realm = open_realm(tmp_path / durability, durability=durability)
+        realm.commit(to_protos(put(1)))
+        assert realm.row.sent == 0
+        realm.is_sending = True
+        realm.commit(to_protos(put(2)))
+        assert (realm.row.sent, realm.row.next_number, realm.row.queue_count) == (sent, 3, 2)
+        check_sound(store, realm)
+        store.close()
+        store, realm = open_realm(tmp_path / durability, durability=durability)
+        assert (realm.row.sent, _numbers(realm)) == (sent, [1, 2])
+        store.close()
+
+
+_META_BYTES = 2 * 4096  # LMDB's two pages that point to all others
+
+
+def test_a_power_loss_undoes_what_was_received_last_and_no_own_change(tmp_path: Path) -> None:
+    """G1, G6: what points to an applied change can be lost; then its own change is in the queue as before."""
+    server = Server()
+    store, realm = open_realm(tmp_path / "local")
+    file = tmp_path / "local" / "data.mdb"
+    send(realm, [server.change(put(1))])
+    realm.commit(to_protos(put(2)))
+    on_disk = file.read_bytes()[:_META_BYTES]
+    own = server.change(put(2), client=store.client)
+    assert send(realm, [own]) == [(2, True)]
+    (tmp_path / "after").mkdir()
+    (tmp_path / "after" / "data.mdb").write_bytes(on_disk + file.read_bytes()[_META_BYTES:])
+    store.close()
+    store, realm = open_realm(tmp_path / "after")
+    assert (realm.row.copy.version, _numbers(realm), held(realm)) == (1, [1], server.pairs)
+    assert send(realm, [own]) == [(2, True)]
+    check_sound(store, realm)
+    store.close()
+
+
+class _NotingEnvironment:
+    """An environment that counts how often it was synced."""
+
+    def __init__(self, env: lmdb.Environment) -> None:
+        self._env = env
+        self.syncs = 0
+
+    def sync(self, force: bool) -> None:
+        self.syncs += 1
+        self._env.sync(force)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._env, name)
+
+
+def test_only_what_no_server_sends_again_is_synced_to_the_end(tmp_path: Path) -> None:
+    """G1: an own change and what was noted as sent are on disk when the call returns."""
+    server = _loadable()
+    store, realm = open_realm(tmp_path / "local")
+    flags = store.file.environment.env.flags()
+    assert (flags["sync"], flags["metasync"], flags["writemap"]) == (True, False, False)
+    noting = _NotingEnvironment(store.file.environment.env)
+    store.file.environment = replace(store.file.environment, env=cast(lmdb.Environment, noting))
+    steps: list[tuple[Callable[[], object], int]] = [
+        (lambda: realm.commit(to_protos(put(1))), 1),
+        (lambda: realm.note_sent(1), 1),
+        (lambda: send(realm, [server.change(put(5))]), 0),
+        (lambda: realm.set_safe(1), 0),
+        (lambda: realm.begin_load(server.bound(), cluster=CLUSTER), 0),
+        (lambda: realm.load_page(server.page(b"", 1), epoch=3), 0),
+        (lambda: store.realm("/another"), 0),
+        (lambda: realm.set_reset(local_pb2.ResetRecord(attempted="recover")), 1),
+        (lambda: realm.set_reset(None), 1),
+        (lambda: store.set_met(CLUSTER, 7, None), 1),
+    ]
+    for number, (step, wanted) in enumerate(steps):
+        before = noting.syncs
+        step()
+        assert noting.syncs - before == wanted, number
+    store.close()
+
+
+def _loadable() -> Server:
+    """A realm of several keys, of which nothing was sent."""
+    return Server(pairs={b"%d" % number: b"" for number in range(9)})
 
 
 # -- what a server sends -------------------------------------------------------------------------------------------

@@ -56,11 +56,23 @@ def test_g10_a_row_that_can_t_be_used_lets_nobody_in(row: dict[str, object]) -> 
         is_password("", accounts_pb2.Password(**row))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("password", ["", "short", "x" * 1025])
+@pytest.mark.parametrize("password", ["", "short", "x" * 1025, "é" * 513])
 def test_new_passwords_have_a_length(password: str) -> None:
     """Nobody can choose a password that is guessed at once, or one that takes long to read."""
     with pytest.raises(UsageError):
         asyncio.run(Hasher().hash(password))
+
+
+@pytest.mark.parametrize("longest", ["x" * 1024, "é" * 512])
+def test_g10_a_longer_password_is_another_one(longest: str) -> None:
+    """G10: one that goes on behind the longest that can be chosen is wrong, and is not cut to be right."""
+
+    async def story() -> tuple[bool, bool]:
+        hasher = Hasher()
+        row = await hasher.hash(longest)
+        return await hasher.check(longest, row), await hasher.check(longest + "y", row)
+
+    assert asyncio.run(story()) == (True, False)
 
 
 def test_g9_few_passwords_are_hashed_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

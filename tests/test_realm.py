@@ -11,7 +11,7 @@ from typing import Any
 import grpc.aio
 import pytest
 from harness import DEADLINE_S, Process, Processes, wait_until
-from nodes import pairs, put, status, wait_until_caught_up
+from nodes import GarbageServer, assert_left_alone, pairs, put, status, wait_until_caught_up
 
 from understudy.client import (
     Add,
@@ -55,6 +55,16 @@ def _open(server: str, directory: Path, path: str = "/realm") -> Realm:
 def _up_to_date(realm: Realm) -> dict[bytes, bytes]:
     realm.wait_for_download(DEADLINE_S)
     return dict(realm.scan())
+
+
+def test_a_realm_that_could_not_connect_does_not_try_again_once_it_is_closed(tmp_path: Path) -> None:
+    """Also while the realm and its error are kept: nothing goes on in the background."""
+    with GarbageServer() as refused, GarbageServer() as clock:
+        realm = _open(refused.address, tmp_path / "local")
+        kept = wait_until(lambda: realm.state.error)
+        realm.close()
+        assert_left_alone(refused, clock)
+        assert kept
 
 
 # -- local -----------------------------------------------------------------------------------------------------
@@ -130,6 +140,23 @@ def test_realms_of_a_directory_share_it_until_the_last_is_closed(tmp_path: Path)
         LocalStore.open(directory)
     third.close()
     LocalStore.open(directory).close()
+
+
+def test_a_name_that_leads_elsewhere_by_now_is_another_directory(tmp_path: Path) -> None:
+    """Where it led when another realm was opened counts for nothing."""
+    (tmp_path / "link").symlink_to(tmp_path / "one")
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    with contextlib.ExitStack() as stack:
+        opened = [
+            stack.enter_context(Realm.open(path, server=None, directory=tmp_path / "link"))
+            for path in ("/a", "/b", "/c")
+        ]
+        (tmp_path / "link").unlink()
+        (tmp_path / "link").symlink_to(tmp_path / "two")
+        other = stack.enter_context(Realm.open("/a", server=None, directory=tmp_path / "link"))
+        opened[0].commit([Put(b"key", b"")])
+        assert other.get(b"key") is None
 
 
 def test_a_read_only_realm_is_looked_at_only(tmp_path: Path) -> None:

@@ -258,6 +258,24 @@ def test_a_task_that_is_cancelled_while_it_calls_is_cancelled() -> None:
     portal.call(story())
 
 
+def test_a_task_that_has_lived_through_a_cancellation_is_told_what_went_wrong() -> None:
+    """An error is no cancellation, though the task was asked to end before: by a task group of its own, for one."""
+
+    async def story() -> None:
+        task = asyncio.create_task(_go_on_and_call())
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(PeerUnreachable):
+            await task
+
+    async def _go_on_and_call() -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        await _ask("127.0.0.1:1")
+
+    portal.call(story())
+
+
 @pytest.mark.parametrize(
     ("code", "kind"),
     [

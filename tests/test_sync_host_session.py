@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -19,8 +20,9 @@ from understudy.common.state import State
 from understudy.common.store import Store
 from understudy.common.store_layout import Environment
 from understudy.common.types import START, Durability, Epoch, Lsn, is_system_realm
-from understudy.primary import sync_load, sync_session
+from understudy.primary import incoming_tails, sync_load, sync_session
 from understudy.primary.homecoming import take_home
+from understudy.primary.incoming_tails import TailRoom
 from understudy.primary.sync_host import Pages
 from understudy.primary.sync_session import SyncSession, TailHome
 from understudy.v1 import data_pb2, sync_pb2
@@ -55,8 +57,9 @@ class CountedPages:
 class ServerHost:
     """A server without a network, as one client may see it."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, tail_room: TailRoom | None = None) -> None:
         self.server = server
+        self.tail_room = tail_room or TailRoom()
         self.cluster: bytes = CLUSTER
         self.epochs: Sequence[EpochSpan] = [EPOCH_1]
         self.client_kept_us = 1_000_000
@@ -110,11 +113,13 @@ class ServerHost:
 class Joined:
     """A server and one client of it, joined without a network."""
 
-    def __init__(self, server: Server, client: ModelClient | None = None) -> None:
+    def __init__(
+        self, server: Server, client: ModelClient | None = None, tail_room: TailRoom | None = None
+    ) -> None:
         self.server = server
         self.client = client or ModelClient(ANN)
         self.client.cluster = self.client.cluster or CLUSTER
-        self.host = ServerHost(server)
+        self.host = ServerHost(server, tail_room)
         self.session = SyncSession(self.host)
         self.home: TailHome | None = None
         server.committer.on_shown = self.on_shown
@@ -153,7 +158,7 @@ class Joined:
         home = self.home
         assert home is not None
         self.home = None
-        take_home(
+        steps = take_home(
             home.path,
             home.changes,
             state=self.server.state,
@@ -162,6 +167,7 @@ class Joined:
             may_renew=home.may_renew,
             on_taken=lambda taken: self.session.on_tail_taken(home.ref, taken),
         )
+        deque(steps, maxlen=0)
         self.server.write()
         if self.server.log:
             self.server.durable()
@@ -927,16 +933,54 @@ def test_g9_a_tail_is_bounded(store: Store, monkeypatch: pytest.MonkeyPatch) -> 
     """G9: neither more changes nor more bytes than a client may keep."""
     for limit, value in (("TAIL_CHANGES_MAX", 4), ("TAIL_BYTES_MAX", 100)):
         with monkeypatch.context() as patch:
-            patch.setattr(sync_session, limit, value)
+            patch.setattr(incoming_tails, limit, value)
             joined = ahead(store)
             joined.bind()
             with pytest.raises(ProtocolError, match="a tail of more than"):
                 joined.say(joined.client.send_tail(last=False))
 
 
+def test_g9_tails_of_all_clients_together_are_bounded(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """G9: who finds no room is told to come again, and there is room as soon as another's tail was taken in."""
+    one = ahead(store)
+    size = sum(len(raw) + incoming_tails._CHANGE_BYTES for raw, _ in one.client.tail)
+    monkeypatch.setattr(incoming_tails, "ROOM_BYTES_MAX", size + 1)
+    room = one.host.tail_room
+    other = Joined(one.server, ahead(store).client, room)
+    other.host.epochs = one.host.epochs
+    for joined in (one, other):
+        assert joined.bind().decision == HEAL
+        joined.say(joined.client.send_tail())
+        joined.listen()
+    assert other.home is None
+    assert [failed.code for failed in other.client.failed] == ["Overloaded"]
+    one.bring_home()  # until then it is held, whole
+    assert (one.client.answers[-1].decision, room.bytes) == (STREAM, 0)
+    again = Joined(ahead(store).server, other.client, room)
+    again.host.epochs = one.host.epochs
+    assert again.bind().decision == HEAL
+    again.say(again.client.send_tail())
+    again.bring_home()
+    assert (again.client.answers[-1].decision, room.bytes) == (STREAM, 0)
+
+
+@pytest.mark.parametrize("how", ["unbound", "connection lost", "connection lost while it is taken in"])
+def test_g9_a_tail_that_is_given_up_leaves_its_room(store: Store, how: str) -> None:
+    """G9: whatever ends a tail, what was kept for it is there for others."""
+    joined = ahead(store)
+    joined.bind()
+    joined.say(joined.client.send_tail(last=how.endswith("in")))
+    assert joined.host.tail_room.bytes > sum(len(raw) for raw, _ in joined.client.tail[3:])
+    if how == "unbound":
+        joined.say(joined.client.unbind())
+    else:
+        joined.session.close()
+    assert joined.host.tail_room.bytes == 0
+
+
 def test_g9_few_tails_are_on_their_way_at_one_time(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """G9: where many realms are to be healed, most wait for their answer, and each gets it."""
-    monkeypatch.setattr(sync_session, "TAILS_MAX", 2)
+    monkeypatch.setattr(incoming_tails, "TAILS_MAX", 2)
     old = Server(store, policy(LOCAL))
     clients = [ModelClient(ANN, f"/realm-{at}") for at in range(5)]
     session = Joined(old)

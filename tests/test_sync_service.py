@@ -13,10 +13,11 @@ import grpc.aio
 import pytest
 from harness import DEADLINE_S, Process, Processes, wait_until
 from nodes import Pair, pairs, put, status, wait_until_caught_up
-from sync_model import ModelClient
+from sync_model import SECRET, ModelClient
 
 from understudy.client.peers import stream_end
 from understudy.common import portal, rpc
+from understudy.common.client_ids import client_id
 from understudy.common.entry_json import signed_change
 from understudy.common.errors import Fenced, PeerError, ProtocolError, UnderstudyError
 from understudy.common.follow_table import PROTOCOL_VERSION
@@ -25,9 +26,9 @@ from understudy.common.rpc import open_channel, peer_errors
 from understudy.common.types import TRANSACTION_BYTES_MAX
 from understudy.primary import Primary, sync_service
 from understudy.primary.sync_session import BINDINGS_MAX
-from understudy.v1 import sync_pb2, sync_pb2_grpc
+from understudy.v1 import log_pb2, sync_pb2, sync_pb2_grpc
 
-ANN, BOB, CID = b"a" * 16, b"b" * 16, b"c" * 16
+ANN, BOB, CID = (client_id(SECRET, salt) for salt in (b"aaaa", b"bbbb", b"cccc"))
 STREAM, LOAD, HEAL, RESET = (
     sync_pb2.SYNC_STREAM,
     sync_pb2.SYNC_LOAD,
@@ -374,20 +375,31 @@ def test_g10_only_what_this_cluster_has_made_is_salvaged(primary: Primary, tmp_p
     for request in (
         export_of(*foreign.tail, version=99),
         export_of((b"\xff\xff", bytes(32))),
-        export_of((b"", bytes(32))),
         sync_pb2.SalvageRequest(protocol_version=PROTOCOL_VERSION, changes=[b"x"], hmacs=b"x"),
     ):
         with pytest.raises((PeerError, UnderstudyError)):
             portal.call(_salvage(primary.address, request))
+    assert portal.call(_salvage(primary.address, export_of((b"", bytes(32))))).refused == 1
     assert portal.call(_salvage(primary.address)) == sync_pb2.Homecoming()
     assert primary.status().lsn == before
+
+
+def test_what_can_not_be_a_realm_does_not_end_a_salvage(primary: Primary) -> None:
+    """It is refused and counted, and what comes behind it is taken all the same."""
+    client = ModelClient(ANN)
+    portal.call(_write_and_stay(primary.address, client, 1, 2, 3))
+    bad = log_pb2.Change(realm="nowhere", version=1).SerializeToString()
+    home = portal.call(_salvage(primary.address, export_of((bad, bytes(32)), *client.tail)))
+    assert (home.refused, home.known) == (1, 3)
+    assert "bad realm path" in home.problems[0]
+    assert primary.status().healing.homecoming.refused == 1
 
 
 # -- who is who ----------------------------------------------------------------------------------------------
 
 
 async def _copied(address: str) -> None:
-    run = [b"%016d" % at for at in range(4)]
+    run = [client_id(SECRET, b"%04d" % at) for at in range(4)]
 
     def hello(at: int, previous: bytes = b"") -> sync_pb2.SyncRequest:
         return ModelClient(ANN).hello(run=run[at], previous_run=previous)
@@ -452,7 +464,7 @@ def test_g7_a_client_that_has_met_a_later_reign_fences_the_earlier(
 
 
 def _hello(**fields: object) -> sync_pb2.SyncRequest:
-    hello = sync_pb2.SyncHello(protocol_version=PROTOCOL_VERSION, client=ANN, run=ANN)
+    hello = sync_pb2.SyncHello(protocol_version=PROTOCOL_VERSION, client=ANN, secret=SECRET, run=ANN)
     hello.MergeFrom(sync_pb2.SyncHello(**fields))  # type: ignore[arg-type]
     return sync_pb2.SyncRequest(hello=hello)
 
@@ -463,6 +475,7 @@ FIRST_MESSAGES = {
     "an upload": sync_pb2.SyncRequest(upload=sync_pb2.Upload(ref=1, client=ANN)),
     "another version": _hello(protocol_version=PROTOCOL_VERSION + 1),
     "a client id of 17 bytes": _hello(client=b"a" * 17),
+    "a secret of 17 bytes": _hello(secret=b"s" * 17, client=client_id(b"s" * 17, b"aaaa")),
     "a run of a megabyte": _hello(run=bytes(1 << 20)),
 }
 
@@ -736,7 +749,7 @@ def test_g9_who_loads_and_never_reads_costs_little(processes: Processes, tmp_pat
     async def begin() -> None:
         async with contextlib.AsyncExitStack() as stack:
             for at in range(30):
-                model = ModelClient(b"%016d" % at)
+                model = ModelClient(client_id(SECRET, b"%04d" % at))
                 wire = await stack.enter_async_context(Wire(node.address, model))
                 for _ in range(20):
                     await wire.say(model.bind())
@@ -753,7 +766,7 @@ def test_g9_who_loads_and_never_reads_costs_little(processes: Processes, tmp_pat
 async def _poll_twice(address: str) -> None:
     """Long enough for the server to have sent what it would."""
     for number in (1, 2):
-        model = ModelClient(b"%016d" % (100 + number))
+        model = ModelClient(client_id(SECRET, b"%04d" % (100 + number)))
         async with Wire(address, model) as wire:
             await wire.bind()
             await wire.until(lambda model=model: model.copy.version)  # type: ignore[misc]

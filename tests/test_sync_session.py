@@ -20,6 +20,7 @@ from sync_helpers import (
 )
 
 from understudy.client import realm_binding, sync_messages, uploading
+from understudy.client.local_file import Writing
 from understudy.client.local_load import is_complete
 from understudy.client.sync_port import (
     Action,
@@ -252,6 +253,75 @@ def test_nothing_is_uploaded_before_the_copy_is_where_the_server_was(
     actions = device.receive(history.changes(bind.ref, 3))
     assert numbers_of(uploads_of(actions)) == [number]
     assert device.realm().row.sent == number
+
+
+def test_while_all_that_is_queued_was_sent_what_is_committed_is_noted_as_sent(
+    device: Device, history: History, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as it goes out at once: not before the copy has come up, nor beyond the window, nor without a server."""
+    monkeypatch.setattr(uploading, "WINDOW_CHANGES", 2)
+    realm = device.realm()
+    bind = device.bind()
+    device.receive(history.bound(bind))
+    assert not realm.is_sending
+    device.receive(history.changes(bind.ref, 1))
+    assert realm.is_sending
+    for key, is_room_left in ((b"one", True), (b"two", False)):
+        device.put(key)
+        (upload,) = uploads_of(device.session.local_change("/realm"))
+        assert realm.is_sending is is_room_left
+        history.take_upload(upload)
+    device.receive(history.changes(bind.ref, 4))
+    assert realm.is_sending
+    number = device.put(b"three")
+    device.session.local_change("/realm")
+    device.receive(refused(bind.ref, device.store.client, number, Overloaded.__name__))
+    assert not realm.is_sending
+    device.session.tick(now_s=100.0)
+    assert realm.is_sending
+    device.session.lost()
+    assert not realm.is_sending
+
+
+def test_what_the_window_has_room_for_is_noted_as_sent_at_one_time(
+    device: Device, history: History, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many messages it takes: each note is a transaction that is waited for."""
+    monkeypatch.setattr(uploading, "MESSAGE_CHANGES_MAX", 2)
+    numbers = [device.put(b"%d" % number) for number in range(7)]
+    bind = device.bind()
+    device.receive(history.bound(bind))
+    before = _writes(monkeypatch)
+    uploads = uploads_of(device.receive(history.changes(bind.ref, 1)))
+    assert [len(upload.transactions) for upload in uploads] == [2, 2, 2, 1]
+    assert device.realm().row.sent == numbers[-1]
+    assert len(before) == 2  # with the changes that were applied
+
+
+def _writes(monkeypatch: pytest.MonkeyPatch) -> list[Writing]:
+    """Local transactions from now on."""
+    writes: list[Writing] = []
+    enter = Writing.__enter__
+
+    def entered(writing: Writing) -> Writing:
+        writes.append(writing)
+        return enter(writing)
+
+    monkeypatch.setattr(Writing, "__enter__", entered)
+    return writes
+
+
+def test_a_realm_of_one_page_is_loaded_in_few_transactions(
+    device: Device, history: History, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A directory may have thousands of them."""
+    bind = device.bind()
+    writes = _writes(monkeypatch)
+    device.receive(history.bound(bind, sync_pb2.SYNC_LOAD))
+    device.receive(history.page(bind, [(b"key", b"")], 3, last=True))
+    assert not device.store.sweep()
+    assert device.pairs() == {b"key": b""}
+    assert len(writes) == 2
 
 
 def test_own_changes_leave_the_queue_when_they_come_back(device: Device, history: History) -> None:

@@ -198,6 +198,70 @@ def test_the_longest_tail_wins(worlds: Callable[..., World], order: tuple[int, i
     assert resets(world) == [0, 0]
 
 
+def test_what_a_server_has_lost_comes_home_from_one_who_has_only_loaded_it(
+    worlds: Callable[..., World],
+) -> None:
+    """The changes that no replica had came with the state: versions and digests are what they were."""
+    world = worlds()
+    commit_unreplicated(world, 5)
+    before = head(world)
+    newcomer = world.device()
+    connect(newcomer)
+    row = newcomer.realms[PATH].realm.row
+    assert (row.copy.version, row.tail_first) == (7, 3)
+    fail_over(world)
+    assert head(world)[0] == 2
+    connect(newcomer)
+    assert head(world) == before
+    assert total(world) == (5, 0, 0, 0)
+    finish(world)
+    assert resets(world) == [0, 0, 0]
+
+
+def _loaded_tail(world: World) -> int:
+    """From which version on a newcomer has the changes."""
+    newcomer = world.device()
+    connect(newcomer)
+    row = newcomer.realms[PATH].realm.row
+    assert row.copy.version == head(world)[0]
+    return row.tail_first
+
+
+def test_what_is_safe_does_not_come_with_a_state(worlds: Callable[..., World]) -> None:
+    """Only changes that no replica has are for clients to keep."""
+    world = worlds()
+    assert _loaded_tail(world) == 0
+    commit_unreplicated(world, 1)
+    assert _loaded_tail(world) == 3
+
+
+def test_of_a_pruned_history_what_is_left_comes_with_a_state(
+    worlds: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It leads up to the state in any case."""
+    world = worlds()
+    commit_unreplicated(world, 6)
+    monkeypatch.setattr(checkpoint, "HISTORY_VERSIONS_MAX", 3)
+    world.node.server.committer.freeze()
+    world.node.make_durable()
+    world.node.checkpoint()
+    assert world.node.server.state.history_first(PATH) == 6
+    assert _loaded_tail(world) == 6
+
+
+@pytest.mark.parametrize("limit", ["TAIL_CHANGES_MAX", "TAIL_BYTES_MAX"])
+def test_changes_that_are_too_many_for_a_tail_do_not_come_with_a_state(
+    worlds: Callable[..., World], monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    """G9: neither in number nor in size."""
+    world = worlds()
+    commit_unreplicated(world, 4)
+    monkeypatch.setattr(sync_load, limit, {"TAIL_CHANGES_MAX": 3, "TAIL_BYTES_MAX": 300}[limit])
+    assert _loaded_tail(world) == 0
+    monkeypatch.setattr(sync_load, limit, {"TAIL_CHANGES_MAX": 4, "TAIL_BYTES_MAX": 2_000}[limit])
+    assert _loaded_tail(world) == 3
+
+
 def test_a_realm_that_a_server_has_lost_altogether_comes_home(folder: Path) -> None:
     """Also to clients that had bound it before there was one, and so were never told its id with a bind."""
     world = World(folder, level=LOCAL)

@@ -201,6 +201,17 @@ def _other_key(keys: KeyFiles) -> None:
     shutil.copy(keys.replica[1], keys.server[1])
 
 
+def _swapped(keys: KeyFiles) -> None:
+    cert, key = (path.read_bytes() for path in keys.server)
+    keys.server[0].write_bytes(key)
+    keys.server[1].write_bytes(cert)
+
+
+def _certificate_for_a_key(keys: KeyFiles) -> None:
+    keys.server[1].unlink()
+    shutil.copy(keys.server[0], keys.server[1])  # which others may read
+
+
 def _open_key(keys: KeyFiles) -> None:
     keys.server[1].chmod(0o644)
 
@@ -227,6 +238,8 @@ def _no_ca(keys: KeyFiles) -> None:
         (_missing, UsageError, "can't read .*server.pem"),
         (_no_key, UsageError, "server-key.pem is not a private key"),
         (_other_key, UsageError, "is not the one of the certificate"),
+        (_swapped, UsageError, "server.pem holds a private key.*swapped"),
+        (_certificate_for_a_key, UsageError, "server-key.pem holds a certificate"),
         (_open_key, NotPermitted, "others may read .*chmod 600 .*server-key.pem"),
         (_encrypted_key, UsageError, "is encrypted"),
         (_odd_key, UsageError, "neither ECDSA nor RSA"),
@@ -443,6 +456,22 @@ def test_commands_say_which_flag_is_missing(
     assert "give --ca FILE" in complaint(processes.run(*command, code=ExitCode.UNREACHABLE))
     told = complaint(processes.run(*command, "--ca", "none.pem", code=ExitCode.USAGE))
     assert "can't read none.pem" in told
+
+
+def test_who_is_refused_is_told_what_to_give(
+    processes: Processes, with_tls: Process, own_keys: KeyFiles, tmp_path: Path
+) -> None:
+    """A user who asks for what operators do, and whoever shows a token that is none of this server's."""
+    own, server = ("--data-dir", tmp_path / "a"), ("--server", with_tls.address, "--ca", own_keys.ca[0])
+    processes.run("user", "add", "ann", "--no-password", *own)
+    token = processes.run("token", "issue", "--app", "ann", *own).stdout.decode().strip()
+
+    def told(*more: str) -> str:
+        return complaint(processes.run("forget", "b", *server, *more, code=ExitCode.NOT_PERMITTED))
+
+    assert "give --token @FILE with an operator's token: admin-token" in told("--token", token)
+    assert "`understudy token issue`" in told("--token", token[:-1] + ("A" if token[-1] != "A" else "B"))
+    assert "give --token @FILE" in told()
 
 
 def test_commands_get_in_with_ca_and_token(

@@ -179,7 +179,7 @@ def test_a_sound_directory_is_sound(sample: Sample) -> None:
     assert report.ok
     assert Position(report.lsn, report.digest) == sample.end
     assert report.entries_checked == sample.end.lsn
-    assert report.realms_checked == len(REALMS) + 1
+    assert (report.realms_checked, report.realms_in_log_only) == (len(REALMS) + 1, 0)
     assert len(sample.segments) >= 4
 
 
@@ -206,6 +206,7 @@ def test_a_directory_that_has_only_a_log_yet_is_sound(tmp_path: Path) -> None:
     asyncio.run(run_primary(tmp_path / "data", lambda node: submit(node, 1), checkpoint=False))
     report = verify_directory(tmp_path / "data")
     assert (report.problems, report.entries_checked, report.realms_checked) == ([], 3, 0)
+    assert report.realms_in_log_only == 2  # with the system's own
 
 
 def test_a_dropped_realm_may_begin_again(sample: Sample) -> None:

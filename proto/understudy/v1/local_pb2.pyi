@@ -34,6 +34,7 @@ class LocalDirectory(_message.Message):
     PROOF_FIELD_NUMBER: _builtins.int
     NEXT_COPY_ID_FIELD_NUMBER: _builtins.int
     PLACE_FIELD_NUMBER: _builtins.int
+    SECRET_FIELD_NUMBER: _builtins.int
     client: _builtins.bytes
     """16 bytes: who makes new changes"""
     run: _builtins.bytes
@@ -46,6 +47,8 @@ class LocalDirectory(_message.Message):
     """for the next LocalCopy"""
     place: _builtins.str
     """Where the environment lay when it was opened last. Elsewhere it is a copy, or was moved: new changes get a new id."""
+    secret: _builtins.bytes
+    """16 bytes: of which all its client ids carry the mark; never changes"""
     @_builtins.property
     def proof(self) -> _replication_pb2.EpochProof: ...
     def __init__(
@@ -58,10 +61,11 @@ class LocalDirectory(_message.Message):
         proof: _replication_pb2.EpochProof | None = ...,
         next_copy_id: _builtins.int = ...,
         place: _builtins.str = ...,
+        secret: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["proof", b"proof"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "cluster", b"cluster", "epoch", b"epoch", "next_copy_id", b"next_copy_id", "place", b"place", "proof", b"proof", "run", b"run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "cluster", b"cluster", "epoch", b"epoch", "next_copy_id", b"next_copy_id", "place", b"place", "proof", b"proof", "run", b"run", "secret", b"secret"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -255,6 +259,7 @@ class ResetRecord(_message.Message):
     SWAPPED_FIELD_NUMBER: _builtins.int
     KEPT_FIELD_NUMBER: _builtins.int
     LAST_NUMBER_FIELD_NUMBER: _builtins.int
+    STOPPED_FIELD_NUMBER: _builtins.int
     reason: _sync_pb2.ResetReason.ValueType
     explanation: _builtins.str
     attempted: _builtins.str
@@ -265,6 +270,8 @@ class ResetRecord(_message.Message):
     """the copy's name in `recovered/`"""
     last_number: _builtins.int
     """of the queue when the copy was kept; once swapped, of what was judged"""
+    stopped: _builtins.str
+    """why nothing (more) is tried, in words; "" while something is, or nothing was yet"""
     @_builtins.property
     def common(self) -> _sync_pb2.RealmPosition: ...
     def __init__(
@@ -277,10 +284,11 @@ class ResetRecord(_message.Message):
         swapped: _builtins.bool = ...,
         kept: _builtins.str = ...,
         last_number: _builtins.int = ...,
+        stopped: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["common", b"common"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempted", b"attempted", "common", b"common", "explanation", b"explanation", "kept", b"kept", "last_number", b"last_number", "reason", b"reason", "swapped", b"swapped"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempted", b"attempted", "common", b"common", "explanation", b"explanation", "kept", b"kept", "last_number", b"last_number", "reason", b"reason", "stopped", b"stopped", "swapped", b"swapped"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -142,6 +142,7 @@ class SyncHello(_message.Message):
     CLUSTER_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     PROOF_FIELD_NUMBER: _builtins.int
+    SECRET_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     client: _builtins.bytes
     """16 bytes: who makes this directory's new changes"""
@@ -153,6 +154,8 @@ class SyncHello(_message.Message):
     """empty when this client has not met a server yet"""
     epoch: _builtins.int
     """the highest this client has met"""
+    secret: _builtins.bytes
+    """16 bytes: of which all ids of this directory carry the mark"""
     @_builtins.property
     def proof(self) -> _replication_pb2.EpochProof:
         """of that epoch"""
@@ -167,10 +170,11 @@ class SyncHello(_message.Message):
         cluster: _builtins.bytes = ...,
         epoch: _builtins.int = ...,
         proof: _replication_pb2.EpochProof | None = ...,
+        secret: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["proof", b"proof"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "cluster", b"cluster", "epoch", b"epoch", "previous_run", b"previous_run", "proof", b"proof", "protocol_version", b"protocol_version", "run", b"run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "cluster", b"cluster", "epoch", b"epoch", "previous_run", b"previous_run", "proof", b"proof", "protocol_version", b"protocol_version", "run", b"run", "secret", b"secret"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -597,6 +601,8 @@ class StatePage(_message.Message):
     LAST_FIELD_NUMBER: _builtins.int
     LAST_NUMBERS_FIELD_NUMBER: _builtins.int
     TIME_US_FIELD_NUMBER: _builtins.int
+    CHANGES_FIELD_NUMBER: _builtins.int
+    HMACS_FIELD_NUMBER: _builtins.int
     ref: _builtins.int
     realm_id: _builtins.int
     lsn: _builtins.int
@@ -604,6 +610,7 @@ class StatePage(_message.Message):
     last: _builtins.bool
     """no key follows"""
     time_us: _builtins.int
+    hmacs: _builtins.bytes
     @_builtins.property
     def position(self) -> Global___RealmPosition: ...
     @_builtins.property
@@ -613,6 +620,12 @@ class StatePage(_message.Message):
     @_builtins.property
     def last_numbers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """at that version, of the bind's `clients`"""
+
+    @_builtins.property
+    def changes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """With the last page: the changes up to that version that are not known to be safe on a replica, as in `Changes`; the
+        newest of them without a gap, or none where they are too many.
+        """
 
     def __init__(
         self,
@@ -626,10 +639,12 @@ class StatePage(_message.Message):
         last: _builtins.bool = ...,
         last_numbers: _abc.Iterable[_builtins.int] | None = ...,
         time_us: _builtins.int = ...,
+        changes: _abc.Iterable[_builtins.bytes] | None = ...,
+        hmacs: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["position", b"position"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys", "last", b"last", "last_numbers", b"last_numbers", "lsn", b"lsn", "position", b"position", "realm_id", b"realm_id", "ref", b"ref", "time_us", b"time_us", "values", b"values"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changes", b"changes", "hmacs", b"hmacs", "keys", b"keys", "last", b"last", "last_numbers", b"last_numbers", "lsn", b"lsn", "position", b"position", "realm_id", b"realm_id", "ref", b"ref", "time_us", b"time_us", "values", b"values"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

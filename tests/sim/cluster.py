@@ -1,0 +1,254 @@
+"""Nodes on machines of their own, and the operator who starts, promotes, rewinds and restores them."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+from sim.lab import Lab
+from sim.network import name_machine
+from sim.universe import Process
+
+from understudy.common.directory import NODE_FILE, DataDirectory, NodeFile, Role
+from understudy.common.engine import Engine
+from understudy.common.errors import UnderstudyError
+from understudy.common.settings import PrimarySettings, ReplicaSettings
+from understudy.common.types import Durability, Position
+from understudy.primary.server import serving_primary
+from understudy.replica.promotion import promote_directory
+from understudy.replica.rewind import rewind
+from understudy.replica.server import serving_replica
+
+FIRST_PORT = 7001
+
+
+class Node:
+    """A machine with a data directory.
+
+    Attributes:
+        process: that serves from it, or did last.
+        server: it, while it serves.
+        busy: a tool of the operator's is at work on the directory.
+        why: what the last process ended with.
+    """
+
+    def __init__(self, cluster: Cluster, index: int) -> None:
+        self.cluster = cluster
+        self.name = f"n{index}"
+        self.path = cluster.lab.machine(self.name) / "data"
+        self.address = f"127.0.0.1:{FIRST_PORT + index}"
+        name_machine(self.address, self.name)
+        self.process: Process | None = None
+        self.server: Any = None
+        self.busy: Process | None = None
+        self.why: Exception | None = None
+        self.starts = 0
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def disk(self) -> Any:
+        """The machine's."""
+        return self.cluster.lab.disks[self.name]
+
+    @property
+    def is_up(self) -> bool:
+        """Whether its process lives."""
+        return self.process is not None and self.process.is_alive
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a tool is at work."""
+        return self.busy is not None and self.busy.is_alive
+
+    @property
+    def role(self) -> Role | None:
+        """As its file says; None where there is none."""
+        path = self.path / NODE_FILE
+        return NodeFile.read(path).role if path.exists() else None
+
+    @property
+    def engine(self) -> Engine | None:
+        """Of the process that serves; None where none does, or has no copy yet."""
+        if not self.is_up or self.server is None:
+            return None
+        try:
+            engine: Engine = self.server.node.engine
+        except UnderstudyError:
+            return None
+        return engine
+
+    # -- the operator's commands -------------------------------------------------------------------------------
+
+    def start(self, *, as_replica: bool = False) -> None:
+        """`understudy primary` or `understudy replica`, as the directory is."""
+        if self.is_up or self.is_busy:
+            return
+        role = self.role
+        serve = self._replica if as_replica or role in (Role.REPLICA, Role.INSTALLING) else self._primary
+        self.starts += 1
+        self.cluster.lab.universe.trace("start", self, role, "")
+        self.process = self.cluster.lab.start(f"{self.name}.{self.starts}", self.name, serve)
+        self.process.wake_s = self.disk.sync_s
+
+    async def _primary(self) -> None:
+        await self._serve(
+            serving_primary(
+                PrimarySettings(
+                    data_dir=self.path,
+                    listen=self.address,
+                    durability=self.cluster.durability,
+                    sync_replicas=self.cluster.sync_replicas,
+                    log_floor_bytes=self.cluster.log_floor_bytes,
+                )
+            ),
+            lambda server: server.node.failed,
+        )
+
+    async def _replica(self) -> None:
+        others = ",".join(node.address for node in self.cluster.nodes if node is not self)
+        settings = ReplicaSettings(
+            data_dir=self.path,
+            listen=self.address,
+            primary=others,
+            id=self.name,
+            log_floor_bytes=self.cluster.log_floor_bytes,
+        )
+        await self._serve(serving_replica(settings), lambda server: server.node.ended)
+
+    async def _serve(self, serving: Any, ended: Callable[[Any], asyncio.Future[Any]]) -> None:
+        self.why = None
+        try:
+            async with serving as server:
+                self.server = server
+                error = await ended(server)
+            if error is not None:
+                raise error
+        except UnderstudyError as error:
+            self.why = error
+            raise
+
+    def promote(self) -> None:
+        """`understudy promote`, whether it runs or not; then it is started as a primary."""
+
+        async def promoting() -> None:
+            promotion = await promote_directory(self.path)
+            self.cluster.lab.universe.trace(
+                "promoted", self, f"epoch {promotion.epoch}", f"lsn {promotion.lsn}"
+            )
+            self.cluster.promotions += 1
+
+        self._run_tool("promote", promoting())
+
+    def rewind(self, to: Node) -> None:
+        """`understudy rewind`."""
+
+        async def rewinding() -> None:
+            done = await rewind(self.path, to=to.address, replica_id=self.name)
+            self.cluster.lab.universe.trace(
+                "rewound", self, done.decision, f"{done.entries_exported} exported"
+            )
+
+        self._run_tool("rewind", rewinding())
+
+    def _run_tool(self, what: str, work: Coroutine[Any, Any, None]) -> None:
+        lab = self.cluster.lab
+        lab.universe.trace(what, self)
+
+        async def done() -> None:
+            try:
+                await work
+            except UnderstudyError as error:
+                self.why = error
+                raise
+            self.busy = None
+
+        self.busy = lab.start(f"{self.name}.{what}", self.name, done)
+
+    # -- what befalls it ----------------------------------------------------------------------------------------
+
+    def kill(self) -> None:
+        """SIGKILL to all that runs there."""
+        for process in (self.process, self.busy):
+            if process is not None:
+                process.kill()
+
+    def lose_power(self) -> None:
+        """The machine is off; its disk keeps what it kept."""
+        self.cluster.lab.universe.trace("power lost", self)
+        for process in (self.process, self.busy):
+            if process is not None and process.is_alive:
+                # Nobody tells its peers.
+                process.at_end = process.at_end[1:]
+                process.kill()
+        self.disk.lose_power()
+
+    def copy_to(self, where: Path) -> None:
+        """A copy of the stopped node's directory."""
+        shutil.rmtree(where, ignore_errors=True)
+        shutil.copytree(self.path, where, ignore=shutil.ignore_patterns("control.sock", "lock"))
+
+    def restore(self, copy: Path) -> None:
+        """Puts an earlier copy in the directory's place."""
+        shutil.rmtree(self.path)
+        shutil.copytree(copy, self.path)
+        self.disk.forget()
+
+    # -- what an examiner finds ---------------------------------------------------------------------------------
+
+    def examine(self) -> tuple[int, Position]:
+        """Epoch and head of the stopped node, as its files say.
+
+        Raises:
+            UnderstudyError: they can't be opened.
+        """
+        found: list[tuple[int, Position]] = []
+
+        async def look() -> None:
+            with DataDirectory.open_existing(self.path) as directory:
+                if not directory.has_copy:
+                    found.append((0, Position.__new__(Position)))
+                    return
+                engine = Engine.open(directory)
+                found.append((engine.epoch, engine.durable))
+                await engine.close()
+
+        self.why = None
+        self._run_tool("examine", look())
+        universe = self.cluster.lab.universe
+        universe.run(lambda: not self.is_busy, for_s=60)
+        if not found:
+            raise self.why or UnderstudyError("it has found nothing")
+        return found[0]
+
+
+class Cluster:
+    """Nodes that may all become primary.
+
+    Attributes:
+        durability: of all acknowledgements.
+        promotions: how many there were.
+    """
+
+    def __init__(self, lab: Lab, nodes: int, durability: Durability, log_floor_bytes: int) -> None:
+        self.lab = lab
+        self.durability = durability
+        self.sync_replicas = nodes - 1
+        self.log_floor_bytes = log_floor_bytes
+        self.promotions = 0
+        self.nodes: list[Node] = []
+        for index in range(nodes):
+            self.nodes.append(Node(self, index))
+
+    @property
+    def addresses(self) -> str:
+        """All of them, for a client."""
+        return ",".join(node.address for node in self.nodes)
+
+    def primaries(self) -> list[Node]:
+        """Nodes that serve as primaries, fenced or not."""
+        return [node for node in self.nodes if node.is_up and node.role is Role.PRIMARY]

@@ -1,0 +1,174 @@
+"""Runs stories: `make sim`, `make sim SEEDS=100000`, `make sim SEED=n`, and says what they covered.
+
+A story that breaks a promise is told again without each of the things that befell it, until all that is left of them
+is needed, and is printed with its trace.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import logging
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+_STORIES_A_PROCESS = 10
+_STORY_S_MAX = 120
+_REAL_TIME = time.perf_counter  # a story changes what `time` says
+
+
+def tell(seed: int, without: Iterable[int]) -> dict[str, Any]:
+    """Tells one story in this process, which is good for few: what was killed in them stays in memory."""
+    from sim.story import Story
+
+    logging.getLogger("understudy").setLevel(logging.CRITICAL + 1)
+    shm = Path("/dev/shm")
+    root = Path(tempfile.mkdtemp(prefix="understudy-sim-", dir=shm if shm.is_dir() else None))
+    try:
+        story = Story(seed, root, frozenset(without))
+        faults = [str(one) for one in story.faults]
+        return {**asdict(story.tell()), "faults": faults}
+    except Exception as error:  # of the simulator, or of the product where nobody catches it
+        import traceback
+
+        return {"seed": seed, "problem": f"{error!r}\n{traceback.format_exc()}", "trace": [], "faults": []}
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def child(seeds: list[int], without: list[int]) -> None:
+    """A process of its own tells some stories, and writes each as a line."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for seed in seeds:
+        answers.write(json.dumps(tell(seed, without)) + "\n")
+        answers.flush()
+    os._exit(0)  # what was killed must not run now
+
+
+def told(seeds: list[int], without: Iterable[int] = ()) -> Iterator[dict[str, Any]]:
+    """Stories, told by a process where nothing but the seed decides: not even where it lies in memory."""
+    command = [sys.executable, "-P", __file__, "--child", json.dumps([seeds, list(without)])]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONHASHSEED": "0"},
+        preexec_fn=_without_chance,
+    )
+    left = list(seeds)
+    try:
+        out, complaint = process.communicate(timeout=_STORY_S_MAX * len(seeds))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, complaint = process.communicate()
+        complaint += "\nit did not come to an end"
+    for line in out.splitlines():
+        left.pop(0)
+        yield json.loads(line)
+    if left:
+        yield {
+            "seed": left[0],
+            "problem": f"its process has ended: {complaint[-3000:]}",
+            "trace": [],
+            "faults": [],
+        }
+
+
+def _without_chance() -> None:
+    addr_no_randomize = 0x0040000
+    ctypes.CDLL(None).personality(addr_no_randomize)
+
+
+def shrunk(seed: int, count: int) -> list[int]:
+    """Which of a story's faults it does not need to go wrong."""
+    without: list[int] = []
+    for at in range(count):
+        [story] = told([seed], [*without, at])
+        if story["problem"]:
+            without.append(at)
+    return without
+
+
+def show(story: dict[str, Any]) -> None:
+    """Prints a story that went wrong, as small as it becomes."""
+    seed = story["seed"]
+    print(f"\nseed {seed}: {story['problem']}", flush=True)
+    if story["faults"]:
+        without = shrunk(seed, len(story["faults"]))
+        [story] = told([seed], without)
+        print(f"with these of its faults:\n  {chr(10).join(['', *story['faults']]).strip()}")
+        print(f"it ends with: {story['problem']}\n")
+    print("\n".join(story["trace"][-200:]))
+    print(f"\nagain: make sim SEED={seed}")
+
+
+def run(seeds: list[int], seconds: float) -> int:
+    """Tells stories for so long, or all of them, and returns how many broke a promise."""
+    started_s = _REAL_TIME()
+    batches = [seeds[at : at + _STORIES_A_PROCESS] for at in range(0, len(seeds), _STORIES_A_PROCESS)]
+    total: dict[str, float] = {}
+    broken: list[dict[str, Any]] = []
+    count = 0
+
+    def one(batch: list[int]) -> list[dict[str, Any]]:
+        return list(told(batch)) if _REAL_TIME() - started_s < seconds else []
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for stories in pool.map(one, batches):
+            for story in stories:
+                count += 1
+                for name in ("simulated_s", "steps", "crashes", "promotions", "acknowledged"):
+                    total[name] = total.get(name, 0) + story.get(name, 0)
+                if story["problem"]:
+                    broken.append(story)
+                    print(f"seed {story['seed']}: {story['problem'][:300]}", flush=True)
+    took_s = _REAL_TIME() - started_s
+    print(
+        f"{count} stories in {took_s:.0f} s: {total.get('simulated_s', 0) / 3600:.2f} simulated hours, "
+        f"{total.get('crashes', 0):.0f} crashes, {total.get('promotions', 0):.0f} promotions, "
+        f"{total.get('acknowledged', 0):,.0f} acknowledged transactions, {total.get('steps', 0):,.0f} steps, "
+        f"{len(broken)} broken"
+    )
+    for story in broken[:3]:
+        show(story)
+    return len(broken)
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, help="tell this story, and print its trace")
+    parser.add_argument("--seeds", type=int, help="tell so many; without it, as many as a minute takes")
+    parser.add_argument("--first", type=int, help="the first seed; a fresh one if not given")
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        child(*json.loads(options.child))
+    if options.seed is not None:
+        [story] = told([options.seed])
+        print("\n".join(story["trace"]))
+        if story["problem"]:
+            show(story)
+        return bool(story["problem"])
+    first = secrets.randbelow(1 << 31) if options.first is None else options.first
+    print(f"first seed {first}", flush=True)
+    many = options.seeds or 1_000_000
+    return run(list(range(first, first + many)), float("inf") if options.seeds else options.seconds) > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,411 @@
+"""One history from a seed: a cluster under load, what befalls it, the operator, and what must be true in the end."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+
+from sim.cluster import Cluster, Node
+from sim.lab import Lab
+from sim.universe import Universe
+from sim.writers import REALM, BrokenPromise, Writer, check
+
+from understudy.common.directory import Role
+from understudy.common.errors import CorruptionError, UnderstudyError
+from understudy.common.state import State
+from understudy.common.types import Durability
+
+LENGTH_S = (8.0, 30.0)
+SETTLE_S = 300.0
+RESTART_S = (0.2, 8.0)
+
+# How often each thing happens, among all that happens.
+FAULTS = {
+    "kill": 10,
+    "kill in the file layer": 8,
+    "lose power": 8,
+    "lose all power": 1,
+    "partition": 6,
+    "partition one way": 4,
+    "cut": 6,
+    "sync fails": 2,
+    "write fails": 2,
+    "disk full": 3,
+    "slow disk": 3,
+    "slow network": 2,
+    "promote": 5,
+    "rewind": 2,
+    "copy": 2,
+    "restore": 1,
+    "clock jumps": 2,
+    "rot": 1,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Something that happens at a time, to whom the numbers point."""
+
+    at_s: float
+    what: str
+    node: int
+    other: int
+    amount: float
+
+    def __str__(self) -> str:
+        return f"{self.at_s:8.3f} {self.what} node {self.node} other {self.other} amount {self.amount:.3f}"
+
+
+@dataclass
+class Outcome:
+    """Of a story."""
+
+    seed: int
+    simulated_s: float = 0.0
+    steps: int = 0
+    crashes: int = 0
+    promotions: int = 0
+    acknowledged: int = 0
+    problem: str = ""
+    trace: list[str] = field(default_factory=list)
+    fingerprint: str = ""  # of the whole history
+
+
+class Story:
+    """Everything that a seed decides, but for the faults that are left out."""
+
+    def __init__(self, seed: int, root: Path, without: frozenset[int] = frozenset()) -> None:
+        plan = Random(seed)
+        self.outcome = Outcome(seed)
+        self.universe = Universe(seed)
+        self.lab = Lab(self.universe, root)
+        self.length_s = plan.uniform(*LENGTH_S)
+        count = plan.choice((2, 2, 3))
+        durability = plan.choice(
+            (Durability.REPLICA, Durability.REPLICA, Durability.APPLIED, Durability.LOCAL)
+        )
+        floor_bytes = plan.choice((0, 32 << 10, 64 << 20))
+        self.cluster = Cluster(self.lab, count, durability, floor_bytes)
+        self.faults = [
+            one for at, one in enumerate(_planned(plan, self.length_s, count)) if at not in without
+        ]
+        self.writers = [Writer(self.cluster, f"w{index}") for index in range(plan.choice((1, 2, 3)))]
+        for writer in self.writers:
+            self.lab.machine(writer.name)
+            writer.pause_s = plan.choice((0.02, 0.1, 0.3))
+            writer.size = plan.choice((20, 200, 1_500))
+            writer.lossy = durability is Durability.LOCAL
+        self._copies: dict[int, Path] = {}
+        self._restored = False
+        self._rotten: set[str] = set()
+
+    # -- telling ---------------------------------------------------------------------------------------------
+
+    def tell(self) -> Outcome:
+        """Plays it; what was broken is in the outcome."""
+        outcome, universe = self.outcome, self.universe
+        try:
+            self._begin()
+            for fault in self.faults:
+                universe.run(lambda: False, for_s=max(fault.at_s - universe.now_s, 0))
+                universe.trace("fault", fault.what, fault.node, fault.other, f"{fault.amount:.3f}")
+                self._strike(fault)
+                self._look()
+            universe.run(lambda: False, for_s=max(self.length_s - universe.now_s, 0))
+            self._settle()
+        except BrokenPromise as problem:
+            outcome.problem = str(problem)
+        self._look_at_writers()
+        outcome.simulated_s, outcome.steps = universe.now_s, universe.steps
+        outcome.promotions = self.cluster.promotions
+        outcome.acknowledged = sum(len(one.acknowledged) for one in self.writers)
+        outcome.trace = universe.lines
+        told = "\n".join([*universe.lines, repr(universe.now_s), str(universe.steps)])
+        outcome.fingerprint = hashlib.sha256(told.encode()).hexdigest()[:16]
+        return outcome
+
+    def _begin(self) -> None:
+        first, *others = self.cluster.nodes
+        first.start()
+        self.universe.run(lambda: first.server is not None, for_s=10)
+        for node in others:
+            node.start(as_replica=True)
+        for writer in self.writers:
+            writer.start()
+        self._tend()
+
+    def _look(self) -> None:
+        """What must never be seen, looked at often."""
+        for node in self.cluster.nodes:
+            engine = node.engine
+            if engine is not None and engine.mismatches and not self._rotten:
+                raise BrokenPromise(f"G11: {node}: {engine.mismatches}")
+            if node.why is not None and not isinstance(node.why, UnderstudyError):
+                raise BrokenPromise(f"{node} has ended with {node.why!r}")
+            if isinstance(node.why, CorruptionError) and not self._rotten:
+                raise BrokenPromise(f"G2: {node} says that it is damaged: {node.why}")
+        self._look_at_writers()
+
+    def _look_at_writers(self) -> None:
+        for line in self.universe.lines:
+            if "BrokenPromise" in line and not self.outcome.problem:
+                self.outcome.problem = line
+
+    # -- what befalls it -----------------------------------------------------------------------------------------
+
+    def _strike(self, fault: Fault) -> None:
+        node = self.cluster.nodes[fault.node]
+        other = self.cluster.nodes[fault.other]
+        getattr(self, "_" + fault.what.replace(" ", "_"))(node, other, fault.amount)
+
+    def _later(self, delay_s: float, what: Callable[[], None]) -> None:
+        self.universe.at(delay_s, what)
+
+    def _kill(self, node: Node, other: Node, amount: float) -> None:
+        self.outcome.crashes += node.is_up
+        node.kill()
+
+    def _kill_in_the_file_layer(self, node: Node, other: Node, amount: float) -> None:
+        action = self.universe.rng.choice(("write", "sync", "sync directory", "create", "remove", "truncate"))
+        node.disk.fail(action, 1 + int(amount * 10), 0)
+        self.outcome.crashes += 1
+
+    def _lose_power(self, node: Node, other: Node, amount: float) -> None:
+        self.outcome.crashes += node.is_up
+        node.lose_power()
+
+    def _lose_all_power(self, node: Node, other: Node, amount: float) -> None:
+        for one in self.cluster.nodes:
+            self._lose_power(one, one, amount)
+
+    def _partition(self, node: Node, other: Node, amount: float) -> None:
+        self._partition_one_way(node, other, amount)
+        self._partition_one_way(other, node, amount)
+
+    def _partition_one_way(self, node: Node, other: Node, amount: float) -> None:
+        if node is other:  # from its clients, then
+            for writer in self.writers:
+                self.lab.network.block(writer.name, node.name)
+        self.lab.network.block(node.name, other.name)
+        self._later(amount * 30, self.lab.network.heal)
+
+    def _cut(self, node: Node, other: Node, amount: float) -> None:
+        connections = self.lab.network.connections
+        if connections:
+            self.lab.network.cut(connections[int(amount * len(connections))])
+
+    def _sync_fails(self, node: Node, other: Node, amount: float) -> None:
+        node.disk.fail("sync", 1 + int(amount * 10), errno.EIO)
+
+    def _write_fails(self, node: Node, other: Node, amount: float) -> None:
+        node.disk.fail("write", 1 + int(amount * 10), errno.EIO)
+
+    def _disk_full(self, node: Node, other: Node, amount: float) -> None:
+        node.disk.space = 0
+
+        def free() -> None:
+            node.disk.space = None
+
+        self._later(amount * 5, free)
+
+    def _slow_disk(self, node: Node, other: Node, amount: float) -> None:
+        before = node.disk.sync_s
+        node.disk.sync_s = (0.01, 0.3)
+        if node.process is not None:
+            node.process.wake_s = node.disk.sync_s
+
+        def recover() -> None:
+            node.disk.sync_s = before
+            if node.process is not None:
+                node.process.wake_s = before
+
+        self._later(amount * 10, recover)
+
+    def _slow_network(self, node: Node, other: Node, amount: float) -> None:
+        network = self.lab.network
+        before, network.latency_s = network.latency_s, (0.01, 0.5)
+
+        def recover() -> None:
+            network.latency_s = before
+
+        self._later(amount * 10, recover)
+
+    def _promote(self, node: Node, other: Node, amount: float) -> None:
+        if not node.is_busy and node.role in (Role.REPLICA, Role.PROMOTING):
+            node.promote()
+
+    def _rewind(self, node: Node, other: Node, amount: float) -> None:
+        if node is not other and not node.is_busy and not node.is_up and node.role is not None:
+            node.rewind(other)
+
+    def _copy(self, node: Node, other: Node, amount: float) -> None:
+        if node.role is None or node.is_busy:
+            return
+        node.kill()
+        copy = self.lab.root / f"copy-of-{node.name}"
+        node.copy_to(copy)
+        self._copies[int(node.name[1:])] = copy
+
+    def _restore(self, node: Node, other: Node, amount: float) -> None:
+        copy = self._copies.get(int(node.name[1:]))
+        if copy is not None and not node.is_busy:
+            self._restored = True
+            node.kill()
+            node.restore(copy)
+
+    def _clock_jumps(self, node: Node, other: Node, amount: float) -> None:
+        self.lab.skew_us[node.name] += int((amount - 0.5) * 20e6)
+
+    def _rot(self, node: Node, other: Node, amount: float) -> None:
+        if node is not self.cluster.nodes[0]:  # one sound copy is left, or nothing could be asked for
+            path = node.disk.rot()
+            if path is not None:
+                self._rotten.add(node.name)
+
+    # -- the operator ------------------------------------------------------------------------------------------
+
+    def _tend(self) -> None:
+        """Starts what is down, rewinds what is fenced, promotes where nobody reigns; now and then, and hastily."""
+        if self.universe.now_s >= self.length_s:
+            return
+        rng = self.universe.rng
+        for node in self.cluster.nodes:
+            if node.is_up or node.is_busy or rng.random() < 0.3:
+                continue
+            self._raise_up(node)
+        self._later(rng.uniform(*RESTART_S), self._tend)
+
+    def _raise_up(self, node: Node) -> None:
+        role, reigning = node.role, self.cluster.primaries()
+        if role is None:
+            node.start(as_replica=node is not self.cluster.nodes[0])
+        elif role is Role.FENCED:
+            if reigning:
+                node.rewind(reigning[0])
+        elif role is Role.PROMOTING or (
+            role is Role.REPLICA and not reigning and self.universe.rng.random() < 0.2
+        ):
+            node.promote()
+        else:
+            node.start()
+
+    # -- the end -----------------------------------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        """All is mended; one history is taken for the right one, and everybody joins it."""
+        universe, cluster = self.universe, self.cluster
+        self.lab.network.heal()
+        for writer in self.writers:
+            writer.stopped = True
+        universe.run(lambda: not any(node.is_busy for node in cluster.nodes), for_s=200)
+        universe.run(lambda: False, for_s=10)
+        self._look()
+        for node in cluster.nodes:
+            node.kill()
+            node.disk.mend()
+        chief = self._crown()
+        for node in cluster.nodes:
+            if node is not chief:
+                self._join(node, chief)
+        self._wait(lambda: self._agree(chief), f"{self._heads()} do not come together")
+        self._compare(chief)
+
+    def _crown(self) -> Node:
+        """The node that knows most is made the primary, as an operator would."""
+        found = []
+        for node in self.cluster.nodes:
+            if node.role is None:
+                continue
+            try:
+                epoch, head = node.examine()
+            except UnderstudyError as error:
+                if node.name not in self._rotten:
+                    raise BrokenPromise(f"G2: {node} can't be opened: {error!r}") from error
+                continue
+            if epoch:
+                found.append((epoch, head.lsn, node))
+        if not found:
+            raise BrokenPromise("nobody has a copy")
+        _, _, chief = max(found, key=lambda one: (one[0], one[1], one[2].role is Role.PRIMARY))
+        if chief.role in (Role.REPLICA, Role.PROMOTING):
+            chief.promote()
+            self._wait(lambda: not chief.is_busy, f"{chief} is not promoted: {chief.why!r}")
+        if chief.role is not Role.PRIMARY:
+            raise BrokenPromise(f"G7: {chief} knows most and is {chief.role}")
+        chief.server = None
+        chief.start()
+        self._wait(lambda: chief.server is not None, f"{chief} does not serve: {chief.why!r}")
+        return chief
+
+    def _join(self, node: Node, chief: Node) -> None:
+        if node.role in (Role.PRIMARY, Role.FENCED):
+            node.rewind(chief)
+            self._wait(lambda: not node.is_busy, f"{node} is not rewound")
+        if node.role is Role.PROMOTING:
+            node.promote()
+            self._wait(lambda: not node.is_busy, f"{node} is not promoted")
+            self._join(node, chief)
+            return
+        node.server = None
+        node.start(as_replica=True)
+        self.universe.run(lambda: False, for_s=5)
+        if not node.is_up and node.role is Role.REPLICA:  # it has stopped for an operator to decide
+            node.rewind(chief)
+            self._wait(lambda: not node.is_busy, f"{node} is not rewound: {node.why!r}")
+            node.start()
+
+    def _wait(self, until: Callable[[], bool], problem: str) -> None:
+        if not self.universe.run(until, for_s=SETTLE_S):
+            raise BrokenPromise(problem)
+
+    def _heads(self) -> str:
+        return ", ".join(
+            f"{node} ({node.role}, {node.engine and node.engine.durable.lsn}, {node.why!r})"
+            for node in self.cluster.nodes
+        )
+
+    def _agree(self, chief: Node) -> bool:
+        engines = [node.engine for node in self.cluster.nodes]
+        head = chief.engine and chief.engine.durable
+        return all(
+            engine is not None and engine.durable == engine.state.applied == head for engine in engines
+        )
+
+    def _compare(self, chief: Node) -> None:
+        states = []
+        for node in self.cluster.nodes:
+            assert node.engine is not None
+            state = node.engine.state
+            pairs = {} if state.realm(REALM) is None else _pairs(state)
+            states.append(pairs)
+            if pairs != states[0]:
+                raise BrokenPromise(f"G3, G11: {node} holds something else than {self.cluster.nodes[0]}")
+        lossless = self.cluster.durability is not Durability.LOCAL and not self._restored and not self._rotten
+        check(self.writers, states[0], lossless=lossless)
+
+
+def _pairs(state: State) -> dict[bytes, bytes]:
+    with state.scan(REALM) as scan:
+        keys, values, is_over = scan.page(bytes_max=1 << 30, pairs_max=1 << 30)
+    assert is_over
+    return dict(zip(keys, values, strict=True))
+
+
+def _planned(plan: Random, length_s: float, nodes: int) -> list[Fault]:
+    """What happens when; some stories have little of it, and some of one kind only."""
+    kinds = dict(FAULTS)
+    if plan.random() < 0.3:
+        kinds = {kind: FAULTS[kind] for kind in plan.sample(sorted(FAULTS), 3)}
+    count = int(length_s * plan.choice((0.1, 0.3, 1.0)))
+    moments = sorted(plan.uniform(0.5, length_s) for _ in range(count))
+    names, weights = list(kinds), list(kinds.values())
+    return [
+        Fault(
+            at, plan.choices(names, weights)[0], plan.randrange(nodes), plan.randrange(nodes), plan.random()
+        )
+        for at in moments
+    ]
