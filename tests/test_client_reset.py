@@ -584,10 +584,10 @@ def test_killed_at_any_step_the_reset_goes_on_at_the_next_opening(
         row = row_of(local, realm_path)
         assert not row.HasField("reset")
         assert not row.incoming.id
-    assert step > 10
+    assert step > 8
 
 
-@pytest.mark.parametrize("step", range(1, 8))
+@pytest.mark.parametrize("step", range(1, 7))
 def test_another_mode_than_the_one_that_was_cut_off_begins_anew(
     address: str, local: Path, path: str, dying: DyingClients, step: int
 ) -> None:

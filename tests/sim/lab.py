@@ -8,18 +8,20 @@ checkpoint process, whose work is done in the same process at one moment. LMDB i
 from __future__ import annotations
 
 import os
+import queue
 import random
 import secrets
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc.aio
 import lmdb
 from sim.disk import Disk
 from sim.network import Channel, Network, Server
-from sim.threads import Threading
+from sim.threads import Future, Local, RLock, SimpleQueue, Threading
 from sim.universe import START_US, Process, Universe
 
 import understudy.common.checkpoint_process
@@ -32,7 +34,8 @@ import understudy.primary.server
 import understudy.replica.bootstrap
 import understudy.replica.rewind
 import understudy.replica.server
-from understudy.common import memtable, segment
+from understudy.client import local_file, local_owner, open_directory, sync_thread
+from understudy.common import memtable, portal, segment
 from understudy.common.checkpoint import apply_checkpoint
 from understudy.common.files import OsFileSystem
 from understudy.common.store_layout import open_environment
@@ -96,9 +99,54 @@ class Lab:
             server.check_free = lambda address: None  # type: ignore[attr-defined]
         understudy.common.engine.Checkpointer = lambda: _Checkpointer()  # type: ignore
         understudy.common.directory._lock = self._lock
+        self._install_client()
         lmdb.open = self._open_store  # type: ignore[assignment]
         segment.SEGMENT_BYTES = SEGMENT_BYTES
         memtable.MEMTABLE_BYTES = MEMTABLE_BYTES
+
+    def _install_client(self) -> None:
+        """A synced client's threads, and the loop that its connections share."""
+        threading = Threading(lambda: self.universe)
+        sync_thread.threading = threading  # type: ignore[assignment]
+        sync_thread._here = Local(lambda: self.universe)  # type: ignore[assignment]
+        sync_thread.queue = SimpleNamespace(  # type: ignore[assignment]
+            SimpleQueue=lambda: SimpleQueue(self.universe), Empty=queue.Empty
+        )
+        sync_thread.Future = lambda: Future(self.universe)  # type: ignore
+        local_file.threading = threading  # type: ignore[assignment]
+        open_directory._lock = _LockOfProcess(self._current)  # type: ignore[assignment]
+        real_open = open_directory.OpenDirectory.__init__
+
+        def opened(directory: Any, place: Path, settings: Any) -> None:
+            self._current().at_end.append(lambda: open_directory._open.pop(place, None))
+            real_open(directory, place, settings)
+
+        open_directory.OpenDirectory.__init__ = opened  # type: ignore[method-assign, assignment]
+        real_lock = local_owner._lock
+
+        def locked(path: Path, fd: int) -> None:
+            real_lock(path, fd)
+            self._current().at_end.append(lambda: _close_if_locked(fd, path / local_owner.OWNER_FILE))
+
+        local_owner._lock = locked
+        portal.call = self._portal_call  # type: ignore[assignment]
+        portal.post = lambda work: self._portal_call_soon(work)  # type: ignore[assignment]
+
+    def _portal_call(self, work: Coroutine[Any, Any, Any]) -> Any:
+        future = Future(self.universe)
+
+        async def done() -> None:
+            try:
+                future.set_result(await work)
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._portal_call_soon(done())
+        return future.result()
+
+    def _portal_call_soon(self, work: Coroutine[Any, Any, Any]) -> None:
+        loop = self._current().loop
+        loop.call_soon_threadsafe(lambda: loop.create_task(work))
 
     def _set_time(self) -> None:
         universe = self.universe
@@ -128,7 +176,7 @@ class Lab:
     def _lock(self, path: Path) -> int:
         fd = _REAL_LOCK(path)
         process = self._current()
-        process.at_end.append(lambda: _close_if_locked(fd, path))
+        process.at_end.append(lambda: _close_if_locked(fd, path / "lock"))
         return fd
 
     # -- LMDB: a process can have an environment open once, and ours has all -----------------------------------
@@ -155,10 +203,28 @@ async def _until_ended(process: Process, main: Callable[[], Any]) -> None:
     process.kill()
 
 
+class _LockOfProcess:
+    """A lock of a module, of which each process has its own."""
+
+    def __init__(self, current: Callable[[], Process]) -> None:
+        self._current = current
+
+    def _of(self) -> RLock:
+        process = self._current()
+        lock: RLock = process.__dict__.setdefault("module_lock", RLock(process.universe))
+        return lock
+
+    def __enter__(self) -> RLock:
+        return self._of().__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        self._of().__exit__()
+
+
 def _close_if_locked(fd: int, path: Path) -> None:
     """Closes a descriptor that a killed process has left open, unless it was closed and is somebody else's now."""
     try:
-        if os.path.samestat(os.fstat(fd), os.stat(path / "lock")):
+        if os.path.samestat(os.fstat(fd), os.stat(path)):
             os.close(fd)
     except OSError:
         pass

@@ -10,6 +10,7 @@ from pathlib import Path
 from random import Random
 
 from sim.cluster import Cluster, Node
+from sim.devices import Device
 from sim.lab import Lab
 from sim.universe import Universe
 from sim.writers import REALM, BrokenPromise, Writer, check
@@ -43,6 +44,8 @@ FAULTS = {
     "restore": 1,
     "clock jumps": 2,
     "rot": 1,
+    "kill a device": 4,
+    "device offline": 3,
 }
 
 
@@ -99,6 +102,9 @@ class Story:
             writer.pause_s = plan.choice((0.02, 0.1, 0.3))
             writer.size = plan.choice((20, 200, 1_500))
             writer.lossy = durability is Durability.LOCAL
+        self.devices = [Device(self.cluster, f"d{index}") for index in range(plan.choice((0, 1, 2)))]
+        for device in self.devices:
+            device.pause_s = plan.choice((0.05, 0.2, 1.0))
         self._copies: dict[int, Path] = {}
         self._restored = False
         self._rotten: set[str] = set()
@@ -136,6 +142,8 @@ class Story:
             node.start(as_replica=True)
         for writer in self.writers:
             writer.start()
+        for device in self.devices:
+            device.start()
         self._tend()
 
     def _look(self) -> None:
@@ -266,6 +274,19 @@ class Story:
             if path is not None:
                 self._rotten.add(node.name)
 
+    def _kill_a_device(self, node: Node, other: Node, amount: float) -> None:
+        if self.devices:
+            device = self.devices[int(amount * len(self.devices))]
+            if device.process is not None:
+                device.process.kill()
+                self.outcome.crashes += 1
+
+    def _device_offline(self, node: Node, other: Node, amount: float) -> None:
+        for device in self.devices[:1]:
+            for one in self.cluster.nodes:
+                self.lab.network.block(device.name, one.name)
+        self._later(amount * 20, self.lab.network.heal)
+
     # -- the operator ------------------------------------------------------------------------------------------
 
     def _tend(self) -> None:
@@ -277,6 +298,8 @@ class Story:
             if node.is_up or node.is_busy or rng.random() < 0.3:
                 continue
             self._raise_up(node)
+        for device in self.devices:
+            device.start()
         self._later(rng.uniform(*RESTART_S), self._tend)
 
     def _raise_up(self, node: Node) -> None:
@@ -311,7 +334,14 @@ class Story:
         for node in cluster.nodes:
             if node is not chief:
                 self._join(node, chief)
-        self._wait(lambda: self._agree(chief), f"{self._heads()} do not come together")
+        for device in self.devices:
+            device.stopped = True
+            device.start()
+        self._wait(
+            lambda: all(device.is_synced for device in self.devices),
+            lambda: f"devices do not come up to date: {[(one.name, one.why) for one in self.devices]}",
+        )
+        self._wait(lambda: self._agree(chief), lambda: f"{self._heads()} do not come together")
         self._compare(chief)
 
     def _crown(self) -> Node:
@@ -333,21 +363,21 @@ class Story:
         _, _, chief = max(found, key=lambda one: (one[0], one[1], one[2].role is Role.PRIMARY))
         if chief.role in (Role.REPLICA, Role.PROMOTING):
             chief.promote()
-            self._wait(lambda: not chief.is_busy, f"{chief} is not promoted: {chief.why!r}")
+            self._wait(lambda: not chief.is_busy, lambda: f"{chief} is not promoted: {chief.why!r}")
         if chief.role is not Role.PRIMARY:
             raise BrokenPromise(f"G7: {chief} knows most and is {chief.role}")
         chief.server = None
         chief.start()
-        self._wait(lambda: chief.server is not None, f"{chief} does not serve: {chief.why!r}")
+        self._wait(lambda: chief.server is not None, lambda: f"{chief} does not serve: {chief.why!r}")
         return chief
 
     def _join(self, node: Node, chief: Node) -> None:
         if node.role in (Role.PRIMARY, Role.FENCED):
             node.rewind(chief)
-            self._wait(lambda: not node.is_busy, f"{node} is not rewound")
+            self._wait(lambda: not node.is_busy, lambda: f"{node} is not rewound")
         if node.role is Role.PROMOTING:
             node.promote()
-            self._wait(lambda: not node.is_busy, f"{node} is not promoted")
+            self._wait(lambda: not node.is_busy, lambda: f"{node} is not promoted")
             self._join(node, chief)
             return
         node.server = None
@@ -355,12 +385,12 @@ class Story:
         self.universe.run(lambda: False, for_s=5)
         if not node.is_up and node.role is Role.REPLICA:  # it has stopped for an operator to decide
             node.rewind(chief)
-            self._wait(lambda: not node.is_busy, f"{node} is not rewound: {node.why!r}")
+            self._wait(lambda: not node.is_busy, lambda: f"{node} is not rewound: {node.why!r}")
             node.start()
 
-    def _wait(self, until: Callable[[], bool], problem: str) -> None:
+    def _wait(self, until: Callable[[], bool], problem: Callable[[], str]) -> None:
         if not self.universe.run(until, for_s=SETTLE_S):
-            raise BrokenPromise(problem)
+            raise BrokenPromise(problem())
 
     def _heads(self) -> str:
         return ", ".join(
@@ -386,6 +416,8 @@ class Story:
                 raise BrokenPromise(f"G3, G11: {node} holds something else than {self.cluster.nodes[0]}")
         lossless = self.cluster.durability is not Durability.LOCAL and not self._restored and not self._rotten
         check(self.writers, states[0], lossless=lossless)
+        for device in self.devices:
+            device.check(states[0])
 
 
 def _pairs(state: State) -> dict[bytes, bytes]:
