@@ -109,17 +109,16 @@ class Device:
         """Until all is uploaded and downloaded, when everything works again."""
         universe = self.cluster.lab.universe
         with self._open() as realm:
-            while not self.is_synced:
+            while True:
                 try:
                     realm.wait_for_upload(timeout_s=_WAIT_S)
                     realm.wait_for_download(timeout_s=_WAIT_S)
                 except UnderstudyError as error:
                     self.why = repr(error)
-                    sleep(universe, 1.0)
                 else:
                     self.is_synced = True
-            self.pairs = dict(realm.scan())
-            sleep(universe, 1e9)  # open for as long as anybody looks
+                    self.pairs = dict(realm.scan())
+                sleep(universe, 1.0)
 
     def check(self, state: dict[bytes, bytes]) -> None:
         """All that was committed here is on the server, once.

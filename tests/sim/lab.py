@@ -46,6 +46,8 @@ MEMTABLE_BYTES = 6 << 10
 
 _REAL_OPEN = lmdb.open
 _REAL_LOCK = understudy.common.directory._lock
+_REAL_LOCK_LOCAL = local_owner._lock
+_REAL_OPEN_DIRECTORY = open_directory.OpenDirectory.__init__
 
 
 class Lab:
@@ -115,17 +117,15 @@ class Lab:
         sync_thread.Future = lambda: Future(self.universe)  # type: ignore
         local_file.threading = threading  # type: ignore[assignment]
         open_directory._lock = _LockOfProcess(self._current)  # type: ignore[assignment]
-        real_open = open_directory.OpenDirectory.__init__
 
         def opened(directory: Any, place: Path, settings: Any) -> None:
             self._current().at_end.append(lambda: open_directory._open.pop(place, None))
-            real_open(directory, place, settings)
+            _REAL_OPEN_DIRECTORY(directory, place, settings)
 
         open_directory.OpenDirectory.__init__ = opened  # type: ignore[method-assign, assignment]
-        real_lock = local_owner._lock
 
         def locked(path: Path, fd: int) -> None:
-            real_lock(path, fd)
+            _REAL_LOCK_LOCAL(path, fd)
             self._current().at_end.append(lambda: _close_if_locked(fd, path / local_owner.OWNER_FILE))
 
         local_owner._lock = locked
@@ -186,8 +186,8 @@ class Lab:
         key = process.name, os.path.realpath(path)
         shared = self._stores.get(key)
         if shared is None or not shared.is_open:
-            options["readonly"] = False
-            shared = self._stores[key] = _SharedStore(_REAL_OPEN(path, sync=False, **options))
+            options |= {"readonly": False, "sync": False, "metasync": False}
+            shared = self._stores[key] = _SharedStore(_REAL_OPEN(path, **options))
             process.at_end.append(shared.end)
         shared.users += 1
         return shared

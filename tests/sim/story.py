@@ -342,6 +342,8 @@ class Story:
             lambda: f"devices do not come up to date: {[(one.name, one.why) for one in self.devices]}",
         )
         self._wait(lambda: self._agree(chief), lambda: f"{self._heads()} do not come together")
+        universe.run(lambda: False, for_s=10)  # for devices to see what others of them have sent last
+        self._look()
         self._compare(chief)
 
     def _crown(self) -> Node:

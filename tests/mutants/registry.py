@@ -1,0 +1,18 @@
+"""All mutants, and the few that are tried in every run of the automatic checks."""
+
+from __future__ import annotations
+
+from mutants import clients, durability, reign
+from mutants.mutant import Mutant
+
+MUTANTS: tuple[Mutant, ...] = (*durability.MUTANTS, *reign.MUTANTS, *clients.MUTANTS)
+
+# One of each kind, of those that are noticed soon.
+QUICK = (
+    "a batch without fdatasync",
+    "LSNs are compared without digests",
+    "a promotion does not write its epoch",
+    "the last number is taken for a new one",
+    "a checkpoint loses deletes",
+    "a tail's HMAC is not checked",
+)
