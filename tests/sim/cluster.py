@@ -16,13 +16,17 @@ from understudy.common.directory import NODE_FILE, DataDirectory, NodeFile, Role
 from understudy.common.engine import Engine
 from understudy.common.errors import UnderstudyError
 from understudy.common.settings import PrimarySettings, ReplicaSettings
-from understudy.common.types import Durability, Position
+from understudy.common.types import Durability, Lsn, Position
 from understudy.primary.server import serving_primary
 from understudy.replica.promotion import promote_directory
 from understudy.replica.rewind import rewind
 from understudy.replica.server import serving_replica
 
 FIRST_PORT = 7001
+
+
+class BrokenPromise(AssertionError):
+    """The product has not done what it promises."""
 
 
 class Node:
@@ -81,6 +85,25 @@ class Node:
         except UnderstudyError:
             return None
         return engine
+
+    def holds(self, position: Position) -> bool | None:
+        """Whether the node's log has the entry; None where that can't be told.
+
+        Raises:
+            BrokenPromise: it has, but a power loss could take it.
+        """
+        engine = self.engine
+        if engine is None or position.lsn < engine.log.first_lsn:
+            return None
+        if engine.durable.lsn < position.lsn or engine.log.position_at(position.lsn) != position:
+            return False
+        start, stop = (engine.log.offset_behind(Lsn(lsn)) for lsn in (position.lsn - 1, position.lsn))
+        if start is None or stop is None:
+            return None
+        segment, _ = engine.log._segment_at(start)
+        if not self.disk.is_durable(segment.path, segment.byte_of(start), segment.byte_of(stop)):
+            raise BrokenPromise(f"G1: entry {position.lsn} is not durable on {self}")
+        return True
 
     # -- the operator's commands -------------------------------------------------------------------------------
 
@@ -232,6 +255,7 @@ class Cluster:
     Attributes:
         durability: of all acknowledgements.
         promotions: how many there were.
+        is_tampered_with: old copies were restored, or disks have decayed: what was promised may be gone.
     """
 
     def __init__(self, lab: Lab, nodes: int, durability: Durability, log_floor_bytes: int) -> None:
@@ -240,9 +264,31 @@ class Cluster:
         self.sync_replicas = nodes - 1
         self.log_floor_bytes = log_floor_bytes
         self.promotions = 0
+        self.is_tampered_with = False
         self.nodes: list[Node] = []
         for index in range(nodes):
             self.nodes.append(Node(self, index))
+
+    def check_acknowledged(self, position: Position) -> None:
+        """An entry that was acknowledged is where its durability says, at this very moment.
+
+        Raises:
+            BrokenPromise.
+        """
+        if self.is_tampered_with:
+            return
+        found = [node.holds(position) for node in self.nodes]
+        needed = 1 if self.durability is Durability.LOCAL else len(self.nodes)
+        if len(found) - found.count(False) < needed:
+            raise BrokenPromise(
+                f"G1: entry {position.lsn} is acknowledged, and not on {needed} nodes: {found}"
+            )
+        if self.durability is Durability.APPLIED:
+            late = [
+                node for node in self.nodes if node.engine and node.engine.state.applied.lsn < position.lsn
+            ]
+            if late:
+                raise BrokenPromise(f"G1: entry {position.lsn} is acknowledged, and not applied on {late[0]}")
 
     @property
     def addresses(self) -> str:

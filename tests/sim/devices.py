@@ -6,10 +6,10 @@ import asyncio
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sim.cluster import Cluster
+from sim.cluster import BrokenPromise, Cluster
 from sim.threads import sleep
 from sim.universe import Process
-from sim.writers import REALM, BrokenPromise
+from sim.writers import REALM
 
 from understudy.client import Realm
 from understudy.common.errors import UnderstudyError

@@ -46,6 +46,21 @@ class _Content:
         self.stale |= {number: versions[0] for number, versions in self.sectors.items() if number % 2}
         self.synced(self.lengths[-1])
 
+    def is_durable(self, path: Path, start: int, stop: int) -> bool:
+        """Whether every sector of the range holds the same bytes of it, whichever version of it is kept."""
+        if min(self.lengths) < stop:
+            return False
+        with open(path, "rb") as file:
+            for number in range(start // SECTOR_BYTES, -(-stop // SECTOR_BYTES)):
+                versions = [*self.sectors.get(number, []), *filter(None, [self.stale.get(number)])]
+                begin = number * SECTOR_BYTES
+                part = slice(max(start - begin, 0), min(stop - begin, SECTOR_BYTES))
+                file.seek(begin)
+                now = file.read(SECTOR_BYTES).ljust(SECTOR_BYTES, b"\0")
+                if any(version[part] != now[part] for version in versions):
+                    return False
+        return True
+
     def lose(self, path: Path, rng: Random) -> None:
         kept = rng.choice((0.0, 0.1, 0.5, 0.9, 1.0))
         length = rng.choice(self.lengths)
@@ -177,6 +192,14 @@ class Disk:
                 self._contents[inode].lose(path, rng)
         self._made.clear()
         self._contents.clear()
+
+    def is_durable(self, path: Path, start: int, stop: int) -> bool:
+        """Whether these bytes of a file survive a power loss, whatever that takes."""
+        inode = path.stat().st_ino
+        content = self._contents.get(inode)
+        if inode in self._made:
+            return False
+        return content is None or content.is_durable(path, start, stop)
 
     def forget(self) -> None:
         """Everything on it is as it is: files were put there while nothing ran."""

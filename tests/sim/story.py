@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
-from sim.cluster import Cluster, Node
+from sim.cluster import BrokenPromise, Cluster, Node
 from sim.devices import Device
 from sim.lab import Lab
 from sim.universe import Universe
-from sim.writers import REALM, BrokenPromise, Writer, check
+from sim.writers import REALM, Writer, check
 
 from understudy.common.directory import Role
 from understudy.common.errors import CorruptionError, UnderstudyError
@@ -106,7 +106,6 @@ class Story:
         for device in self.devices:
             device.pause_s = plan.choice((0.05, 0.2, 1.0))
         self._copies: dict[int, Path] = {}
-        self._restored = False
         self._rotten: set[str] = set()
 
     # -- telling ---------------------------------------------------------------------------------------------
@@ -261,7 +260,7 @@ class Story:
     def _restore(self, node: Node, other: Node, amount: float) -> None:
         copy = self._copies.get(int(node.name[1:]))
         if copy is not None and not node.is_busy:
-            self._restored = True
+            self.cluster.is_tampered_with = True
             node.kill()
             node.restore(copy)
 
@@ -273,6 +272,7 @@ class Story:
             path = node.disk.rot()
             if path is not None:
                 self._rotten.add(node.name)
+                self.cluster.is_tampered_with = True
 
     def _kill_a_device(self, node: Node, other: Node, amount: float) -> None:
         if self.devices:
@@ -416,7 +416,7 @@ class Story:
             states.append(pairs)
             if pairs != states[0]:
                 raise BrokenPromise(f"G3, G11: {node} holds something else than {self.cluster.nodes[0]}")
-        lossless = self.cluster.durability is not Durability.LOCAL and not self._restored and not self._rotten
+        lossless = self.cluster.durability is not Durability.LOCAL and not self.cluster.is_tampered_with
         check(self.writers, states[0], lossless=lossless)
         for device in self.devices:
             device.check(states[0])

@@ -6,20 +6,16 @@ import asyncio
 import contextlib
 from dataclasses import dataclass, field
 
-from sim.cluster import Cluster
+from sim.cluster import BrokenPromise, Cluster
 from sim.universe import Process
 
 from understudy.client import aconnect
 from understudy.common.errors import OutcomeUnknown, PeerError, Unavailable, UnderstudyError, UnknownRealm
 from understudy.common.operations import Add, Put
-from understudy.common.types import Lsn
+from understudy.common.types import Lsn, Position
 
 REALM = "/accounts"
 _TIMEOUT_S = 5.0
-
-
-class BrokenPromise(AssertionError):
-    """The product has not done what it promises."""
 
 
 @dataclass
@@ -63,7 +59,9 @@ class Writer:
                             break
                         if len(pending) >= 8:
                             _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                        pending.add(asyncio.create_task(self._write(server)))
+                        writing = asyncio.create_task(self._write(server))
+                        writing.add_done_callback(self._surface)
+                        pending.add(writing)
                         if rng.random() < 0.15:
                             await self._read(server)
                         await asyncio.sleep(rng.expovariate(1 / self.pause_s))
@@ -71,6 +69,11 @@ class Writer:
                         await asyncio.wait(pending)
             except UnderstudyError:
                 await asyncio.sleep(rng.uniform(0.1, 1.0))
+
+    def _surface(self, writing: asyncio.Task[None]) -> None:
+        error = None if writing.cancelled() else writing.exception()
+        if error is not None:
+            self.cluster.lab.universe.trace("broken", self.name, f"BrokenPromise: {error!r}")
 
     async def _write(self, server: object) -> None:
         self.tried += 1
@@ -85,6 +88,7 @@ class Writer:
                 self.refused.add(number)
             return
         self.acknowledged[number] = receipt.lsn
+        self.cluster.check_acknowledged(Position(receipt.lsn, receipt.digest))
 
     async def _read(self, server: object) -> None:
         known = list(self.acknowledged)[-1:]
