@@ -6,6 +6,7 @@
 #   make crash    kills, power losses, bad networks and bad disks, for two minutes each    make crash SECONDS=600
 #   make check    ruff, mypy --strict, import-linter; generated code is what the .proto files say
 #   make sim      a minute of simulated histories, from a fresh seed    make sim SEEDS=100000    make sim SEED=n
+#   make mutants  breaks the product in known ways, and sees that somebody notices    make mutants ARGS='--only NAME'
 #   make fuzz     looks for bytes that a decoder does not take    make fuzz SECONDS=600
 #   make bench    the table of docs/benchmarks.md, measured here
 #   make bench-peers   the table and plot of docs/peers.md: PostgreSQL, Redis and etcd, where installed, beside us
@@ -27,7 +28,7 @@ PROTO := proto/understudy/v1
 PROTOS := $(wildcard $(PROTO)/*.proto)
 SERVICES := $(shell grep -l '^service ' $(PROTOS))
 
-.PHONY: demo test sim crash check fuzz bench bench-peers proto clean generated
+.PHONY: demo test sim mutants crash check fuzz bench bench-peers proto clean generated
 
 demo: $(READY)
 	$(BIN)/understudy demo $(ARGS)
@@ -42,6 +43,9 @@ crash: $(READY)
 
 sim: $(READY)
 	PYTHONPATH=.types:tests $(BIN)/python tests/sim/run.py $(if $(SEED),--seed $(SEED)) $(if $(SEEDS),--seeds $(SEEDS)) $(ARGS)
+
+mutants: $(READY)
+	PYTHONPATH=.types:tests $(BIN)/python tests/mutants/run.py $(ARGS)
 
 check: $(READY) generated
 	$(BIN)/ruff check

@@ -102,9 +102,12 @@ class PrimaryNode:
 
     def _heal_until_s(self) -> float:
         """When new transactions are taken: at once, or some time after a promotion behind which none was taken yet."""
-        state = self.engine.state
-        has_gone_on = len(state.epochs) < 2 or any(
-            map(_is_of_a_client, self.engine.log.records(Lsn(state.epochs[-1].info.first_lsn - 1)))
+        state, changelog = self.engine.state, self.engine.log
+        begun = Lsn(state.epochs[-1].info.first_lsn)
+        has_gone_on = (
+            len(state.epochs) < 2
+            or changelog.first_lsn > begun  # so long ago that the log begins behind it
+            or any(map(_is_of_a_client, changelog.records(Lsn(begun - 1))))
         )
         return 0.0 if has_gone_on else time.monotonic() + self.settings.heal_window_s
 

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+from harness import DEADLINE_S, wait_until
 from store_helpers import make_store
 from test_bootstrap import FakePrimary, directory, fetch, primary, store
 
 from understudy.common import entries
 from understudy.common.directory import DataDirectory, Role
 from understudy.common.files import publish
+from understudy.common.memtable import Receipt
+from understudy.common.operations import Put, to_protos
 from understudy.common.records import Record
+from understudy.common.settings import PrimarySettings
 from understudy.common.store_layout import open_environment
 from understudy.common.types import START, ClusterId, Lsn
+from understudy.primary.server import serving_primary
 from understudy.replica import rewind
+from understudy.v1.data_pb2 import Transaction
 
 __all__ = ["directory", "primary", "store"]  # fixtures
+
+PUTS = to_protos([Put(b"key", b"value")])
 
 
 class Steps:
@@ -113,3 +123,29 @@ def test_each_checkpoint_is_synced_by_lmdb(tmp_path: Path) -> None:
         assert not flags["writemap"]
     finally:
         environment.close()
+
+
+def test_a_transaction_is_answered_and_shown_only_once_its_fdatasync_has_returned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G1: a server asks the system for a sync of its log, and until that is over nobody hears of the transaction."""
+    fdatasync, is_asked, is_over = os.fdatasync, threading.Event(), threading.Event()
+
+    def wait_and_sync(fd: int) -> None:
+        is_asked.set()
+        assert is_over.wait(DEADLINE_S)
+        fdatasync(fd)
+
+    async def story() -> None:
+        settings = PrimarySettings(data_dir=tmp_path / "a", listen="127.0.0.1:0")
+        async with serving_primary(settings) as primary:
+            node, answers = primary.node, list[Receipt]()
+            monkeypatch.setattr(os, "fdatasync", wait_and_sync)
+            node.submit(bytes(16), Transaction(realm="/realm", number=1, operations=PUTS), answers.append)
+            assert await asyncio.to_thread(is_asked.wait, DEADLINE_S)
+            assert (answers, node.engine.state.realm("/realm")) == ([], None)
+            is_over.set()
+            await asyncio.to_thread(wait_until, lambda: answers)
+            assert node.engine.state.get("/realm", b"key") == b"value"
+
+    asyncio.run(story())

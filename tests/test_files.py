@@ -11,7 +11,7 @@ from typing import IO
 import pytest
 
 from understudy.common.errors import DiskFull, PeerUnreachable, StorageFailed
-from understudy.common.files import publish, publishing
+from understudy.common.files import OsFile, publish, publishing
 
 OLD = b"what was there"
 
@@ -99,3 +99,17 @@ def test_what_a_crash_left_beside_a_file_of_ours_is_overwritten(tmp_path: Path) 
     (tmp_path / "file.new").write_bytes(bytes(1000))
     publish(tmp_path / "file", b"whole")
     assert {child.name: child.read_bytes() for child in tmp_path.iterdir()} == {"file": b"whole"}
+
+
+def test_g1_what_the_system_writes_and_reads_in_part_is_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G1: a write or read that the system ends early, as near a full disk or a signal, is made whole, not taken so."""
+    pwrite, pread, content = os.pwrite, os.pread, bytes(range(256))
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, data[:100], offset))
+    monkeypatch.setattr(os, "pread", lambda fd, length, offset: pread(fd, min(length, 70), offset))
+    file = OsFile(tmp_path / "file", create=True)
+    file.write_at(content, 10)
+    assert file.read_at(len(content), 10) == content
+    file.close()
+    assert (tmp_path / "file").read_bytes() == bytes(10) + content

@@ -12,10 +12,12 @@ from harness import wait_until
 from nodes import ask_to_follow
 
 from understudy.client import Put, aconnect
+from understudy.common.directory import DataDirectory, Role
+from understudy.common.engine import Engine
 from understudy.common.errors import DiskFull
 from understudy.common.follow_table import PROTOCOL_VERSION, Decision
 from understudy.common.settings import PrimarySettings, ReplicaSettings
-from understudy.common.types import START
+from understudy.common.types import START, Position
 from understudy.primary.server import PrimaryServer, serving_primary
 from understudy.replica import node as replica_node
 from understudy.replica.node import ReplicaNode
@@ -138,3 +140,23 @@ def test_a_replica_whose_promotion_failed_goes_on_following(
 ) -> None:
     """G9: a promotion that can't begin, the disk being full, leaves a replica that follows."""
     asyncio.run(_fail_to_promote(tmp_path, monkeypatch))
+
+
+async def _promote(tmp_path: Path) -> None:
+    async with serving_primary(PrimarySettings(data_dir=tmp_path / "a", listen="127.0.0.1:0")) as primary:
+        settings = ReplicaSettings(
+            data_dir=tmp_path / "b", primary=primary.address, listen="127.0.0.1:0", id="b"
+        )
+        async with serving_replica(settings) as replica:
+            await _until_connected(replica.node)
+            promotion = await replica.node.promote()
+    with DataDirectory.open_existing(tmp_path / "b") as directory:
+        engine = Engine.open(directory)
+        assert directory.role is Role.PRIMARY
+        assert (engine.epoch, engine.durable) == (2, Position(promotion.lsn, promotion.digest))
+        await engine.close()
+
+
+def test_a_promoted_directory_holds_the_start_of_its_epoch(tmp_path: Path) -> None:
+    """G7: what tells the new reign from the old one is in the log when the promotion is answered."""
+    asyncio.run(_promote(tmp_path))

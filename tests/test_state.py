@@ -574,3 +574,21 @@ def test_a_memtable_handed_over_in_many_parts_is_the_same_as_in_one(
     assert pieces == whole
     assert list(table.dismantle())
     assert not any(delta.values or delta.history for delta in table.realms.values() if delta)
+
+
+def test_what_was_deleted_is_gone_from_the_store_too(layers: Layers) -> None:
+    """G2: once the memtable that holds a deletion is in the store, the key does not come back, alone or in a range."""
+    layers.commit("/a", *(Put(key, b"value") for key in (b"a", b"b", b"c", b"d")))
+    layers.checkpoint()
+    layers.commit("/a", Delete(b"a"))
+    layers.commit("/a", DeleteRange(b"b", b"d"))
+    layers.checkpoint()
+    assert all_of(layers.state.scan("/a")) == [(b"d", b"value")]
+    assert count(layers.state, "/a") == 1
+
+
+def test_g6_a_client_s_last_number_is_known_from_the_store(layers: Layers) -> None:
+    """G6: once the memtable that knew it is in the store, a retry is still told from what is new."""
+    layers.commit("/a", Put(b"key", b"value"), number=7)
+    layers.checkpoint()
+    assert layers.state.last_number("/a", CLIENTS[0]) == 7

@@ -36,7 +36,7 @@ MUTANTS = (
         file="common/memtable.py",
         old="        first.client_rows.add(number=number, version=version, time_us=time_us)",
         new="        first.client_rows.add(number=0, version=version, time_us=time_us)",
-        tests=("tests/test_state.py",),
+        tests=("tests/test_state.py::test_g6_a_client_s_last_number_is_known_from_the_store",),
     ),
     Mutant(
         name="a client is another one after it reconnects",
@@ -53,7 +53,6 @@ MUTANTS = (
         old="        if not self._renews or not self.was_renewed(path, client, number):",
         new="        if True:",
         tests=("tests/test_committer.py", "tests/test_homecoming.py"),
-        simulated=False,
     ),
     Mutant(
         name="a change that came home is renewed once more",
@@ -62,7 +61,6 @@ MUTANTS = (
         old="        return receipt is not None or self._taker.was_renewed(self._path, change.client, change.number)",
         new="        return False",
         tests=("tests/test_homecoming.py",),
-        simulated=False,
     ),
     Mutant(
         name="a queue lets go of what is not confirmed",
@@ -71,7 +69,6 @@ MUTANTS = (
         old="            if change.number <= last_numbers.get(change.client, 0)",
         new="            if change.number <= last_numbers.get(change.client, 0) + 1",
         tests=("tests/test_local_loading.py", "tests/test_sync_session.py"),
-        simulated=False,
     ),
     Mutant(
         name="a change that is refused for now leaves the queue",
@@ -80,7 +77,6 @@ MUTANTS = (
         old="            if isinstance(error, ReceiptExpired):",
         new="            if isinstance(error, (ReceiptExpired, Unavailable)):",
         tests=("tests/test_sync_session.py",),
-        simulated=False,
     ),
     # -- whose history ---------------------------------------------------------------------------------------------
     Mutant(
@@ -98,7 +94,6 @@ MUTANTS = (
         old="    Row(decision=RESET, reason=Reason.OTHER_HISTORY, relation=Relation.FORKED),",
         new="    Row(decision=STREAM, relation=Relation.FORKED),",
         tests=("tests/test_sync_table.py",),
-        simulated=False,
     ),
     Mutant(
         name="a row of the reset table tries recovery again",
@@ -107,7 +102,6 @@ MUTANTS = (
         old='    ("recover", "recover"): (Refusal.RECOVERED, Refusal.RECOVERED),',
         new='    ("recover", "recover"): (Attempt.RECOVER, Refusal.RECOVERED),',
         tests=("tests/test_reset_table.py",),
-        simulated=False,
     ),
     Mutant(
         name="received changes are not checked against the copy's chain",
@@ -116,7 +110,6 @@ MUTANTS = (
         old="        if change.version != version or change.previous != head or change.realm != copy.path:",
         new="        if change.version != version or change.realm != copy.path:",
         tests=("tests/test_local_store.py", "tests/test_local_loading.py"),
-        simulated=False,
     ),
     Mutant(
         name="a tail's HMAC is not checked",
@@ -135,7 +128,6 @@ MUTANTS = (
         old="        sent = [row for row in rows if row.lsn <= shown and row.version <= upto]",
         new="        sent = [row for row in rows if row.version <= upto]",
         tests=("tests/test_sync_host_session.py",),
-        simulated=False,
     ),
     Mutant(
         name="after a restart all is shown that is here",
@@ -143,8 +135,11 @@ MUTANTS = (
         file="primary/committer.py",
         old="        return self._reached(min(self._policy.durability, Durability.REPLICA))",
         new="        return self.committed_lsn",
-        tests=("tests/test_committer.py", "tests/test_sync_sim.py"),
-        simulated=False,
+        tests=(
+            "tests/test_committer.py",
+            "tests/test_sync_sim.py::test_g5_a_failover_to_a_replica_that_has_caught_up_is_no_matter_to_clients",
+            "tests/test_sync_sim.py::test_g5_nothing_is_shown_again_before_it_is_safe_again",
+        ),
     ),
     Mutant(
         name="a tail is let go before it is safe",
@@ -152,8 +147,11 @@ MUTANTS = (
         file="primary/committer.py",
         old="        return min(self._replica_durable, self.committed_lsn)",
         new="        return self.committed_lsn",
-        tests=("tests/test_committer.py", "tests/test_sync_sim.py"),
-        simulated=False,
+        tests=(
+            "tests/test_committer.py",
+            "tests/test_sync_sim.py::test_g5_a_failover_to_a_replica_that_has_caught_up_is_no_matter_to_clients",
+            "tests/test_sync_sim.py::test_g5_nothing_is_shown_again_before_it_is_safe_again",
+        ),
     ),
     # -- fail closed -----------------------------------------------------------------------------------------------
     Mutant(

@@ -13,7 +13,7 @@ MUTANTS = (
         old="            self.engine.submit(batch, self.committer.position, self.engine.epoch)\n",
         new="            self.engine.submit(batch, self.committer.position, self.engine.epoch)\n"
         "            self.committer.on_durable(self.committer.position)\n",
-        tests=("tests/test_embedded.py",),
+        tests=("tests/test_durable_order.py",),
     ),
     Mutant(
         name="ship before durable",
@@ -87,7 +87,7 @@ MUTANTS = (
         file="common/engine.py",
         old="        keep_from = min(self._owner.retain_from(), self.checkpoint.lsn + 1)",
         new="        keep_from = self._owner.retain_from()",
-        tests=("tests/test_bad_luck.py::test_a_primary_killed_again_and_again_loses_nothing",),
+        tests=("tests/test_pruned_log.py",),
     ),
     # -- after a crash -----------------------------------------------------------------------------------------
     Mutant(
@@ -147,7 +147,7 @@ MUTANTS = (
         file="common/memtable.py",
         old="    first.deleted_keys.extend(key for key, value in delta.values.items() if value is None)\n",
         new="",
-        tests=("tests/test_state.py",),
+        tests=("tests/test_state.py::test_what_was_deleted_is_gone_from_the_store_too",),
     ),
     Mutant(
         name="a checkpoint loses deleted ranges",
@@ -155,7 +155,7 @@ MUTANTS = (
         file="common/memtable.py",
         old="    for start, end in delta.deleted:\n",
         new="    for start, end in ():\n",
-        tests=("tests/test_state.py",),
+        tests=("tests/test_state.py::test_what_was_deleted_is_gone_from_the_store_too",),
     ),
     Mutant(
         name="digest marks are not compared",

@@ -21,7 +21,7 @@ class Mutant:
         old: stands there exactly once.
         new: takes its place.
         tests: files or node ids; that should notice it where no simulated story does.
-        simulated: whether the simulation runs this code at all.
+        simulated: whether a simulated story can notice it at all: it has no forgers, and its disks are its own.
     """
 
     name: str

@@ -69,7 +69,7 @@ MUTANTS = (
         file="replica/follow_session.py",
         old="            durable_lsn=self._durable,\n",
         new="            durable_lsn=self._reader.position.lsn,\n",
-        tests=("tests/test_silence.py", "tests/test_follower.py"),
+        tests=("tests/test_sessions.py",),
     ),
     Mutant(
         name="a replica applies before its fsync",
@@ -77,7 +77,7 @@ MUTANTS = (
         file="replica/follow_session.py",
         old="        while self._waiting and self._waiting[0].lsn <= position.lsn:",
         new="        while self._waiting:",
-        tests=("tests/test_silence.py", "tests/test_follower.py"),
+        tests=("tests/test_sessions.py",),
     ),
     Mutant(
         name="a replica's backlog has no bound",
@@ -85,7 +85,7 @@ MUTANTS = (
         file="replica/follow_session.py",
         old="        return self._unapplied_bytes < BACKLOG_BYTES_MAX",
         new="        return True",
-        tests=("tests/test_follower.py",),
+        tests=("tests/test_sessions.py",),
     ),
     Mutant(
         name="what is on its way to a replica has no bound",
@@ -93,7 +93,7 @@ MUTANTS = (
         file="primary/follower_session.py",
         old="        room = WINDOW_BYTES - (self.sent_offset - self.received_offset)",
         new="        room = WINDOW_BYTES",
-        tests=("tests/test_silence.py",),
+        tests=("tests/test_sessions.py",),
     ),
     Mutant(
         name="LSNs are compared without digests",
@@ -166,7 +166,7 @@ MUTANTS = (
         file="replica/promotion.py",
         old="        engine.log.write_batch(data, Position(lsn, digest), epoch=epoch)\n",
         new="",
-        tests=("tests/test_failover.py",),
+        tests=("tests/test_stale_primary.py::test_a_promoted_directory_holds_the_start_of_its_epoch",),
     ),
     Mutant(
         name="a promotion does not wait for what was received",
@@ -174,7 +174,10 @@ MUTANTS = (
         file="replica/node.py",
         old="            await self._copy.drain()\n",
         new="",
-        tests=("tests/test_follower.py", "tests/test_failover.py"),
+        tests=(
+            "tests/test_follower.py",
+            "tests/test_failover.py::test_a_failover_under_load_loses_and_doubles_nothing",
+        ),
     ),
     Mutant(
         name="a promotion begins while its role is still replica",
@@ -182,7 +185,7 @@ MUTANTS = (
         file="replica/promotion.py",
         old="        directory.set_role(Role.PROMOTING)\n",
         new="        pass\n",
-        tests=("tests/test_failover.py",),
+        tests=("tests/test_failover.py::test_a_promotion_killed_at_any_step_is_finished_by_the_next",),
     ),
     Mutant(
         name="a rewind exports nothing",
@@ -190,7 +193,7 @@ MUTANTS = (
         file="replica/rewind.py",
         old="    if diverged:\n",
         new="    if False:\n",
-        tests=("tests/test_failover.py",),
+        tests=("tests/test_failover.py::test_a_rewind_exports_what_only_the_old_primary_had",),
     ),
     Mutant(
         name="a rewind keeps no old copy",
@@ -198,6 +201,6 @@ MUTANTS = (
         file="replica/rewind.py",
         old="    set_aside = directory.install(fetched.cluster, keep_old=diverged)",
         new="    set_aside = directory.install(fetched.cluster, keep_old=False)",
-        tests=("tests/test_failover.py",),
+        tests=("tests/test_failover.py::test_a_rewind_exports_what_only_the_old_primary_had",),
     ),
 )

@@ -29,10 +29,10 @@ from mutants.registry import MUTANTS, QUICK
 from sim.run import _without_chance
 
 ROOT = Path(__file__).resolve().parents[2]
-SEEDS = (1, 2, 3, 4, 5, 6)
+SEEDS = (1, 2, 4, 5, 10, 11, 19, 29)  # eventful ones: promotions, many crashes
 STORIES_S_MAX = 300.0
 TESTS_S_MAX = 600.0
-_TEST_S_MAX = 90
+_TEST_S_MAX = 45
 _LEFT_OUT = shutil.ignore_patterns(
     ".git", ".venv", ".fuzz", ".*_cache", ".hypothesis", "__pycache__", "build", "dist"
 )
@@ -154,13 +154,13 @@ class Workshop:
 def main() -> int:
     """The command; 0 if no mutant survives."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", action="append", metavar="NAME", help="try this one; may be repeated")
+    parser.add_argument("--only", metavar="NAME", help="try those with this in their names")
     parser.add_argument("--quick", action="store_true", help="try a few, in about a minute")
     options = parser.parse_args()
-    names = options.only or (QUICK if options.quick else [mutant.name for mutant in MUTANTS])
-    chosen = [mutant for mutant in MUTANTS if mutant.name in names]
-    if unknown := set(names) - {mutant.name for mutant in chosen}:
-        parser.error(f"no mutant is called {', '.join(sorted(unknown))}")
+    chosen = [mutant for mutant in MUTANTS if not options.quick or mutant.name in QUICK]
+    chosen = [mutant for mutant in chosen if (options.only or "") in mutant.name]
+    if not chosen:
+        parser.error(f"no mutant is called {options.only}")
     with tempfile.TemporaryDirectory(prefix="understudy-mutants-", ignore_cleanup_errors=True) as scratch:
         try:
             return run(chosen, Path(scratch))

@@ -93,7 +93,7 @@ class Node:
             BrokenPromise: it has, but a power loss could take it.
         """
         engine = self.engine
-        if engine is None or position.lsn < engine.log.first_lsn:
+        if engine is None or engine.failed is not None or position.lsn < engine.log.first_lsn:
             return None
         if engine.durable.lsn < position.lsn or engine.log.position_at(position.lsn) != position:
             return False

@@ -12,6 +12,7 @@ from sim.universe import Process
 from sim.writers import REALM
 
 from understudy.client import Realm
+from understudy.client.recovery import Recovery
 from understudy.common.errors import UnderstudyError
 from understudy.common.operations import Add, Put
 
@@ -69,11 +70,13 @@ class Device:
             after_reset=self._after_reset,
         )
 
-    def _after_reset(self, local: object, fresh: object, recovered: object) -> None:
+    def _after_reset(self, local: object, fresh: object, recovered: Recovery) -> None:
         self.resets += 1
-        dropped = [str(one) for one in recovered.dropped]  # type: ignore[attr-defined]
+        dropped = [f"{change.number}: {change.dropped}" for change in recovered.changes if change.dropped]
         self.dropped += dropped
-        self.cluster.lab.universe.trace("reset", self.name, f"{len(dropped)} dropped")
+        self.cluster.lab.universe.trace(
+            "reset", self.name, f"{recovered.applied} again, {len(dropped)} dropped"
+        )
 
     def _run(self) -> None:
         universe = self.cluster.lab.universe

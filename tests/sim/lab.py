@@ -241,6 +241,12 @@ class _SharedStore:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._env, name)
 
+    def __enter__(self) -> _SharedStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """One of them is done."""
         self.users -= 1

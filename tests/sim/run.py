@@ -59,13 +59,14 @@ def child(seeds: list[int], without: list[int]) -> None:
 
 def told(seeds: list[int], without: Iterable[int] = ()) -> Iterator[dict[str, Any]]:
     """Stories, told by a process where nothing but the seed decides: not even where it lies in memory."""
+    tests = str(Path(__file__).parent.parent)
     command = [sys.executable, "-P", __file__, "--child", json.dumps([seeds, list(without)])]
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONHASHSEED": "0"},
+        env={**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join([tests, *sys.path])},
         preexec_fn=_without_chance,
     )
     left = list(seeds)

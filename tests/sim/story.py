@@ -330,6 +330,10 @@ class Story:
         for node in cluster.nodes:
             node.kill()
             node.disk.mend()
+        for node in cluster.nodes:
+            if node.role is Role.PROMOTING:  # what was begun is finished first: its epoch may have begun
+                node.promote()
+                self._wait(lambda node=node: not node.is_busy, lambda: "a promotion does not end")  # type: ignore[misc]
         chief = self._crown()
         for node in cluster.nodes:
             if node is not chief:
@@ -377,11 +381,6 @@ class Story:
         if node.role in (Role.PRIMARY, Role.FENCED):
             node.rewind(chief)
             self._wait(lambda: not node.is_busy, lambda: f"{node} is not rewound")
-        if node.role is Role.PROMOTING:
-            node.promote()
-            self._wait(lambda: not node.is_busy, lambda: f"{node} is not promoted")
-            self._join(node, chief)
-            return
         node.server = None
         node.start(as_replica=True)
         self.universe.run(lambda: False, for_s=5)
