@@ -16,6 +16,7 @@ TAIL_BYTES_MAX = 8 << 20
 TAIL_CHANGES_MAX = 20_000
 TAILS_MAX = 4  # being sent at one time by one client: more realms wait for their answer
 ROOM_BYTES_MAX = 64 << 20  # of all clients together
+TAIL_S_MAX = 300.0  # who sends for longer, or has stopped, must not keep the room that others need
 _CHANGE_BYTES = 256  # that a change takes beside its own
 
 
@@ -49,6 +50,7 @@ class _Incoming:
     changes: list[tuple[bytes, bytes]] = field(default_factory=list)
     bytes: int = 0
     room: int = 0
+    seen_s: float | None = None  # when it was first found to have room
 
 
 class IncomingTails:
@@ -97,6 +99,18 @@ class IncomingTails:
         incoming.changes += changes
         incoming.bytes += size
         incoming.room += room
+
+    def check_time(self, now_s: float) -> None:
+        """To be asked now and then.
+
+        Raises:
+            ProtocolError: a tail has had room for too long, and has not come to its end.
+        """
+        for incoming in self._sent.values():
+            if incoming.room:
+                incoming.seen_s = now_s if incoming.seen_s is None else incoming.seen_s
+                if now_s - incoming.seen_s > TAIL_S_MAX:
+                    raise ProtocolError(f"a tail has not come to its end within {TAIL_S_MAX:.0f} s")
 
     def give_up(self, ref: int) -> None:
         """Nothing more is awaited of what is being sent for this binding, if anything is."""

@@ -198,6 +198,7 @@ class _Conversation:
     async def _poll_forever(self) -> None:
         while True:
             await asyncio.sleep(_POLL_S)
+            self._session.check_time(time.monotonic())
             self._session.poll()
             self._stream.wake.set()
 

@@ -271,6 +271,14 @@ class SyncSession:
         for ref in self._followed.get(path, ()):
             self._ready[ref] = None
 
+    def check_time(self, now_s: float) -> None:
+        """Time has passed.
+
+        Raises:
+            ProtocolError: the client has let us wait for too long; the stream must end.
+        """
+        self._tails.check_time(now_s)
+
     def poll(self) -> None:
         """Time has passed: says what is safe by now, and looks again at what could not be shown."""
         for binding in self._bindings.values():

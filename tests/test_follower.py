@@ -12,17 +12,19 @@ from harness import Processes, wait_until
 from nodes import put
 
 from understudy.client import Put, aconnect
-from understudy.common.directory import DataDirectory, Role
+from understudy.common.directory import DataDirectory
 from understudy.common.engine import Engine
 from understudy.common.errors import DiskFull
 from understudy.common.settings import PrimarySettings, ReplicaSettings
-from understudy.common.types import Lsn
+from understudy.common.types import Lsn, Position
 from understudy.primary.server import serving_primary
 from understudy.replica import bootstrap, follow_session
+from understudy.replica import node as replica_node
 from understudy.replica.copy import Copy
 from understudy.replica.follow_session import FollowSession, SendProgress
 from understudy.replica.follower import Follower
 from understudy.replica.node import ReplicaNode
+from understudy.replica.promotion import Promotion, begin_reign
 from understudy.replica.server import serving_replica
 
 
@@ -160,24 +162,31 @@ def test_g1_a_promotion_waits_until_all_that_was_received_is_applied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """G1, G7: a reign begins behind the last entry that has come, and knows what that entry says."""
-    apply_slice, may_apply = Copy._apply_slice, threading.Event()
+    apply_slice, stop, may_apply = Copy._apply_slice, Follower.stop, threading.Event()
+    begun: list[tuple[Position, Position]] = []
 
     def apply_if_it_may(copy: Copy, engine: Engine) -> None:
         if may_apply.is_set():
             apply_slice(copy, engine)
 
+    async def stop_and_let_apply(follower: Follower) -> None:
+        await stop(follower)
+        may_apply.set()
+
+    def begin_and_note(engine: Engine, *, started_s: float) -> Promotion:
+        begun.append((engine.state.applied, engine.durable))
+        return begin_reign(engine, started_s=started_s)
+
     async def story(address: str, node: ReplicaNode) -> None:
         await _until(lambda: node.status().epoch == 1)
         monkeypatch.setattr(Copy, "_apply_slice", apply_if_it_may)
+        monkeypatch.setattr(Follower, "stop", stop_and_let_apply)
+        monkeypatch.setattr(replica_node, "begin_reign", begin_and_note)
         async with aconnect(address) as client:
             receipt = await client.commit("/realm", [Put(b"key", b"value")], durability="replica")
-        promotion = asyncio.create_task(node.promote())
-        await _until(lambda: not node.status().upstream.connected)
-        assert not promotion.done()
-        assert node.directory.role is Role.REPLICA
-        may_apply.set()
-        assert (await promotion).lsn == receipt.lsn + 1
-        assert node.engine.state.get("/realm", b"key") == b"value"
+        await node.promote()
+        [(applied, durable)] = begun
+        assert applied == durable == Position(receipt.lsn, receipt.digest)
 
     _run(tmp_path, story)
 

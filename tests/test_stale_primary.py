@@ -14,7 +14,7 @@ from nodes import ask_to_follow
 from understudy.client import Put, aconnect
 from understudy.common.directory import DataDirectory, Role
 from understudy.common.engine import Engine
-from understudy.common.errors import DiskFull
+from understudy.common.errors import DiskFull, WrongRole
 from understudy.common.follow_table import PROTOCOL_VERSION, Decision
 from understudy.common.settings import PrimarySettings, ReplicaSettings
 from understudy.common.types import START, Position
@@ -160,3 +160,36 @@ async def _promote(tmp_path: Path) -> None:
 def test_a_promoted_directory_holds_the_start_of_its_epoch(tmp_path: Path) -> None:
     """G7: what tells the new reign from the old one is in the log when the promotion is answered."""
     asyncio.run(_promote(tmp_path))
+
+
+async def _cut_a_promotion_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_role = DataDirectory.set_role
+
+    def set_role_unless_primary(directory: DataDirectory, role: Role) -> None:
+        if role is Role.PRIMARY:
+            raise DiskFull("no space left")
+        set_role(directory, role)
+
+    async with serving_primary(PrimarySettings(data_dir=tmp_path / "a", listen="127.0.0.1:0")) as primary:
+        settings = ReplicaSettings(
+            data_dir=tmp_path / "b", primary=primary.address, listen="127.0.0.1:0", id="b"
+        )
+        async with serving_replica(settings) as replica:
+            await _until_connected(replica.node)
+            monkeypatch.setattr(DataDirectory, "set_role", set_role_unless_primary)
+            with pytest.raises(DiskFull):
+                await replica.node.promote()
+            monkeypatch.undo()
+        with pytest.raises(WrongRole, match="understudy promote"):
+            async with serving_replica(settings):
+                pass
+        assert not primary.node.is_fenced
+
+
+def test_a_replica_that_may_have_begun_to_reign_does_not_go_on_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G7: cut off behind its epoch's first entry, a promotion is finished; with that entry it would fence its primary
+    as a replica, and be followed by nobody.
+    """
+    asyncio.run(_cut_a_promotion_off(tmp_path, monkeypatch))

@@ -22,7 +22,7 @@ from understudy.common.store_layout import Environment
 from understudy.common.types import START, Durability, Epoch, Lsn, is_system_realm
 from understudy.primary import incoming_tails, sync_load, sync_session
 from understudy.primary.homecoming import take_home
-from understudy.primary.incoming_tails import TailRoom
+from understudy.primary.incoming_tails import TAIL_S_MAX, TailRoom
 from understudy.primary.sync_host import Pages
 from understudy.primary.sync_session import SyncSession, TailHome
 from understudy.v1 import data_pb2, sync_pb2
@@ -918,6 +918,23 @@ def test_a_tail_is_not_asked_for_where_it_may_not_come_home(store: Store, case: 
     whole = sync_pb2.Tail(ref=joined.client.ref, changes=[b"x"], hmacs=bytes(32), last=True)
     with pytest.raises(ProtocolError, match="nobody has asked for"):
         joined.say(sync_pb2.SyncRequest(tail=whole))
+
+
+def test_g9_a_tail_that_does_not_end_gives_its_room_back(store: Store) -> None:
+    """G9: who stops in the midst of a tail keeps room that others need for so long, and then no stream."""
+    joined = ahead(store)
+    joined.bind()
+    joined.session.check_time(1.0)
+    whole = joined.client.send_tail().tail
+    piece = sync_pb2.Tail(ref=whole.ref, changes=[whole.changes[0]], hmacs=whole.hmacs[:32])
+    joined.say(sync_pb2.SyncRequest(tail=piece))
+    for now_s in (1_000.0, 1_000.0 + TAIL_S_MAX):
+        joined.session.check_time(now_s)
+    with pytest.raises(ProtocolError, match="not come to its end"):
+        joined.session.check_time(1_000.1 + TAIL_S_MAX)
+    assert joined.host.tail_room.bytes
+    joined.session.close()
+    assert not joined.host.tail_room.bytes
 
 
 def test_a_tail_is_asked_for_once(store: Store) -> None:
