@@ -74,6 +74,25 @@ def test_only_logins_and_health_require_nothing() -> None:
     }
 
 
+def test_g10_what_an_operator_or_a_replica_must_have_proved() -> None:
+    """G10: said twice, so that no slip opens to users what changes a server, or gives everything away."""
+
+    def named(requires: Requires) -> set[str]:
+        return {method.rpartition(".")[2] for method, found in REQUIRES.items() if found is requires}
+
+    assert named(Requires.REPLICA) == {
+        f"Replication/{name}"
+        for name in ("Follow", "PinSnapshot", "DigestSnapshot", "ReadSnapshot", "ReleaseSnapshot")
+    }
+    assert named(Requires.ADMIN) == {
+        "Sync/Salvage",
+        *(f"Admin/{name}" for name in ("Promote", "Fence", "Forget", "StateDigests")),
+        *(f"Accounts/{name}" for name in ("PutUser", "RemoveUser", "ListUsers", "RotateKeys", "SetPolicy")),
+        *(f"Accounts/{name}" for name in ("Grant", "RevokeGrant", "ListGrants")),
+        *(f"Accounts/{name}" for name in ("IssueToken", "RevokeToken", "ListTokens")),
+    }
+
+
 @pytest.mark.parametrize("requires", Requires)
 def test_who_meets_a_requirement(requires: Requires) -> None:
     """Operators may do everything, users what is for users, a replica nothing but follow, a stranger nothing."""

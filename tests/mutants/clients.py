@@ -47,6 +47,17 @@ MUTANTS = (
         tests=("tests/test_client.py",),
     ),
     Mutant(
+        name="what is sent again gets new numbers",
+        guarantee="G6",
+        file="client/stream.py",
+        old="        self._unsent = deque(self._unanswered.values())  # in order of their numbers\n",
+        new="        self._unanswered = {next(self._numbers): one for one in self._unanswered.values()}\n"
+        "        for number, one in self._unanswered.items():\n"
+        "            one.message.number = number\n"
+        "        self._unsent = deque(self._unanswered.values())\n",
+        tests=("tests/test_client.py",),
+    ),
+    Mutant(
         name="a renewed change is applied again under its own name",
         guarantee="G6",
         file="primary/committer.py",

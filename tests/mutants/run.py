@@ -29,7 +29,7 @@ from mutants.registry import MUTANTS, QUICK
 from sim.run import _without_chance
 
 ROOT = Path(__file__).resolve().parents[2]
-SEEDS = (1, 2, 4, 5, 10, 11, 19, 29)  # eventful ones: promotions, many crashes
+SEEDS = (1, 2, 5, 11)  # eventful ones: with promotions and many crashes
 STORIES_S_MAX = 300.0
 TESTS_S_MAX = 600.0
 _TEST_S_MAX = 45
@@ -102,24 +102,18 @@ class Workshop:
 
     def tested(self, tests: Sequence[str]) -> Verdict:
         """Runs tests, up to the first that fails."""
-        options = [
-            "-x",
-            "-rfE",
-            "--tb=no",
-            "--no-header",
-            "-p",
-            "no:cacheprovider",
-            f"--timeout={_TEST_S_MAX}",
-        ]
-        with self._started(["-m", "pytest", *options, *tests], TESTS_S_MAX) as process:
-            output, _ = process.communicate()
-        if process.returncode == 0:
-            return Verdict()
-        lines = [line for line in output.splitlines() if line.startswith(("FAILED ", "ERROR "))]
-        found = lines[0].partition(" ")[2] if lines else "tests: they don't end"
-        if process.returncode in (1, -signal.SIGKILL):
-            return Verdict(found)
-        return Verdict(problem=f"pytest ends with {process.returncode}: {lines[:1] or output[-300:]}")
+        options = ["-x", "-rfE", "--tb=no", "-p", "no:cacheprovider", f"--timeout={_TEST_S_MAX}"]
+        with self._started(["-u", "-m", "pytest", *options, *tests], TESTS_S_MAX) as process:
+            assert process.stdout is not None
+            # Not to its end: what a mutant leaves running may keep Python from that.
+            for line in process.stdout:
+                if line.startswith(("FAILED ", "ERROR ")):
+                    name = line.partition(" ")[2].strip()
+                    return Verdict(name) if "::" in name else Verdict(problem=name)
+            code = process.wait()
+        if code == -signal.SIGKILL:
+            return Verdict("tests: they do not end")
+        return Verdict(problem=f"pytest ends with code {code}" if code else "")
 
     @contextlib.contextmanager
     def _started(self, arguments: Sequence[str], seconds: float) -> Iterator[subprocess.Popen[str]]:

@@ -180,6 +180,7 @@ class Node:
 
     def _run_tool(self, what: str, work: Coroutine[Any, Any, None]) -> None:
         lab = self.cluster.lab
+        self.why = None
         lab.universe.trace(what, self)
 
         async def done() -> None:
@@ -221,6 +222,12 @@ class Node:
         shutil.copytree(copy, self.path)
         self.disk.forget()
 
+    def wipe(self) -> None:
+        """Empties the directory of the stopped node."""
+        shutil.rmtree(self.path)
+        self.disk.forget()
+        self.why = None
+
     # -- what an examiner finds ---------------------------------------------------------------------------------
 
     def examine(self) -> tuple[int, Position]:
@@ -240,7 +247,6 @@ class Node:
                 found.append((engine.epoch, engine.durable))
                 await engine.close()
 
-        self.why = None
         self._run_tool("examine", look())
         universe = self.cluster.lab.universe
         universe.run(lambda: not self.is_busy, for_s=60)

@@ -268,7 +268,8 @@ class Story:
         self.lab.skew_us[node.name] += int((amount - 0.5) * 20e6)
 
     def _rot(self, node: Node, other: Node, amount: float) -> None:
-        if node is not self.cluster.nodes[0]:  # one sound copy is left, or nothing could be asked for
+        node = self.cluster.nodes[-1]  # always the same: sound copies are left, or nothing could be asked for
+        if not node.is_busy:
             path = node.disk.rot()
             if path is not None:
                 self._rotten.add(node.name)
@@ -335,6 +336,8 @@ class Story:
                 node.promote()
                 self._wait(lambda node=node: not node.is_busy, lambda: "a promotion does not end")  # type: ignore[misc]
         chief = self._crown()
+        if chief is None:
+            return
         for node in cluster.nodes:
             if node is not chief:
                 self._join(node, chief)
@@ -350,7 +353,7 @@ class Story:
         self._look()
         self._compare(chief)
 
-    def _crown(self) -> Node:
+    def _crown(self) -> Node | None:
         """The node that knows most is made the primary, as an operator would."""
         found = []
         for node in self.cluster.nodes:
@@ -370,6 +373,8 @@ class Story:
         if chief.role in (Role.REPLICA, Role.PROMOTING):
             chief.promote()
             self._wait(lambda: not chief.is_busy, lambda: f"{chief} is not promoted: {chief.why!r}")
+        if chief.role is Role.FENCED and self._rotten:
+            return None  # who has fenced it can't be read any more: only a backup helps
         if chief.role is not Role.PRIMARY:
             raise BrokenPromise(f"G7: {chief} knows most and is {chief.role}")
         chief.server = None
@@ -378,16 +383,16 @@ class Story:
         return chief
 
     def _join(self, node: Node, chief: Node) -> None:
-        if node.role in (Role.PRIMARY, Role.FENCED):
-            node.rewind(chief)
-            self._wait(lambda: not node.is_busy, lambda: f"{node} is not rewound")
-        node.server = None
-        node.start(as_replica=True)
-        self.universe.run(lambda: False, for_s=5)
-        if not node.is_up and node.role is Role.REPLICA:  # it has stopped for an operator to decide
+        """A replica goes on where it can; all others do what they are told: rewind, or begin anew."""
+        if node.role is Role.REPLICA:
+            node.start()
+            self.universe.run(lambda: False, for_s=5)
+        if not node.is_up and node.role is not None and not isinstance(node.why, CorruptionError):
             node.rewind(chief)
             self._wait(lambda: not node.is_busy, lambda: f"{node} is not rewound: {node.why!r}")
-            node.start()
+        if isinstance(node.why, CorruptionError):
+            node.wipe()
+        node.start(as_replica=True)
 
     def _wait(self, until: Callable[[], bool], problem: Callable[[], str]) -> None:
         if not self.universe.run(until, for_s=SETTLE_S):
