@@ -44,7 +44,7 @@ MUTANTS = (
         file="client/peers.py",
         old="        bind = data_pb2.Bind(client=self._client)",
         new="        bind = data_pb2.Bind(client=new_id())",
-        tests=("tests/test_client.py",),
+        tests=("tests/test_client.py::test_transactions_keep_their_numbers_over_connections",),
     ),
     Mutant(
         name="what is sent again gets new numbers",
@@ -55,7 +55,7 @@ MUTANTS = (
         "        for number, one in self._unanswered.items():\n"
         "            one.message.number = number\n"
         "        self._unsent = deque(self._unanswered.values())\n",
-        tests=("tests/test_client.py",),
+        tests=("tests/test_client.py::test_transactions_keep_their_numbers_over_connections",),
     ),
     Mutant(
         name="a renewed change is applied again under its own name",
@@ -96,7 +96,9 @@ MUTANTS = (
         file="client/peers.py",
         old="        if claim.epoch < self._met.epoch:",
         new="        if False:",
-        tests=("tests/test_client.py",),
+        tests=(
+            "tests/test_client.py::test_g7_a_server_of_an_earlier_epoch_than_was_met_gets_no_transaction",
+        ),
     ),
     Mutant(
         name="a row of the sync table streams to a fork",

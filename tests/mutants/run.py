@@ -30,7 +30,7 @@ from sim.run import _without_chance
 
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS = (1, 2, 5, 11)  # eventful ones: with promotions and many crashes
-STORIES_S_MAX = 300.0
+STORY_S_MAX = 120.0
 TESTS_S_MAX = 600.0
 _TEST_S_MAX = 45
 _LEFT_OUT = shutil.ignore_patterns(
@@ -90,14 +90,14 @@ class Workshop:
 
     def told(self) -> Verdict:
         """Tells the stories, up to the first that breaks a promise."""
-        command = ["-P", "tests/sim/run.py", "--child", json.dumps([SEEDS, []])]
-        with self._started(command, STORIES_S_MAX) as process:
-            assert process.stdout is not None
-            for seed in SEEDS:
-                line = process.stdout.readline()
-                problem = json.loads(line)["problem"] if line else "its process ends, or never does"
-                if problem:
-                    return Verdict(f"sim seed {seed}: {problem}")
+        for seed in SEEDS:
+            # Each in a process that comes to its end: one that is killed leaves its disks behind.
+            command = ["-P", "tests/sim/run.py", "--child", json.dumps([[seed], []])]
+            with self._started(command, STORY_S_MAX) as process:
+                line, _ = process.communicate()
+            problem = json.loads(line)["problem"] if line else "its process ends, or never does"
+            if problem:
+                return Verdict(f"sim seed {seed}: {problem}")
         return Verdict()
 
     def tested(self, tests: Sequence[str]) -> Verdict:
