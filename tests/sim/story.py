@@ -341,6 +341,12 @@ class Story:
         for node in cluster.nodes:
             if node is not chief:
                 self._join(node, chief)
+        universe.run(lambda: self._agree(chief), for_s=20)
+        for node in cluster.nodes:
+            if node.name in self._rotten and node is not chief and not self._agrees(node, chief):
+                node.kill()  # it says in its status that its log is damaged, and what to do
+                node.wipe()
+                node.start(as_replica=True)
         for device in self.devices:
             device.stopped = True
             device.start()
@@ -405,11 +411,12 @@ class Story:
         )
 
     def _agree(self, chief: Node) -> bool:
-        engines = [node.engine for node in self.cluster.nodes]
-        head = chief.engine and chief.engine.durable
-        return all(
-            engine is not None and engine.durable == engine.state.applied == head for engine in engines
-        )
+        return all(self._agrees(node, chief) for node in self.cluster.nodes)
+
+    @staticmethod
+    def _agrees(node: Node, chief: Node) -> bool:
+        engine, head = node.engine, chief.engine and chief.engine.durable
+        return engine is not None and engine.durable == engine.state.applied == head
 
     def _compare(self, chief: Node) -> None:
         states = []
