@@ -38,7 +38,7 @@ from understudy.common.errors import (
 )
 from understudy.common.memtable import Receipt
 from understudy.common.operations import Delete, Operation, to_protos
-from understudy.common.rpc import from_rpc, open_channel, peer_errors, short_socket_path
+from understudy.common.rpc import _ENDED_WHILE_WRITING, from_rpc, open_channel, peer_errors, short_socket_path
 from understudy.common.settings import PrimarySettings, ReplicaSettings
 from understudy.common.tokens import RETIRED_KEY_S, read_token, sign_token
 from understudy.common.types import SESSIONS_REALM, SYSTEM_REALM
@@ -167,6 +167,10 @@ async def _is_let_in(channel: grpc.aio.Channel, method: str) -> tuple[bool, str]
             await call.done_writing()
         await call.read()
     except grpc.aio.AioRpcError as error:
+        if error.code() is grpc.StatusCode.INTERNAL and error.details() == _ENDED_WHILE_WRITING:
+            return await _is_let_in(
+                channel, method
+            )  # the status came while the message was on its way, and is lost
         at_the_door = " needs " in str(error.details())
         return error.code() is not grpc.StatusCode.UNAUTHENTICATED and not at_the_door, repr(error)
     finally:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import json
 import logging
 import os
@@ -49,12 +50,13 @@ def tell(seed: int, without: Iterable[int]) -> dict[str, Any]:
 
 def child(seeds: list[int], without: list[int]) -> None:
     """A process of its own tells some stories, and writes each as a line."""
+    gc.disable()  # what was killed must not run, and would: files that it had open would be closed, by number
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for seed in seeds:
         answers.write(json.dumps(tell(seed, without)) + "\n")
         answers.flush()
-    os._exit(0)  # what was killed must not run now
+    os._exit(0)  # nor now
 
 
 def told(seeds: list[int], without: Iterable[int] = ()) -> Iterator[dict[str, Any]]:

@@ -6,6 +6,7 @@ is next is decided by the time that each wants to run at, and among equals by th
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 import itertools
 from asyncio import events
@@ -52,7 +53,7 @@ class Process:
             return
         self.is_alive = False
         self.universe.trace("killed", self.name)
-        self.universe.graveyard.append(self)
+        self.universe.graveyard += [self, *asyncio.all_tasks(self.loop)]
         for step in self.at_end:
             step()
         if self.universe.current is self:
