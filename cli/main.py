@@ -1,11 +1,12 @@
 """The command ``understudy``: its commands, and how it ends.
 
 A command returns, or raises one of our errors; here an error becomes one line on standard error and its exit
-code. A new command gets a file of its own and a line in ``_COMMANDS``.
+code. A new command gets a file of its own and a line in ``_MODULES``.
 """
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import sys
@@ -13,28 +14,8 @@ from typing import NoReturn
 
 import click
 
-from understudy.cli.client import client
-from understudy.cli.data import delete, get, put, scan
-from understudy.cli.demo import demo
-from understudy.cli.export import export
-from understudy.cli.fence import fence
-from understudy.cli.forget import forget
-from understudy.cli.grant import grant
-from understudy.cli.import_ import import_
-from understudy.cli.keys import keys
-from understudy.cli.log import log
 from understudy.cli.options import EPILOG, INTERRUPTED
 from understudy.cli.output import plain
-from understudy.cli.primary import primary
-from understudy.cli.promote import promote
-from understudy.cli.realms import realms
-from understudy.cli.replica import replica
-from understudy.cli.rewind import rewind
-from understudy.cli.salvage import salvage
-from understudy.cli.status import status
-from understudy.cli.token import token
-from understudy.cli.user import user
-from understudy.cli.verify import verify
 from understudy.common.errors import ExitCode, UnderstudyError
 
 # gRPC's C library reads these when it is first imported, by a command. It would write notes of its own into our
@@ -42,42 +23,50 @@ from understudy.common.errors import ExitCode, UnderstudyError
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
-# In the order of `understudy --help`.
-_COMMANDS = (
-    primary,
-    replica,
-    promote,
-    fence,
-    rewind,
-    salvage,
-    forget,
-    client,
-    keys,
-    user,
-    grant,
-    token,
-    status,
-    verify,
-    log,
-    realms,
-    get,
-    put,
-    delete,
-    scan,
-    import_,
-    export,
-    demo,
-)
+# The modules of the commands, in the order of `understudy --help`: running a server first, data last. Only what is
+# called is loaded: all together take longer than `promote` does its work.
+_MODULES = {
+    "primary": "primary",
+    "replica": "replica",
+    "promote": "promote",
+    "fence": "fence",
+    "rewind": "rewind",
+    "salvage": "salvage",
+    "forget": "forget",
+    "client": "client",
+    "keys": "keys",
+    "user": "user",
+    "grant": "grant",
+    "token": "token",
+    "status": "status",
+    "verify": "verify",
+    "log": "log",
+    "realms": "realms",
+    "get": "data",
+    "put": "data",
+    "delete": "data",
+    "scan": "data",
+    "import": "import_",
+    "export": "export",
+    "demo": "demo",
+}
 
 
-class _InOrder(click.Group):
-    """A group that lists its commands as they were added: running a server first, data last."""
+class _Commands(click.Group):
+    """The commands of :data:`_MODULES`."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
+        return list(_MODULES)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _MODULES:
+            return None
+        module = importlib.import_module(f"understudy.cli.{_MODULES[cmd_name]}")
+        command: click.Command = getattr(module, "import_" if cmd_name == "import" else cmd_name)
+        return command
 
 
-@click.group(cls=_InOrder, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Commands, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="understudy", prog_name="understudy")
 def cli() -> None:
     """Continuous replication, failover and backup for a server of many LMDB realms.
@@ -88,10 +77,6 @@ def cli() -> None:
       understudy replica --data-dir b --primary 127.0.0.1:7850
       understudy promote b
     """
-
-
-for _command in _COMMANDS:
-    cli.add_command(_command)
 
 
 def main() -> NoReturn:

@@ -66,6 +66,9 @@ def primary(config: Path | None, log_format: str, **flags: Any) -> None:
     Example:
       understudy primary --data-dir /var/lib/understudy/data --durability replica
     """
+    from understudy.cli.grpc_engine import prefer_the_faster_engine
+
+    prefer_the_faster_engine()
     from understudy.cli.serve import serve
     from understudy.common.settings import PrimarySettings, load_settings
     from understudy.primary.server import serving_primary

@@ -51,20 +51,25 @@ def replica(config: Path | None, log_format: str, **flags: Any) -> None:
 
     It follows a primary and can take its place. Prints one line with its address when it serves; `understudy
     status` says how far its copy is. Ends by itself, with exit code 0, once `understudy promote` has made its
-    directory a primary's.
+    directory a primary's; or goes on as that primary, if it is told `--serve`.
 
     \b
     Example:
       understudy replica --data-dir /var/lib/understudy/data --primary 192.0.2.1:7850
     """
+    from understudy.cli.grpc_engine import prefer_the_faster_engine
+
+    prefer_the_faster_engine()
     from understudy.cli.serve import serve
+    from understudy.cli.succession import succession
     from understudy.common.settings import ReplicaSettings, load_settings
     from understudy.replica.server import serving_replica
 
     settings = load_settings(ReplicaSettings, flags, file=config)
+    succeeding = succession(settings, config)
     ended_by_itself = serve(
         "replica",
-        lambda: serving_replica(settings),
+        lambda: serving_replica(settings, succeeding),
         ended=lambda server: server.node.ended,
         log_format=log_format,
     )

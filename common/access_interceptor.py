@@ -65,7 +65,7 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
 
     def __init__(self, authority: Authority) -> None:
         self._authority = authority
-        self._guarded: dict[str, Handler] = {}
+        self._guarded: dict[str, tuple[Handler, Handler]] = {}  # and what stands before it, by method
         self._calls: Counter[str] = Counter()
         self._requests = UnaryRequests()
         self._streams: dict[asyncio.Task[Any], Principal] = {}
@@ -79,13 +79,14 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
     ) -> Handler | None:
         """The handler of a call, behind the door; no handler where there is no such call."""
         method = handler_call_details.method
-        if method not in self._guarded:
-            # Unknown names come from outside: they must not fill our memory.
-            handler = await continuation(handler_call_details)
-            if handler is None:
-                return None
-            self._guarded[method] = self._guard(handler, method)
-        return self._guarded[method]
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None  # and not kept: unknown names come from outside, and must not fill our memory
+        known, guarded = self._guarded.get(method, (None, None))
+        if guarded is None or known is not handler:  # another after a promotion
+            guarded = self._guard(handler, method)
+            self._guarded[method] = handler, guarded
+        return guarded
 
     def _guard(self, handler: Handler, method: str) -> Handler:
         behaviour = next(

@@ -76,7 +76,6 @@ class Engine:
         self._checkpointer = Checkpointer()
         self._writer: GroupWriter | None = None
         self._owner: EngineOwner | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._frozen = asyncio.Event()
         self._checkpointed = Signal()
         self._task: asyncio.Task[None] | None = None
@@ -136,15 +135,18 @@ class Engine:
     def start(self, owner: EngineOwner) -> None:
         """Begins to write and to checkpoint; must be called on the event loop.
 
+        An engine that works already goes on, for this owner: nothing may be submitted that is not yet durable.
+
         Raises:
             StorageFailed, DiskFull: the checkpoint process can't be started.
         """
-        self._start_checkpointer()
         self._owner = owner
-        self._loop = asyncio.get_running_loop()
+        if self._writer is not None:
+            return
+        self._start_checkpointer()
         self._writer = GroupWriter(
             self.log,
-            on_durable=self._handover(owner.on_durable),
+            on_durable=self._handover(self._on_durable),
             on_disk_full=self._handover(self._on_disk_full),
             on_failed=self._handover(self.fail),
             on_sync=self.metrics.observe_sync,
@@ -259,6 +261,10 @@ class Engine:
             log.error("storage_failed", error=str(error))
             if self._owner is not None:
                 self._owner.on_failure(error)
+
+    def _on_durable(self, position: Position, offset: int) -> None:
+        if self._owner is not None:
+            self._owner.on_durable(position, offset)
 
     def _on_disk_full(self, full: bool, what: str = "log") -> None:
         before = self.disk_full

@@ -37,6 +37,7 @@ from understudy.common.errors import (
 )
 from understudy.common.events import log
 from understudy.common.grpc_loop import ignore_stray_events
+from understudy.common.service_table import Add, ServiceTable
 from understudy.common.tls import ServerTls, handshake_error
 from understudy.common.types import MESSAGE_BYTES_MAX
 
@@ -190,21 +191,27 @@ def _note_process() -> None:
 
 
 class Listener:
-    """A gRPC server with health and reflection; services are added to :attr:`server` before :meth:`start`."""
+    """A gRPC server with health and reflection, and the services that :meth:`answer_with` gives it."""
 
     def __init__(
         self, services: Sequence[str], interceptors: Sequence[grpc.aio.ServerInterceptor] = ()
     ) -> None:
         _note_process()
         ignore_stray_events(asyncio.get_running_loop())
-        self.server = grpc.aio.server(interceptors=interceptors, options=_SERVER_OPTIONS)
+        self._server = grpc.aio.server(interceptors=interceptors, options=_SERVER_OPTIONS)
+        self._table = ServiceTable()
+        self._server.add_generic_rpc_handlers((self._table,))
         self.address = ""
         self._health = health.aio.HealthServicer()
         self._services = services
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
-            [*services, health.SERVICE_NAME, reflection.SERVICE_NAME], self.server
+            [*services, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server
         )
+
+    def answer_with(self, add: Add) -> None:
+        """Answers new calls with the services that ``add`` adds to what it is given, instead of the present ones."""
+        self._table.replace(add)
 
     async def start(self, listen: str, control: Path, tls: ServerTls | None = None) -> str:
         """Listens on ``listen`` and on the Unix socket ``control``; returns the address with the real port.
@@ -219,15 +226,15 @@ class Listener:
         host, _ = split_address(listen)
         try:
             if tls is None:
-                port = self.server.add_insecure_port(listen)
+                port = self._server.add_insecure_port(listen)
             else:
-                port = self.server.add_secure_port(listen, tls.credentials())
+                port = self._server.add_secure_port(listen, tls.credentials())
         except RuntimeError as error:
             raise _not_listening(listen) from error
         _remove_stale(control)
         with short_socket_path(control) as path:
-            self.server.add_insecure_port(f"unix:{path}")
-            await self.server.start()
+            self._server.add_insecure_port(f"unix:{path}")
+            await self._server.start()
         _close_to_others(control)
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         for service in ("", *self._services):
@@ -237,7 +244,7 @@ class Listener:
     async def stop(self, *, grace_s: float) -> None:
         """Stops accepting, lets what is under way finish for ``grace_s``, then closes."""
         await self._health.enter_graceful_shutdown()
-        await self.server.stop(grace_s)
+        await self._server.stop(grace_s)
 
 
 def _remove_stale(socket: Path) -> None:

@@ -28,6 +28,7 @@ from understudy.common.operations import Operation, to_protos
 from understudy.common.records import Record
 from understudy.common.settings import PrimarySettings, load_tls
 from understudy.common.tasks import Signal, spawn
+from understudy.common.tls import ServerTls
 from understudy.common.types import (
     Epoch,
     Lsn,
@@ -54,10 +55,12 @@ def now_us() -> int:
 class PrimaryNode:
     """A primary's moving parts. Everything runs on the loop that :meth:`start` is called on."""
 
-    def __init__(self, engine: Engine, settings: PrimarySettings, slots: SlotTable) -> None:
+    def __init__(
+        self, engine: Engine, settings: PrimarySettings, slots: SlotTable, tls: ServerTls | None
+    ) -> None:
         self.engine = engine
         self.settings = settings
-        self.tls = load_tls(settings)
+        self.tls = tls
         self.slots = slots
         self.failed: asyncio.Future[UnderstudyError] = asyncio.get_running_loop().create_future()
         self.committer = Committer(
@@ -97,8 +100,14 @@ class PrimaryNode:
         if directory.is_new or directory.role is Role.CREATING:
             create_cluster(directory)
         _check_role(directory)
-        slots = SlotTable(directory.path / SLOTS_FILE)
-        return cls(Engine.open(directory, metrics=metrics), settings, slots)
+        slots, tls = SlotTable(directory.path / SLOTS_FILE), load_tls(settings)
+        return cls(Engine.open(directory, metrics=metrics), settings, slots, tls)
+
+    @classmethod
+    def succeed(cls, engine: Engine, settings: PrimarySettings, tls: ServerTls | None) -> PrimaryNode:
+        """Goes on with the engine of a replica that was promoted just now."""
+        _check_role(engine.directory)
+        return cls(engine, settings, SlotTable(engine.directory.path / SLOTS_FILE), tls)
 
     def _heal_until_s(self) -> float:
         """When new transactions are taken: at once, or some time after a promotion behind which none was taken yet."""

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+
+import grpc.aio
 
 from understudy.common.access_interceptor import AccessInterceptor
 from understudy.common.authority import Authority
 from understudy.common.directory import DataDirectory
+from understudy.common.engine import Engine
+from understudy.common.errors import UnderstudyError
 from understudy.common.events import log
 from understudy.common.metrics import EngineMetrics, StatusCollector
 from understudy.common.metrics_server import serve_metrics
 from understudy.common.rpc import Listener, check_free
 from understudy.common.settings import PrimarySettings
 from understudy.common.tasks import spawn
+from understudy.common.tls import ServerTls
 from understudy.primary.accounts_service import AccountsService
 from understudy.primary.admin_service import PrimaryAdminService
 from understudy.primary.admin_token import ensure_admin_token
@@ -25,6 +30,7 @@ from understudy.primary.snapshots import PinBoard
 from understudy.primary.sync_service import SyncService
 from understudy.v1 import (
     accounts_pb2_grpc,
+    admin_pb2,
     admin_pb2_grpc,
     data_pb2_grpc,
     replication_pb2_grpc,
@@ -55,6 +61,15 @@ class PrimaryServer:
         """Where it listens, with the real port."""
         return self._listener.address
 
+    @property
+    def failed(self) -> asyncio.Future[UnderstudyError]:
+        """Done once it has to end."""
+        return self.node.failed
+
+    def status(self) -> admin_pb2.StatusResponse:
+        """All that ``understudy status`` shows."""
+        return self.node.status()
+
 
 @contextlib.asynccontextmanager
 async def serving_primary(settings: PrimarySettings) -> AsyncIterator[PrimaryServer]:
@@ -72,31 +87,69 @@ async def serving_primary(settings: PrimarySettings) -> AsyncIterator[PrimarySer
         node = PrimaryNode.open(directory, settings, metrics)
         stack.push_async_callback(node.close)
         await node.start()
-        pins = PinBoard(node.engine)
-        stack.callback(pins.close)
         authority = Authority(lambda: node.engine.state, cluster=lambda: directory.cluster, tls=node.tls)
         listener = Listener(_SERVICES, [AccessInterceptor(authority)])
-        data_pb2_grpc.add_DataServicer_to_server(PrimaryDataService(node, authority), listener.server)
-        replication_pb2_grpc.add_ReplicationServicer_to_server(
-            ReplicationService(node, pins), listener.server
-        )
-        sync_pb2_grpc.add_SyncServicer_to_server(SyncService(node, authority), listener.server)
-        admin_pb2_grpc.add_AdminServicer_to_server(PrimaryAdminService(node, authority), listener.server)
-        accounts_pb2_grpc.add_AccountsServicer_to_server(
-            AccountsService(node.commit_system, authority, metrics), listener.server
-        )
+        stack.enter_context(_answering(node, authority, listener))
         await listener.start(settings.listen, directory.control, node.tls)
         stack.push_async_callback(lambda: listener.stop(grace_s=STOP_GRACE_S))
         if settings.metrics is not None:
             metrics.registry.register(StatusCollector(node.status))
             stack.enter_context(serve_metrics(settings.metrics, metrics.registry, node.tls))
-        made = spawn(ensure_admin_token(directory, authority.accounts, node.commit_system), node.engine.fail)
-        stack.callback(made.cancel)
-        expiry = spawn(_expire_forever(pins), node.engine.fail)
-        stack.callback(expiry.cancel)
         log.info("serving", role="primary", address=listener.address, lsn=node.engine.durable.lsn)
         yield PrimaryServer(node, authority, listener)
         log.info("stopping")
+
+
+@contextlib.asynccontextmanager
+async def succeeding(
+    settings: PrimarySettings, engine: Engine, authority: Authority, listener: Listener, tls: ServerTls | None
+) -> AsyncIterator[PrimaryServer]:
+    """Serves in the place of a replica that was promoted just now, with its engine and behind its address.
+
+    Args:
+        settings: its address, certificates and address of metrics count for nothing: the replica's go on.
+        engine: works, and nothing in it is under way; it is closed when the block ends.
+        authority: the replica's.
+        listener: listens, and is stopped when the block ends.
+        tls: what the listener shows.
+
+    Raises:
+        UnderstudyError: of the directory or the store.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        node = PrimaryNode.succeed(engine, settings, tls)
+        stack.push_async_callback(node.close)
+        await node.start()
+        stack.enter_context(_answering(node, authority, listener))
+        stack.push_async_callback(lambda: listener.stop(grace_s=STOP_GRACE_S))
+        log.info("serving", role="primary", address=listener.address, lsn=engine.durable.lsn)
+        yield PrimaryServer(node, authority, listener)
+
+
+@contextlib.contextmanager
+def _answering(node: PrimaryNode, authority: Authority, listener: Listener) -> Iterator[None]:
+    """Lets the listener answer for the node, and does what the services need done meanwhile."""
+    engine = node.engine
+    with contextlib.ExitStack() as stack:
+        pins = PinBoard(engine)
+        stack.callback(pins.close)
+        accounts = AccountsService(node.commit_system, authority, engine.metrics)
+
+        def add(server: grpc.aio.Server) -> None:
+            data_pb2_grpc.add_DataServicer_to_server(PrimaryDataService(node, authority), server)
+            replication_pb2_grpc.add_ReplicationServicer_to_server(ReplicationService(node, pins), server)
+            sync_pb2_grpc.add_SyncServicer_to_server(SyncService(node, authority), server)
+            admin_pb2_grpc.add_AdminServicer_to_server(PrimaryAdminService(node, authority), server)
+            accounts_pb2_grpc.add_AccountsServicer_to_server(accounts, server)
+
+        listener.answer_with(add)
+        made = spawn(
+            ensure_admin_token(engine.directory, authority.accounts, node.commit_system), engine.fail
+        )
+        stack.callback(made.cancel)
+        expiry = spawn(_expire_forever(pins), engine.fail)
+        stack.callback(expiry.cancel)
+        yield
 
 
 async def _expire_forever(pins: PinBoard) -> None:

@@ -60,6 +60,7 @@ class Copy:
         self._progressed = Signal()
         self._told_s = 0.0
         self._applier: asyncio.Task[None] | None = None
+        self._is_ours = True
         self._replacing: asyncio.Task[None] | None = None
 
     # -- life ----------------------------------------------------------------------------------------------
@@ -85,13 +86,27 @@ class Copy:
 
     async def close(self) -> None:
         """Writes what was received, and closes."""
+        await self._stop_applying()
+        if self._replacing is not None:
+            await asyncio.gather(self._replacing, return_exceptions=True)
+        if self._engine is not None and self._is_ours:
+            await self._engine.close()
+
+    async def hand_over(self) -> Engine:
+        """Gives the engine, at work, to somebody who closes it; everything received must be applied.
+
+        Raises:
+            Unavailable: there is no copy yet.
+        """
+        engine = self.engine
+        await self._stop_applying()
+        self._is_ours = False
+        return engine
+
+    async def _stop_applying(self) -> None:
         if self._applier is not None:
             self._applier.cancel()
             await asyncio.gather(self._applier, return_exceptions=True)
-        if self._replacing is not None:
-            await asyncio.gather(self._replacing, return_exceptions=True)
-        if self._engine is not None:
-            await self._engine.close()
 
     async def replace(self, cluster: ClusterId) -> None:
         """Puts the complete copy from ``incoming/`` in this one's place.

@@ -14,7 +14,8 @@ from understudy.common.types import ClusterId
 from understudy.common.version import VERSION
 from understudy.replica.copy import Copy
 from understudy.replica.follower import Follower
-from understudy.replica.promotion import Promotion, begin_reign
+from understudy.replica.promote import Promotion
+from understudy.replica.promotion import begin_reign
 from understudy.v1 import admin_pb2
 
 
@@ -68,7 +69,7 @@ class ReplicaNode:
     # -- promotion -----------------------------------------------------------------------------------------
 
     async def promote(self) -> Promotion:
-        """Stops following, applies what was received, and begins a new epoch. The process ends afterwards.
+        """Stops following, applies what was received, and begins a new epoch; :meth:`leave` or a primary follow.
 
         Raises:
             Unavailable: there is no copy yet.
@@ -92,9 +93,13 @@ class ReplicaNode:
                 error if isinstance(error, UnderstudyError) else UnderstudyError("promotion was cut off")
             )
 
-    def leave(self) -> None:
-        """Ends the process after a promotion."""
-        self._end(None)
+    def leave(self, error: UnderstudyError | None) -> None:
+        """Ends the process after a promotion, or with what has befallen the primary that it became."""
+        self._end(error)
+
+    async def hand_over(self) -> Engine:
+        """Gives the promoted copy's engine, at work, to the primary that goes on with it and closes it."""
+        return await self._copy.hand_over()
 
     # -- status --------------------------------------------------------------------------------------------
 

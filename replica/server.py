@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from typing import Protocol
+
+import grpc.aio
 
 from understudy.common.access_interceptor import AccessInterceptor
 from understudy.common.admin_service import AdminService
 from understudy.common.authority import Authority
 from understudy.common.directory import DataDirectory
-from understudy.common.errors import NotPrimary
+from understudy.common.engine import Engine
+from understudy.common.errors import NotPrimary, UnderstudyError, WrongRole
 from understudy.common.events import log
 from understudy.common.follow_table import Decision
 from understudy.common.metrics import EngineMetrics, StatusCollector
@@ -17,8 +22,10 @@ from understudy.common.metrics_server import serve_metrics
 from understudy.common.read_service import Context, ReadService
 from understudy.common.rpc import Listener, answering_errors, check_free, first_message
 from understudy.common.settings import ReplicaSettings
+from understudy.common.tls import ServerTls
 from understudy.replica.accounts_service import ReplicaAccountsService
 from understudy.replica.node import ReplicaNode
+from understudy.replica.promote import Promotion
 from understudy.v1 import (
     accounts_pb2_grpc,
     admin_pb2,
@@ -40,22 +47,102 @@ _SERVICES = (
 )
 
 
-class ReplicaServer:
-    """A serving replica."""
+class Successor(Protocol):
+    """The primary that goes on with a promoted copy, as far as the replica's process knows it."""
 
-    def __init__(self, node: ReplicaNode, listener: Listener) -> None:
+    @property
+    def failed(self) -> asyncio.Future[UnderstudyError]:
+        """Done once it has to end."""
+
+    def status(self) -> admin_pb2.StatusResponse:
+        """All that ``understudy status`` shows."""
+
+
+# Serves with the engine, which it closes, by what that caller may, behind the listener, which it stops.
+Succession = Callable[
+    [Engine, Authority, Listener, ServerTls | None], contextlib.AbstractAsyncContextManager[Successor]
+]
+
+
+class ReplicaServer:
+    """A serving replica, which can go on as a primary once it is promoted."""
+
+    def __init__(
+        self, node: ReplicaNode, authority: Authority, listener: Listener, succession: Succession | None
+    ) -> None:
         self.node = node
+        self._authority = authority
         self._listener = listener
+        self._succession = succession
+        self._promotion: Promotion | None = None
+        self._successor: Successor | None = None
+        self._changing = asyncio.Lock()
+        self._stack = contextlib.AsyncExitStack()
 
     @property
     def address(self) -> str:
         """Where it listens, with the real port."""
         return self._listener.address
 
+    def status(self) -> admin_pb2.StatusResponse:
+        """All that ``understudy status`` shows, in the role that it has now."""
+        return (self._successor or self.node).status()
+
+    async def promote(self, *, serve: bool) -> Promotion:
+        """Makes the copy a primary's; serves it, too, or leaves that to another process and has this one end.
+
+        Raises:
+            WrongRole: it can't serve it.
+            UnderstudyError: the promotion failed, or serving.
+        """
+        # Whoever asked may be gone before it is done, and half a promotion would be neither.
+        return await asyncio.shield(asyncio.create_task(self._promote(serve=serve)))
+
+    async def _promote(self, *, serve: bool) -> Promotion:
+        async with self._changing:
+            if serve and self._succession is None:
+                raise WrongRole(
+                    "this process can't go on as a primary",
+                    remedy="promote without --serve, then start a primary",
+                )
+            if self._promotion is None:  # else two have asked at a time
+                self._promotion = await self.node.promote()
+            if serve and self._successor is None:
+                await self._succeed()
+            return self._promotion
+
+    async def _succeed(self) -> None:
+        assert self._succession is not None
+        engine = await self.node.hand_over()
+        succession = self._succession(engine, self._authority, self._listener, self.node.tls)
+        try:
+            self._successor = await self._stack.enter_async_context(succession)
+        except UnderstudyError as error:
+            self.node.leave(error)
+            raise
+        self._successor.failed.add_done_callback(self._end_with)
+
+    def _end_with(self, failed: asyncio.Future[UnderstudyError]) -> None:
+        if not failed.cancelled():
+            self.node.leave(failed.result())
+
+    async def close(self) -> None:
+        """Ends the primary that it has become, if it has."""
+        async with self._changing:
+            self._succession = None
+            await self._stack.aclose()
+
 
 @contextlib.asynccontextmanager
-async def serving_replica(settings: ReplicaSettings) -> AsyncIterator[ReplicaServer]:
+async def serving_replica(
+    settings: ReplicaSettings, succession: Succession | None = None
+) -> AsyncIterator[ReplicaServer]:
     """Opens the directory, follows and serves until the block ends.
+
+    Args:
+        settings: of the replica.
+        succession: makes the primary that goes on in this process once the copy is promoted, if that is asked for;
+            None: it can't be.
 
     Raises:
         UnderstudyError: of the directory, the log, the store, or the address.
@@ -71,36 +158,42 @@ async def serving_replica(settings: ReplicaSettings) -> AsyncIterator[ReplicaSer
         node.prepare()
         authority = Authority(lambda: node.engine.state, cluster=lambda: directory.cluster, tls=node.tls)
         listener = Listener(_SERVICES, [AccessInterceptor(authority)])
-        data_pb2_grpc.add_DataServicer_to_server(
-            ReadService(lambda: node.engine.state, authority), listener.server
-        )
-        replication_pb2_grpc.add_ReplicationServicer_to_server(_NotPrimaryService(), listener.server)
-        sync_pb2_grpc.add_SyncServicer_to_server(_NotPrimarySyncService(), listener.server)
-        admin_pb2_grpc.add_AdminServicer_to_server(_ReplicaAdminService(node, authority), listener.server)
-        accounts_pb2_grpc.add_AccountsServicer_to_server(ReplicaAccountsService(), listener.server)
+        server = ReplicaServer(node, authority, listener, succession)
+        listener.answer_with(lambda table: _add_services(table, server, authority))
         await listener.start(settings.listen, directory.control, node.tls)
         stack.push_async_callback(lambda: listener.stop(grace_s=STOP_GRACE_S))
+        stack.push_async_callback(server.close)
         if settings.metrics is not None:
-            metrics.registry.register(StatusCollector(node.status))
+            metrics.registry.register(StatusCollector(server.status))
             stack.enter_context(serve_metrics(settings.metrics, metrics.registry, node.tls))
         node.start()
         log.info("serving", role="replica", address=listener.address, primary=settings.primary)
-        yield ReplicaServer(node, listener)
+        yield server
         log.info("stopping")
+
+
+def _add_services(table: grpc.aio.Server, server: ReplicaServer, authority: Authority) -> None:
+    node = server.node
+    data_pb2_grpc.add_DataServicer_to_server(ReadService(lambda: node.engine.state, authority), table)
+    replication_pb2_grpc.add_ReplicationServicer_to_server(_NotPrimaryService(), table)
+    sync_pb2_grpc.add_SyncServicer_to_server(_NotPrimarySyncService(), table)
+    admin_pb2_grpc.add_AdminServicer_to_server(_ReplicaAdminService(server, authority), table)
+    accounts_pb2_grpc.add_AccountsServicer_to_server(ReplicaAccountsService(), table)
 
 
 class _ReplicaAdminService(AdminService):
     """Adds ``Promote``."""
 
-    def __init__(self, node: ReplicaNode, authority: Authority) -> None:
-        super().__init__(node.status, lambda: node.engine, authority)
-        self._node = node
+    def __init__(self, server: ReplicaServer, authority: Authority) -> None:
+        super().__init__(server.status, lambda: server.node.engine, authority)
+        self._server = server
 
     async def Promote(self, request: admin_pb2.PromoteRequest, context: Context) -> admin_pb2.PromoteResponse:
-        """Makes this copy a primary's; the process ends once this is answered."""
+        """Makes this copy a primary's; the process serves it, or ends once this is answered."""
         async with answering_errors(context):
-            promotion = await self._node.promote()
-            context.add_done_callback(self._leave)  # type: ignore[arg-type]  # the stubs name its parameters
+            promotion = await self._server.promote(serve=request.serve)
+            if not request.serve:
+                context.add_done_callback(self._leave)  # type: ignore[arg-type]  # the stubs name its parameters
             return admin_pb2.PromoteResponse(
                 epoch=promotion.epoch,
                 lsn=promotion.lsn,
@@ -111,7 +204,7 @@ class _ReplicaAdminService(AdminService):
         raise AssertionError("aborted")
 
     def _leave(self, *_: object) -> None:
-        self._node.leave()
+        self._server.node.leave(None)
 
 
 class _NotPrimaryService(replication_pb2_grpc.ReplicationServicer):

@@ -24,7 +24,8 @@ from understudy.replica.copy import Copy
 from understudy.replica.follow_session import FollowSession, SendProgress
 from understudy.replica.follower import Follower
 from understudy.replica.node import ReplicaNode
-from understudy.replica.promotion import Promotion, begin_reign
+from understudy.replica.promote import Promotion
+from understudy.replica.promotion import begin_reign
 from understudy.replica.server import serving_replica
 
 

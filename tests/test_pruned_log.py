@@ -16,7 +16,7 @@ from understudy.common.directory import DataDirectory, Role
 from understudy.common.operations import Put, to_protos
 from understudy.common.settings import PrimarySettings
 from understudy.primary.server import PrimaryServer, serving_primary
-from understudy.replica.promotion import promote_directory
+from understudy.replica.promote import promote_directory
 from understudy.v1.data_pb2 import Transaction
 
 

@@ -39,8 +39,8 @@ No caches are dropped.
     "failover": """
 A pair at local durability takes 50,000 commits; the replica has them all. From the SIGKILL of the primary (all
 its processes) to the first write that a new connection to the promoted node has acknowledged. Ours:
-`understudy promote`, then `understudy primary` on that directory, both starts of the interpreter included. PostgreSQL:
-`pg_ctl promote -W`. Redis: `REPLICAOF NO ONE`. Nobody has to notice the failure first, and no
+`understudy promote --serve`, the start of the interpreter included. PostgreSQL: `pg_ctl promote -W`. Redis:
+`REPLICAOF NO ONE`. Nobody has to notice the failure first, and no
 address has to move: what finds out and decides takes its time on top, with each system. The promoted one acknowledges
 at local durability, as it has no replica yet.
 """,

@@ -74,10 +74,9 @@ class Understudy(Pair):
         shutil.rmtree(self._replica_directory)
 
     def promote(self) -> None:
-        self.bench.processes.command("promote", str(self._replica_directory), "--json")
-        self._replica.wait()
+        self.bench.processes.command("promote", str(self._replica_directory), "--serve", "--json")
         self._directory, self._replica_directory = self._replica_directory, self._directory
-        self.start_primary("local")
+        self._primary = self._replica
 
     @property
     def store(self) -> Path:

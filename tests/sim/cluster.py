@@ -18,7 +18,7 @@ from understudy.common.errors import UnderstudyError
 from understudy.common.settings import PrimarySettings, ReplicaSettings
 from understudy.common.types import Durability, Lsn, Position
 from understudy.primary.server import serving_primary
-from understudy.replica.promotion import promote_directory
+from understudy.replica.promote import promote_directory
 from understudy.replica.rewind import rewind
 from understudy.replica.server import serving_replica
 

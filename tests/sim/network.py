@@ -13,7 +13,7 @@ import inspect
 import itertools
 import os
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -214,16 +214,16 @@ class Server:
         self.network = network
         self.process = network.universe.current
         self.interceptors = interceptors
-        self.handlers: dict[str, Any] = {}
+        self.handlers: list[grpc.GenericRpcHandler] = []
         self._addresses: list[str] = []
         self.calls: set[ServerCall] = set()
 
-    def add_generic_rpc_handlers(self, handlers: object) -> None:
-        """Those that are registered say the same."""
+    def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler]) -> None:
+        """Who is asked for the handler of a call."""
+        self.handlers.extend(handlers)
 
-    def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None:
-        """What generated code adds."""
-        self.handlers.update({f"/{service}/{name}": handler for name, handler in handlers.items()})
+    def add_registered_method_handlers(self, service: str, handlers: object) -> None:
+        """What generated code adds beside the generic ones, which say the same."""
 
     def add_insecure_port(self, address: str) -> int:
         """Will listen there; the port."""
@@ -326,7 +326,7 @@ class ServerCall:
 
     async def _handler(self, server: Server) -> Any:
         async def found(details: Any) -> Any:
-            return server.handlers.get(details.method)
+            return next(filter(None, (one.service(details) for one in server.handlers)), None)
 
         handler = found
         for interceptor in reversed(server.interceptors):

@@ -222,12 +222,17 @@ Global___UpstreamStatus: _TypeAlias = UpstreamStatus  # noqa: Y015
 class PromoteRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    SERVE_FIELD_NUMBER: _builtins.int
+    serve: _builtins.bool
+    """Go on as the primary, in the same process and behind the same address; otherwise the process ends."""
     def __init__(
         self,
+        *,
+        serve: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["serve", b"serve"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -71,7 +71,8 @@ class AdminServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Promote(self, request, context):
-        """Replica only: stop following, begin a new epoch, take the role of a primary.
+        """Replica only: stop following, begin a new epoch, take the role of a primary. Asked to serve, it serves once this
+        is answered.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

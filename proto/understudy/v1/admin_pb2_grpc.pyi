@@ -33,7 +33,9 @@ class AdminStub:
     def __new__(cls, channel: _aio.Channel) -> AdminAsyncStub: ...
     Status: _grpc.UnaryUnaryMultiCallable[_admin_pb2.StatusRequest, _admin_pb2.StatusResponse]
     Promote: _grpc.UnaryUnaryMultiCallable[_admin_pb2.PromoteRequest, _admin_pb2.PromoteResponse]
-    """Replica only: stop following, begin a new epoch, take the role of a primary."""
+    """Replica only: stop following, begin a new epoch, take the role of a primary. Asked to serve, it serves once this
+    is answered.
+    """
     Fence: _grpc.UnaryUnaryMultiCallable[_admin_pb2.FenceRequest, _admin_pb2.FenceResponse]
     """Primary only: accept no more writes, for good."""
     Forget: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ForgetRequest, _admin_pb2.ForgetResponse]
@@ -46,7 +48,9 @@ class AdminAsyncStub(AdminStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Status: _aio.UnaryUnaryMultiCallable[_admin_pb2.StatusRequest, _admin_pb2.StatusResponse]  # type: ignore[assignment]
     Promote: _aio.UnaryUnaryMultiCallable[_admin_pb2.PromoteRequest, _admin_pb2.PromoteResponse]  # type: ignore[assignment]
-    """Replica only: stop following, begin a new epoch, take the role of a primary."""
+    """Replica only: stop following, begin a new epoch, take the role of a primary. Asked to serve, it serves once this
+    is answered.
+    """
     Fence: _aio.UnaryUnaryMultiCallable[_admin_pb2.FenceRequest, _admin_pb2.FenceResponse]  # type: ignore[assignment]
     """Primary only: accept no more writes, for good."""
     Forget: _aio.UnaryUnaryMultiCallable[_admin_pb2.ForgetRequest, _admin_pb2.ForgetResponse]  # type: ignore[assignment]
@@ -68,7 +72,9 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.PromoteRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.PromoteResponse, _abc.Awaitable[_admin_pb2.PromoteResponse]]:
-        """Replica only: stop following, begin a new epoch, take the role of a primary."""
+        """Replica only: stop following, begin a new epoch, take the role of a primary. Asked to serve, it serves once this
+        is answered.
+        """
 
     @_abc_1.abstractmethod
     def Fence(

@@ -1,0 +1,163 @@
+"""A replica's process that goes on as the primary: ``understudy promote --serve``."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+from harness import Process, Processes, complaint, wait_until
+from nodes import (
+    DIRECTORY,
+    Load,
+    Pair,
+    assert_equal,
+    assert_sound,
+    checkpoint,
+    offline_status,
+    pairs,
+    put,
+    status,
+)
+
+from understudy.client import Put, aconnect, connect
+from understudy.common import portal
+from understudy.common.rpc import open_channel, short_socket_path
+from understudy.v1 import admin_pb2, admin_pb2_grpc
+
+UNREACHABLE = 5
+
+
+def _succeed(pair: Pair) -> Process:
+    """Kills the primary and has the replica's process take its place."""
+    pair.primary.kill()
+    pair.processes.run("promote", pair.b, "--serve")
+    return pair.replica
+
+
+def test_a_replica_that_goes_on_as_primary_under_load_loses_and_doubles_nothing(
+    processes: Processes, tmp_path: Path
+) -> None:
+    """G1, G6, G11: kill -9 under load, promote --serve: all acknowledged is there once, and the old one can follow."""
+    pair = Pair(processes, tmp_path, "--durability", "replica")
+    with Load(pair.addresses) as load:
+        load.wait_for(200)
+        new = _succeed(pair)
+        load.wait_for(200)
+        load.stop()
+    assert load.errors == []
+    assert status(new.address).role == "primary"
+    processes.run("rewind", pair.a, "--to", new.address, "--id", "a")
+    old = processes.replica(pair.a, new.address, "--id", "a")
+    assert_equal(new.address, old.address)
+    load.check(old.address)
+
+
+def test_it_takes_checkpoints_and_ends_as_a_primary_does(processes: Processes, tmp_path: Path) -> None:
+    """G2: checkpoints are taken, SIGTERM ends it, and `understudy primary` starts from what it leaves behind."""
+    pair = Pair(processes, tmp_path, "--durability", "replica")
+    put(pair.primary.address, "/realm", (b"before", b"1"))
+    new = _succeed(pair)
+    put(new.address, "/realm", (b"after", b"2"))
+    checkpoint(new.address)
+    assert new.terminate() == 0
+    assert_sound(pair.b)
+    refused = complaint(
+        processes.run("replica", "--data-dir", pair.b, "--primary", "127.0.0.1:1", code=DIRECTORY)
+    )
+    assert f"understudy primary --data-dir {pair.b}" in refused
+    again = processes.primary(pair.b)
+    assert pairs(again.address, "/realm") == {b"before": b"1", b"after": b"2"}
+
+
+def test_it_recovers_after_a_kill(processes: Processes, tmp_path: Path) -> None:
+    """G1: what it has acknowledged in its new role survives kill -9."""
+    pair = Pair(processes, tmp_path)
+    new = _succeed(pair)
+    put(new.address, "/realm", (b"key", b"value"))
+    new.kill()
+    assert pairs(processes.primary(pair.b).address, "/realm") == {b"key": b"value"}
+
+
+def test_it_serves_as_the_primarys_settings_say(processes: Processes, tmp_path: Path) -> None:
+    """A durability from the environment holds from the first transaction on."""
+    processes.environment["UNDERSTUDY_DURABILITY"] = "replica"
+    processes.environment["UNDERSTUDY_DEGRADE_AFTER_S"] = "3600"
+    pair = Pair(processes, tmp_path)
+    found = status(_succeed(pair).address)
+    assert (found.role, found.durability) == ("primary", "replica")
+
+
+def test_settings_that_could_not_serve_are_refused_when_the_replica_starts(
+    processes: Processes, tmp_path: Path
+) -> None:
+    """A primary's setting that can't be is found now, and not when everybody waits for the new primary."""
+    processes.environment["UNDERSTUDY_SYNC_REPLICAS"] = "0"
+    done = processes.run("replica", "--data-dir", tmp_path / "b", "--primary", "127.0.0.1:1", code=2)
+    assert "sync_replicas is 0" in complaint(done)
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_replica_that_does_not_run_can_not_go_on(processes: Processes, tmp_path: Path) -> None:
+    """Asked to have nobody's process serve, promote does nothing, and says what would do."""
+    pair = Pair(processes, tmp_path)
+    pair.stop()
+    done = processes.run("promote", pair.b, "--serve", code=UNREACHABLE)
+    assert f"understudy primary --data-dir {pair.b}" in complaint(done)
+    assert offline_status(pair.b).role == "replica"
+
+
+def test_a_primary_is_not_promoted_again(processes: Processes, tmp_path: Path) -> None:
+    """Asked twice, one after the other, it goes on as it is: no further epoch begins."""
+    pair = Pair(processes, tmp_path)
+    new = _succeed(pair)
+    put(new.address, "/realm", (b"key", b"value"))
+    before = status(new.address)
+    assert "primary" in complaint(processes.run("promote", pair.b, "--serve", code=DIRECTORY))
+    after = status(new.address)
+    assert (after.epoch, after.role) == (before.epoch, "primary")
+
+
+def test_two_who_promote_at_a_time_promote_once(processes: Processes, tmp_path: Path) -> None:
+    """G7: both hear of the same epoch, and the log has one beginning of it."""
+    pair = Pair(processes, tmp_path)
+    pair.primary.kill()
+
+    async def both() -> list[admin_pb2.PromoteResponse]:
+        with short_socket_path(pair.b / "control.sock") as socket:
+            async with open_channel(f"unix:{socket}") as channel:
+                admin = admin_pb2_grpc.AdminStub(channel)
+                calls = [admin.Promote(admin_pb2.PromoteRequest(serve=True)) for _ in range(2)]
+                return list(await asyncio.gather(*calls))
+
+    first, second = portal.call(both())
+    assert (first.epoch, first.lsn) == (second.epoch, second.lsn) == (2, status(pair.replica.address).lsn)
+
+
+def test_connections_to_the_replica_stay(processes: Processes, tmp_path: Path) -> None:
+    """A client that reads from the replica writes to the primary that it becomes, without connecting again."""
+    pair = Pair(processes, tmp_path)
+    put(pair.primary.address, "/realm", *((b"%04d" % number, b"v") for number in range(3_000)))
+    wait_until(lambda: status(pair.replica.address).lsn == status(pair.primary.address).lsn)
+
+    async def read_and_write() -> int:
+        async with aconnect(pair.replica.address) as client:
+            scan = client.scan("/realm")
+            seen = [await anext(scan)]
+            await asyncio.to_thread(_succeed, pair)
+            seen += [one async for one in scan]
+            await client.commit("/realm", [Put(b"new", b"v")])
+            return len(seen)
+
+    assert portal.call(read_and_write()) == 3_000
+    with connect(pair.replica.address) as client:
+        assert client.get("/realm", b"new") == b"v"
+
+
+def test_promote_tells_the_facts(processes: Processes, tmp_path: Path) -> None:
+    """`promote --serve --json` has the keys that `promote --json` has."""
+    pair = Pair(processes, tmp_path)
+    pair.primary.kill()
+    facts = json.loads(processes.run("promote", pair.b, "--serve", "--json").stdout)
+    assert set(facts) == {"epoch", "lsn", "digest", "seconds"}
+    assert facts["epoch"] == 2
