@@ -8,10 +8,11 @@ import grpc.aio
 
 from understudy.cli.histories import Standing, check_related, diverged
 from understudy.cli.output import counted
+from understudy.common.addresses import split_address
 from understudy.common.credentials import ANONYMOUS, Credentials
 from understudy.common.directory import Role
 from understudy.common.errors import ProtocolError, Unavailable
-from understudy.common.rpc import open_channel, peer_errors, split_address
+from understudy.common.rpc import open_channel, peer_errors
 from understudy.common.types import Digest, Lsn
 from understudy.v1 import admin_pb2, admin_pb2_grpc
 

@@ -45,7 +45,8 @@ def fence(server: str, credentials: Credentials, timeout_s: float, as_json: bool
 
 
 async def _ask(server: str, credentials: Credentials, timeout_s: float) -> admin_pb2.FenceResponse:
-    from understudy.common.rpc import open_channel, peer_errors, split_address
+    from understudy.common.addresses import split_address
+    from understudy.common.rpc import open_channel, peer_errors
     from understudy.v1 import admin_pb2, admin_pb2_grpc
 
     split_address(server)

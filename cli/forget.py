@@ -59,7 +59,8 @@ def _encoded(replica_id: str) -> bytes:
 async def _ask(
     server: str, credentials: Credentials, replica_id: str, timeout_s: float
 ) -> admin_pb2.ForgetResponse:
-    from understudy.common.rpc import open_channel, peer_errors, split_address
+    from understudy.common.addresses import split_address
+    from understudy.common.rpc import open_channel, peer_errors
     from understudy.v1 import admin_pb2, admin_pb2_grpc
 
     split_address(server)

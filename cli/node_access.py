@@ -74,8 +74,9 @@ class Node:
             return runner.run(self._ask(call))
 
     async def _ask(self, call: Callable[[accounts_pb2_grpc.AccountsAsyncStub, float], Awaitable[_T]]) -> _T:
+        from understudy.common.addresses import split_address
         from understudy.common.credentials import ANONYMOUS
-        from understudy.common.rpc import short_socket_path, split_address
+        from understudy.common.rpc import short_socket_path
 
         if self._server is not None:
             split_address(self._server)

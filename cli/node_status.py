@@ -6,11 +6,12 @@ import importlib.metadata
 import time
 from pathlib import Path
 
+from understudy.common.addresses import split_address
 from understudy.common.credentials import ANONYMOUS, Credentials
 from understudy.common.directory import DataDirectory, Role
 from understudy.common.errors import DirectoryInUse, PeerUnreachable
 from understudy.common.log_reader import read_records
-from understudy.common.rpc import open_channel, peer_errors, short_socket_path, split_address
+from understudy.common.rpc import open_channel, peer_errors, short_socket_path
 from understudy.common.state import State
 from understudy.common.store import Store
 from understudy.primary.slots import SLOTS_FILE, Slot, SlotTable

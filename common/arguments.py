@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from understudy.common.addresses import split_address
 from understudy.common.errors import BadKey, UsageError
-from understudy.common.rpc import split_address
 from understudy.common.types import Durability, check_key
 from understudy.v1 import data_pb2
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, start_http_server
 
+from understudy.common.addresses import split_address
 from understudy.common.errors import UsageError
-from understudy.common.rpc import split_address
 from understudy.common.tls import ServerTls
 
 

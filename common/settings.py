@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from understudy.common.addresses import check_listen, split_address
 from understudy.common.credentials import Credentials
 from understudy.common.errors import UsageError
-from understudy.common.rpc import check_listen, split_address
 from understudy.common.sizes import parse_size
 from understudy.common.tls import ServerTls
 from understudy.common.types import Durability

@@ -9,14 +9,15 @@ from collections.abc import AsyncIterator, Iterator
 import grpc.aio
 
 from understudy.common.access_interceptor import AccessInterceptor
+from understudy.common.addresses import check_free
 from understudy.common.authority import Authority
 from understudy.common.directory import DataDirectory
 from understudy.common.engine import Engine
 from understudy.common.errors import UnderstudyError
 from understudy.common.events import log
+from understudy.common.listener import Listener
 from understudy.common.metrics import EngineMetrics, StatusCollector
 from understudy.common.metrics_server import serve_metrics
-from understudy.common.rpc import Listener, check_free
 from understudy.common.settings import PrimarySettings
 from understudy.common.tasks import spawn
 from understudy.common.tls import ServerTls

@@ -10,6 +10,7 @@ from typing import Protocol
 import grpc.aio
 
 from understudy.common.access_interceptor import AccessInterceptor
+from understudy.common.addresses import check_free
 from understudy.common.admin_service import AdminService
 from understudy.common.authority import Authority
 from understudy.common.directory import DataDirectory
@@ -17,10 +18,11 @@ from understudy.common.engine import Engine
 from understudy.common.errors import NotPrimary, UnderstudyError, WrongRole
 from understudy.common.events import log
 from understudy.common.follow_table import Decision
+from understudy.common.listener import Listener
 from understudy.common.metrics import EngineMetrics, StatusCollector
 from understudy.common.metrics_server import serve_metrics
 from understudy.common.read_service import Context, ReadService
-from understudy.common.rpc import Listener, answering_errors, check_free, first_message
+from understudy.common.rpc import answering_errors, first_message
 from understudy.common.settings import ReplicaSettings
 from understudy.common.tls import ServerTls
 from understudy.replica.accounts_service import ReplicaAccountsService

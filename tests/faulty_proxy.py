@@ -6,7 +6,7 @@ import contextlib
 import socket
 import threading
 
-from understudy.common.rpc import split_address
+from understudy.common.addresses import split_address
 
 _READ_BYTES = 1 << 16
 

@@ -12,9 +12,10 @@ from harness import DEADLINE_S
 from nodes import GarbageServer
 
 from understudy.common import errors, portal
+from understudy.common.addresses import check_listen, split_address
 from understudy.common.credentials import Credentials
 from understudy.common.errors import NotPermitted, PeerUnreachable, ProtocolError, UnderstudyError, UsageError
-from understudy.common.rpc import answering_errors, check_listen, open_channel, peer_errors, split_address
+from understudy.common.rpc import answering_errors, open_channel, peer_errors
 from understudy.v1 import admin_pb2, admin_pb2_grpc
 
 # -- addresses -------------------------------------------------------------------------------------------------

@@ -37,7 +37,8 @@ from understudy.common.errors import (
     UnderstudyError,
     UsageError,
 )
-from understudy.common.rpc import Listener, open_channel, peer_errors
+from understudy.common.listener import Listener
+from understudy.common.rpc import open_channel, peer_errors
 from understudy.common.tls import REPLICA_NAME, ServerTls
 from understudy.primary import Primary
 

@@ -9,7 +9,7 @@ import threading
 import time
 from random import Random
 
-from understudy.common.rpc import split_address
+from understudy.common.addresses import split_address
 
 _READ_BYTES = 1 << 16
 # What is damaged is in the middle of much: the few bytes of a greeting would be answered with a refusal for good.

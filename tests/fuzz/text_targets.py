@@ -18,6 +18,7 @@ from understudy.cli import salvage
 from understudy.cli.json_lines import encode_pair
 from understudy.cli.pairs import lines
 from understudy.common.access import check_name, check_pattern
+from understudy.common.addresses import split_address
 from understudy.common.arguments import parse_addresses
 from understudy.common.certificate_authority import KeyFiles, create_keys
 from understudy.common.certificate_proof import make_proof, proven_names
@@ -26,7 +27,6 @@ from understudy.common.directory import DataDirectory, NodeFile, Role
 from understudy.common.entry_json import entry_row
 from understudy.common.errors import UnderstudyError
 from understudy.common.operations import Put
-from understudy.common.rpc import split_address
 from understudy.common.settings import PrimarySettings, ReplicaSettings, load_settings
 from understudy.common.sizes import parse_size
 from understudy.common.tokens import Claims, Lasting, LastingToken, new_signing_key, read_token, sign_token

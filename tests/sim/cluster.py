@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import shutil
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -17,7 +18,7 @@ from understudy.common.engine import Engine
 from understudy.common.errors import UnderstudyError
 from understudy.common.settings import PrimarySettings, ReplicaSettings
 from understudy.common.types import Durability, Lsn, Position
-from understudy.primary.server import serving_primary
+from understudy.primary.server import serving_primary, succeeding
 from understudy.replica.promote import promote_directory
 from understudy.replica.rewind import rewind
 from understudy.replica.server import serving_replica
@@ -119,17 +120,16 @@ class Node:
         self.process.wake_s = self.disk.sync_s
 
     async def _primary(self) -> None:
-        await self._serve(
-            serving_primary(
-                PrimarySettings(
-                    data_dir=self.path,
-                    listen=self.address,
-                    durability=self.cluster.durability,
-                    sync_replicas=self.cluster.sync_replicas,
-                    log_floor_bytes=self.cluster.log_floor_bytes,
-                )
-            ),
-            lambda server: server.node.failed,
+        await self._serve(serving_primary(self._primary_settings), lambda server: server.node.failed)
+
+    @property
+    def _primary_settings(self) -> PrimarySettings:
+        return PrimarySettings(
+            data_dir=self.path,
+            listen=self.address,
+            durability=self.cluster.durability,
+            sync_replicas=self.cluster.sync_replicas,
+            log_floor_bytes=self.cluster.log_floor_bytes,
         )
 
     async def _replica(self) -> None:
@@ -141,7 +141,8 @@ class Node:
             id=self.name,
             log_floor_bytes=self.cluster.log_floor_bytes,
         )
-        await self._serve(serving_replica(settings), lambda server: server.node.ended)
+        succession = functools.partial(succeeding, self._primary_settings)
+        await self._serve(serving_replica(settings, succession), lambda server: server.node.ended)
 
     async def _serve(self, serving: Any, ended: Callable[[Any], asyncio.Future[Any]]) -> None:
         self.why = None
@@ -155,13 +156,13 @@ class Node:
             self.why = error
             raise
 
-    def promote(self) -> None:
-        """`understudy promote`, whether it runs or not; then it is started as a primary."""
+    def promote(self, *, serve: bool = False) -> None:
+        """`understudy promote`, whether it runs or not; then it is started as a primary, unless its process serves."""
 
         async def promoting() -> None:
-            promotion = await promote_directory(self.path)
+            promotion = await promote_directory(self.path, serve=serve)
             self.cluster.lab.universe.trace(
-                "promoted", self, f"epoch {promotion.epoch}", f"lsn {promotion.lsn}"
+                "promoted", self, f"epoch {promotion.epoch}", f"lsn {promotion.lsn}", f"serve {serve}"
             )
             self.cluster.promotions += 1
 

@@ -243,7 +243,7 @@ class Story:
 
     def _promote(self, node: Node, other: Node, amount: float) -> None:
         if not node.is_busy and node.role in (Role.REPLICA, Role.PROMOTING):
-            node.promote()
+            node.promote(serve=node.is_up and amount < 0.5)
 
     def _rewind(self, node: Node, other: Node, amount: float) -> None:
         if node is not other and not node.is_busy and not node.is_up and node.role is not None:
