@@ -278,7 +278,8 @@ class ReplicationService(replication_pb2_grpc.ReplicationServicer):
                 self._node.on_replica_progress(
                     slot, progress.durable_lsn, progress.durable_offset, progress.applied_lsn
                 )
-                wake.set()
+                if session.sent_offset < self._node.engine.log.end_offset:
+                    wake.set()  # there may be room now for what had to wait
         finally:
             wake.set()
 
