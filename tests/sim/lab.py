@@ -19,6 +19,7 @@ from typing import Any
 
 import grpc.aio
 import lmdb
+import structlog  # noqa: F401  # here, as importing it takes from a story's chance
 from sim.disk import Disk
 from sim.network import Channel, Network, Server
 from sim.threads import Future, Local, RLock, SimpleQueue, Threading
@@ -88,6 +89,9 @@ class Lab:
         self._set_time()
         self._set_chance()
         understudy.common.group_writer.threading = Threading(lambda: self.universe)  # type: ignore[assignment]
+        understudy.common.group_writer.queue = SimpleNamespace(  # type: ignore[assignment]
+            SimpleQueue=lambda: SimpleQueue(self.universe), Empty=queue.Empty
+        )
         grpc.aio.insecure_channel = lambda target, options=None: Channel(self.network, target)  # type: ignore
         grpc.aio.server = lambda interceptors=(), options=None: Server(self.network, interceptors)  # type: ignore
         for module in (
