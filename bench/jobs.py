@@ -52,6 +52,19 @@ class TimedJob:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TracedJob:
+    """One writer, for ``warm_s`` and then ``window_s``; gives when each of its commits was asked for and answered."""
+
+    address: str
+    keys: int
+    value_bytes: int
+    warm_s: float
+    window_s: float
+    seed: int
+    mode: str = "traced"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CountedJob:
     """So many transactions of ``puts_each`` random puts, by writers that wait for their answers."""
 

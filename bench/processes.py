@@ -141,7 +141,9 @@ _P = TypeVar("_P", bound=Process)
 class Node(Process):
     """A primary or a replica that serves."""
 
-    def __init__(self, role: str, directory: Path, log: Path, flags: list[str]) -> None:
+    def __init__(
+        self, role: str, directory: Path, log: Path, flags: list[str], traced: Path | None = None
+    ) -> None:
         arguments = [
             role,
             "--data-dir",
@@ -153,7 +155,10 @@ class Node(Process):
             *flags,
         ]
         started_s = time.monotonic()
-        super().__init__(role, understudy_command(*arguments), log)
+        command = understudy_command(*arguments)
+        if traced is not None:
+            command = [sys.executable, "-P", str(HERE / "traced.py"), str(traced), *arguments]
+        super().__init__(role, command, log)
         self._started_s = started_s
         self.address = ""
         self.ready_s = 0.0  # from the start of its process until it said that it serves
@@ -235,17 +240,17 @@ class Processes:
                 process.kill()
         self._started.clear()
 
-    def primary(self, directory: Path, *flags: str) -> Node:
-        """A primary that serves."""
-        return self._node("primary", directory, list(flags))
+    def primary(self, directory: Path, *flags: str, traced: Path | None = None) -> Node:
+        """A primary that serves; it notes in ``traced`` when commits pass which point."""
+        return self._node("primary", directory, list(flags), traced)
 
-    def replica(self, directory: Path, primary: Node | str, *flags: str) -> Node:
+    def replica(self, directory: Path, primary: Node | str, *flags: str, traced: Path | None = None) -> Node:
         """A replica that serves; it may have no copy yet."""
         address = primary.address if isinstance(primary, Node) else primary
-        return self._node("replica", directory, ["--primary", address, "--id", "bench", *flags])
+        return self._node("replica", directory, ["--primary", address, "--id", "bench", *flags], traced)
 
-    def _node(self, role: str, directory: Path, flags: list[str]) -> Node:
-        node = Node(role, directory, self._log(role), flags)
+    def _node(self, role: str, directory: Path, flags: list[str], traced: Path | None) -> Node:
+        node = Node(role, directory, self._log(role), flags, traced)
         self._started.append(node)
         node.wait_until_ready()
         return node

@@ -34,6 +34,7 @@ import memory
 import promotion
 import realms
 import report
+import stages
 import upload
 from processes import HERE, BenchFailed, Processes
 from results import RowResult
@@ -43,6 +44,7 @@ from stage import Bench
 
 ROWS: dict[str, Callable[[Bench], RowResult]] = {
     "commits": commits.measure,
+    "stages": stages.measure,
     "attached": attached.measure,
     "lag": lag.measure,
     "catchup": catchup.measure,

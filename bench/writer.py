@@ -14,7 +14,7 @@ from itertools import islice
 from typing import Any
 
 from accounts import cpu_seconds
-from jobs import CountedJob, FillJob, FillRealmsJob, PacedJob, TimedJob, argument, parse_job
+from jobs import CountedJob, FillJob, FillRealmsJob, PacedJob, TimedJob, TracedJob, argument, parse_job
 from load import REALM, ordered_pairs, random_pairs, realm
 from results import quantile
 
@@ -131,6 +131,19 @@ async def timed(job: TimedJob) -> dict[str, Any]:
             await asyncio.gather(*writers, return_exceptions=True)
 
 
+async def traced(job: TracedJob) -> dict[str, Any]:
+    """One commit after the other; gives when each was asked for and answered."""
+    pairs = random_pairs(seed=job.seed, keys=job.keys, value_bytes=job.value_bytes)
+    commits: list[tuple[float, float]] = []
+    async with aconnect(job.address) as server:
+        counts_from_s = time.monotonic() + job.warm_s
+        while (asked_s := time.monotonic()) < counts_from_s + job.window_s:
+            await _commit(server, pairs, 1)
+            if asked_s >= counts_from_s:
+                commits.append((asked_s, time.monotonic()))
+    return {"commits": commits}
+
+
 async def paced(job: PacedJob) -> dict[str, Any]:
     """Writes at a pace; gives of each transaction: LSN, when it was due, when its answer was here."""
     pairs = random_pairs(seed=job.seed, keys=job.keys, value_bytes=job.value_bytes)
@@ -162,6 +175,7 @@ _MODES: dict[str, tuple[type[Any], Callable[[Any], Coroutine[Any, Any, dict[str,
     "counted": (CountedJob, counted),
     "timed": (TimedJob, timed),
     "paced": (PacedJob, paced),
+    "traced": (TracedJob, traced),
 }
 
 
