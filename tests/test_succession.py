@@ -6,7 +6,7 @@ import asyncio
 import json
 from pathlib import Path
 
-from harness import Process, Processes, complaint, wait_until
+from harness import DEADLINE_S, Process, Processes, complaint, wait_until
 from nodes import (
     DIRECTORY,
     Load,
@@ -20,8 +20,9 @@ from nodes import (
     status,
 )
 
-from understudy.client import Put, aconnect, connect
+from understudy.client import AsyncServer, Put, aconnect, connect
 from understudy.common import portal
+from understudy.common.errors import NotPrimary
 from understudy.common.rpc import open_channel, short_socket_path
 from understudy.v1 import admin_pb2, admin_pb2_grpc
 
@@ -146,12 +147,23 @@ def test_connections_to_the_replica_stay(processes: Processes, tmp_path: Path) -
             seen = [await anext(scan)]
             await asyncio.to_thread(_succeed, pair)
             seen += [one async for one in scan]
-            await client.commit("/realm", [Put(b"new", b"v")])
+            async with asyncio.timeout(DEADLINE_S):
+                while not await _took(client, Put(b"new", b"v")):
+                    pass  # it waits itself, for its next attempt
             return len(seen)
 
     assert portal.call(read_and_write()) == 3_000
     with connect(pair.replica.address) as client:
         assert client.get("/realm", b"new") == b"v"
+
+
+async def _took(client: AsyncServer, put: Put) -> bool:
+    """Whether it was committed; not, where the client was still asking the replica that it had known."""
+    try:
+        await client.commit("/realm", [put])
+    except NotPrimary:
+        return False
+    return True
 
 
 def test_promote_tells_the_facts(processes: Processes, tmp_path: Path) -> None:

@@ -187,6 +187,22 @@ MUTANTS = (
         ),
     ),
     Mutant(
+        name="two who promote at a time begin two epochs",
+        guarantee="G7",
+        file="replica/server.py",
+        old="            if self._promotion is None:  # else two have asked at a time\n",
+        new="            if True:\n",
+        tests=("tests/test_succession.py",),
+    ),
+    Mutant(
+        name="the successor's engine works for the replica that it was",
+        guarantee="G1",
+        file="common/engine.py",
+        old="        self._owner = owner\n        if self._writer is not None:\n            return\n",
+        new="        if self._writer is not None:\n            return\n        self._owner = owner\n",
+        tests=("tests/test_succession.py",),
+    ),
+    Mutant(
         name="a rewind exports nothing",
         guarantee="G4",
         file="replica/rewind.py",
