@@ -88,6 +88,11 @@ def _physics_figures(physics: list[Physics]) -> list[Figure]:
             values=[one.sync_s * 1e3 for one in physics],
         ),
         Figure(
+            name="reference: loopback round trip over TCP, p50",
+            unit="ms",
+            values=[one.loopback_s * 1e3 for one in physics],
+        ),
+        Figure(
             name="reference: gRPC round trip, p50", unit="ms", values=[one.echo_s * 1e3 for one in physics]
         ),
         Figure(

@@ -11,12 +11,16 @@ import sys
 import time
 from typing import Any
 
-import grpc
-import grpc.aio
 from jobs import EchoJob, argument, parse_job
 from results import quantile
 
+from understudy.cli.grpc_engine import prefer_the_faster_engine
 from understudy.common.portal import new_event_loop
+
+prefer_the_faster_engine()  # as the servers do, before gRPC is imported
+
+import grpc  # noqa: E402
+import grpc.aio  # noqa: E402
 
 _METHOD = "/bench.Echo/Echo"
 

@@ -18,6 +18,7 @@ from typing import ParamSpec, Protocol, TypeVar
 from understudy.common.changelog import ChangeLog
 from understudy.common.checkpoint_process import Checkpointer
 from understudy.common.directory import DataDirectory
+from understudy.common.entries import parse_epoch_start
 from understudy.common.errors import DiskFull, UnderstudyError
 from understudy.common.events import log
 from understudy.common.files import FileSystem, OsFileSystem
@@ -203,6 +204,13 @@ class Engine:
     def epoch(self) -> Epoch:
         """The epoch of the last applied entry; 0 before the first."""
         return Epoch(self.state.epochs[-1].info.epoch if self.state.epochs else 0)
+
+    @property
+    def was_promoted(self) -> bool:
+        """Whether the present epoch began when this very copy was promoted; not the first, which no promotion began."""
+        row = self.state.epochs[-1]
+        parsed = parse_epoch_start(row.proof.entry)
+        return row.info.epoch > 1 and parsed is not None and parsed[0].node == self.directory.node
 
     @property
     def history_key(self) -> bytes:

@@ -7,7 +7,7 @@ import asyncio
 from understudy.common.admin_service import AdminService
 from understudy.common.authority import Authority
 from understudy.common.directory import Role
-from understudy.common.errors import DiskFull, Unavailable
+from understudy.common.errors import DiskFull, Unavailable, WrongRole
 from understudy.common.read_service import Context
 from understudy.common.rpc import answering_errors
 from understudy.common.types import Lsn
@@ -18,7 +18,7 @@ _FREEZE_S_MAX = 60.0
 
 
 class PrimaryAdminService(AdminService):
-    """Adds ``Fence``, ``Forget`` and checkpoints on demand."""
+    """Adds ``Fence``, ``Forget``, checkpoints on demand, and an answer to who promotes it again."""
 
     def __init__(self, node: PrimaryNode, authority: Authority) -> None:
         super().__init__(node.status, lambda: node.engine, authority)
@@ -38,6 +38,20 @@ class PrimaryAdminService(AdminService):
             raise Unavailable(
                 f"no checkpoint within {_FREEZE_S_MAX:.0f} s", remedy="are enough replicas connected?"
             ) from None
+
+    async def Promote(self, request: admin_pb2.PromoteRequest, context: Context) -> admin_pb2.PromoteResponse:
+        """What a promotion has made of this node already: whoever did not hear of it asks again."""
+        async with answering_errors(context):
+            engine = self._node.engine
+            if not request.serve or not engine.was_promoted or engine.directory.role is not Role.PRIMARY:
+                raise WrongRole("this node is not a replica")
+            return admin_pb2.PromoteResponse(
+                epoch=engine.epoch,
+                lsn=engine.durable.lsn,
+                digest=engine.durable.digest,
+                warnings=[f"{engine.directory.path} had been promoted before"],
+            )
+        raise AssertionError("aborted")
 
     async def Fence(self, request: admin_pb2.FenceRequest, context: Context) -> admin_pb2.FenceResponse:
         """Accepts no more writes, for good: an operator says that another primary reigns or will.

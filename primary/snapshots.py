@@ -6,11 +6,11 @@ import time
 from dataclasses import dataclass
 
 from understudy.common.engine import Engine
-from understudy.common.errors import Overloaded, ProtocolError, Unavailable
+from understudy.common.errors import RESTORE, CorruptionError, Overloaded, ProtocolError, Unavailable
 from understudy.common.events import log
 from understudy.common.pinned_snapshot import PinnedSnapshot
 from understudy.common.store import Store
-from understudy.common.store_layout import CHECKPOINT_KEY
+from understudy.common.store_layout import CHECKPOINT_KEY, lmdb_errors, row_errors
 from understudy.common.types import new_id
 from understudy.v1 import replication_pb2, store_pb2
 
@@ -21,8 +21,11 @@ IDLE_S_MAX = 120.0
 
 def _checkpoint(store: Store, snapshot: PinnedSnapshot) -> store_pb2.CheckpointRow:
     """Where the pinned snapshot stands: perhaps already past ``store.current``."""
-    row = snapshot.txn.get(CHECKPOINT_KEY, db=store.environment.meta)
-    return store_pb2.CheckpointRow.FromString(row or b"")
+    with lmdb_errors("read", store.path), row_errors(store.path):
+        row = snapshot.txn.get(CHECKPOINT_KEY, db=store.environment.meta)
+        if row is None:
+            raise CorruptionError(f"the store {store.path} has no checkpoint", remedy=RESTORE)
+        return store_pb2.CheckpointRow.FromString(row)
 
 
 @dataclass(slots=True)
@@ -50,6 +53,7 @@ class PinBoard:
         Raises:
             ProtocolError: another node bootstraps under this name.
             Overloaded: too many are pinned already.
+            CorruptionError: the store is damaged.
         """
         owned = [pin for pin in self._pins.values() if pin.replica_id == replica_id]
         if any(pin.node != node for pin in owned):
@@ -66,7 +70,12 @@ class PinBoard:
             raise Overloaded(f"{PINS_MAX} snapshots are pinned already", remedy="try again when one is done")
         store = self._engine.state.store
         snapshot = PinnedSnapshot.open(store.env, self._engine.directory.store / "data.mdb")
-        pin = Pin(new_id(), replica_id, node, snapshot, _checkpoint(store, snapshot), time.monotonic())
+        try:
+            checkpoint = _checkpoint(store, snapshot)
+        except BaseException:
+            snapshot.close()
+            raise
+        pin = Pin(new_id(), replica_id, node, snapshot, checkpoint, time.monotonic())
         self._pins[pin.id] = pin
         log.info("snapshot_pinned", replica=replica_id, lsn=pin.checkpoint.lsn, bytes=snapshot.file_bytes)
         return pin

@@ -67,7 +67,7 @@ async def promote_directory(path: Path, *, serve: bool = False) -> Promotion:
 
 async def _ask_owner(path: Path, *, serve: bool) -> Promotion:
     role = NodeFile.read(path / NODE_FILE).role
-    if role not in (Role.REPLICA, Role.PROMOTING):
+    if role not in (Role.REPLICA, Role.PROMOTING) and not (serve and role is Role.PRIMARY):
         raise WrongRole(f"{path} is in use, and its role is {role.value}: it can't be promoted")
     try:
         with short_socket_path(path / "control.sock") as socket:

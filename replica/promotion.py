@@ -88,13 +88,7 @@ def begin_reign(engine: Engine, *, started_s: float) -> Promotion:
 
 def _has_begun(engine: Engine) -> bool:
     """Whether an earlier, interrupted promotion has written its entry."""
-    row = engine.state.epochs[-1]
-    parsed = entries.parse_epoch_start(row.proof.entry)
-    return (
-        parsed is not None
-        and row.info.first_lsn == engine.durable.lsn
-        and parsed[0].node == engine.directory.node
-    )
+    return engine.was_promoted and engine.state.epochs[-1].info.first_lsn == engine.durable.lsn
 
 
 def _promoted_before(engine: Engine, *, started_s: float) -> Promotion:
@@ -103,9 +97,8 @@ def _promoted_before(engine: Engine, *, started_s: float) -> Promotion:
     Raises:
         WrongRole: it was never promoted; its cluster began here.
     """
-    row, head = engine.state.epochs[-1], engine.durable
-    parsed = entries.parse_epoch_start(row.proof.entry)
-    if row.info.epoch == 1 or parsed is None or parsed[0].node != engine.directory.node:
+    head = engine.durable
+    if not engine.was_promoted:
         _check_promotable(engine.directory)  # it never is
     return Promotion(
         epoch=engine.epoch,

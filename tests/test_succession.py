@@ -108,15 +108,25 @@ def test_a_replica_that_does_not_run_can_not_go_on(processes: Processes, tmp_pat
     assert offline_status(pair.b).role == "replica"
 
 
-def test_a_primary_is_not_promoted_again(processes: Processes, tmp_path: Path) -> None:
-    """Asked twice, one after the other, it goes on as it is: no further epoch begins."""
+def test_it_is_not_promoted_again(processes: Processes, tmp_path: Path) -> None:
+    """Asked once more, because the answer was lost, it says what was done, and no further epoch begins."""
     pair = Pair(processes, tmp_path)
     new = _succeed(pair)
     put(new.address, "/realm", (b"key", b"value"))
     before = status(new.address)
-    assert "primary" in complaint(processes.run("promote", pair.b, "--serve", code=DIRECTORY))
+    done = processes.run("promote", pair.b, "--serve")
+    assert b"had been promoted before" in done.stderr
+    assert f"epoch {before.epoch}, at LSN {before.lsn}" in done.stdout.decode()
+    assert "in use" in complaint(processes.run("promote", pair.b, code=DIRECTORY))
     after = status(new.address)
-    assert (after.epoch, after.role) == (before.epoch, "primary")
+    assert (after.epoch, after.lsn, after.role) == (before.epoch, before.lsn, "primary")
+
+
+def test_a_primary_that_never_was_a_replica_is_not_promoted(processes: Processes, tmp_path: Path) -> None:
+    """G7: the cluster's first primary is told that there is nothing to promote."""
+    primary = processes.primary(tmp_path / "a")
+    assert "not a replica" in complaint(processes.run("promote", tmp_path / "a", "--serve", code=DIRECTORY))
+    assert status(primary.address).epoch == 1
 
 
 def test_two_who_promote_at_a_time_promote_once(processes: Processes, tmp_path: Path) -> None:
@@ -132,7 +142,7 @@ def test_two_who_promote_at_a_time_promote_once(processes: Processes, tmp_path: 
                 return list(await asyncio.gather(*calls))
 
     first, second = portal.call(both())
-    assert (first.epoch, first.lsn) == (second.epoch, second.lsn) == (2, status(pair.replica.address).lsn)
+    assert first.epoch == second.epoch == status(pair.replica.address).epoch == 2
 
 
 def test_connections_to_the_replica_stay(processes: Processes, tmp_path: Path) -> None:
