@@ -1,7 +1,7 @@
 """The command ``understudy``: its commands, and how it ends.
 
 A command returns, or raises one of our errors; here an error becomes one line on standard error and its exit
-code. A new command gets a file of its own and a line in ``_MODULES``.
+code. A new command gets a line in ``_MODULES``.
 """
 
 from __future__ import annotations

@@ -76,6 +76,7 @@ class Node:
     async def _ask(self, call: Callable[[accounts_pb2_grpc.AccountsAsyncStub, float], Awaitable[_T]]) -> _T:
         from understudy.common.addresses import split_address
         from understudy.common.credentials import ANONYMOUS
+        from understudy.common.directory import CONTROL_SOCKET
         from understudy.common.rpc import short_socket_path
 
         if self._server is not None:
@@ -83,7 +84,7 @@ class Node:
             return await self._ask_at(self._server, self._credentials, call)
         assert self._data_dir is not None
         try:
-            with short_socket_path(self._data_dir / "control.sock") as socket:
+            with short_socket_path(self._data_dir / CONTROL_SOCKET) as socket:
                 return await self._ask_at(f"unix:{socket}", ANONYMOUS, call)
         except (PeerUnreachable, FileNotFoundError, NotADirectoryError) as error:
             raise PeerUnreachable(

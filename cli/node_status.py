@@ -8,7 +8,7 @@ from pathlib import Path
 
 from understudy.common.addresses import split_address
 from understudy.common.credentials import ANONYMOUS, Credentials
-from understudy.common.directory import DataDirectory, Role
+from understudy.common.directory import CONTROL_SOCKET, DataDirectory, Role
 from understudy.common.errors import DirectoryInUse, PeerUnreachable
 from understudy.common.log_reader import read_records
 from understudy.common.rpc import open_channel, peer_errors, short_socket_path
@@ -42,7 +42,7 @@ async def directory_status(path: Path, *, timeout_s: float) -> tuple[admin_pb2.S
         directory = DataDirectory.open_existing(path)
     except DirectoryInUse as in_use:
         try:
-            with short_socket_path(path / "control.sock") as socket:
+            with short_socket_path(path / CONTROL_SOCKET) as socket:
                 return await _ask(f"unix:{socket}", str(path), timeout_s), True
         except (PeerUnreachable, OSError) as error:
             raise DirectoryInUse(

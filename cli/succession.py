@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from pathlib import Path
 
-from understudy.common.settings import PrimarySettings, ReplicaSettings, load_settings
+from understudy.common.settings import PrimarySettings, ReplicaSettings, read_settings
 from understudy.primary.server import succeeding
 from understudy.replica.server import Succession
 
@@ -20,14 +20,11 @@ def succession(settings: ReplicaSettings, file: Path | None) -> Succession:
     Raises:
         UsageError, NotPermitted: a setting of the primary can't be.
     """
-    loaded = load_settings(PrimarySettings, {"data_dir": settings.data_dir}, file=file)
-    shared = {field.name for field in dataclasses.fields(settings)} & {
-        field.name for field in dataclasses.fields(loaded)
-    }
-    primary_settings = dataclasses.replace(loaded, **{name: getattr(settings, name) for name in shared})
+    own = read_settings(PrimarySettings, {"data_dir": settings.data_dir}, file=file)
+    names = {one.name for one in dataclasses.fields(own)} & {one.name for one in dataclasses.fields(settings)}
+    shared = {name: getattr(settings, name) for name in names}
     # A replica has no ceiling, so nothing has kept its floor below ours.
-    ceiling = max(loaded.log_ceiling_bytes, settings.log_floor_bytes)
-    primary_settings = dataclasses.replace(primary_settings, log_ceiling_bytes=ceiling)
-    primary_settings.validate()
-
-    return functools.partial(succeeding, primary_settings)
+    ceiling = max(own.log_ceiling_bytes, settings.log_floor_bytes)
+    primary = dataclasses.replace(own, **shared, log_ceiling_bytes=ceiling)
+    primary.validate()
+    return functools.partial(succeeding, primary)

@@ -47,6 +47,7 @@ from understudy.common.types import ClusterId, NodeId, new_id
 
 FORMAT_VERSION = 1
 NODE_FILE = "node.json"
+CONTROL_SOCKET = "control.sock"
 # A killed process's checkpoint process ends once its LMDB commit is through; on a slow disk that takes a while.
 LOCK_WAIT_S = 10.0
 _LOCK_POLL_S = 0.02
@@ -209,7 +210,7 @@ class DataDirectory:
     @property
     def control(self) -> Path:
         """The Unix socket of the owning process."""
-        return self.path / "control.sock"
+        return self.path / CONTROL_SOCKET
 
     @property
     def set_aside(self) -> Path:

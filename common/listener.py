@@ -18,6 +18,16 @@ from understudy.common.service_table import Add, ServiceTable
 from understudy.common.tls import ServerTls
 
 STREAMS_MAX = 1_000  # a connection: more concurrent calls than that wait
+# How long calls under way may take to finish when a server is stopped.
+STOP_GRACE_S = 0.5
+# What primaries and replicas answer alike: one can become the other behind its listener.
+_SERVICES = (
+    "understudy.v1.Data",
+    "understudy.v1.Sync",
+    "understudy.v1.Replication",
+    "understudy.v1.Admin",
+    "understudy.v1.Accounts",
+)
 
 _SERVER_OPTIONS = (
     *MESSAGE_OPTIONS,
@@ -30,9 +40,7 @@ _SERVER_OPTIONS = (
 class Listener:
     """A gRPC server with health and reflection, and the services that :meth:`answer_with` gives it."""
 
-    def __init__(
-        self, services: Sequence[str], interceptors: Sequence[grpc.aio.ServerInterceptor] = ()
-    ) -> None:
+    def __init__(self, interceptors: Sequence[grpc.aio.ServerInterceptor] = ()) -> None:
         note_process()
         ignore_stray_events(asyncio.get_running_loop())
         self._server = grpc.aio.server(interceptors=interceptors, options=_SERVER_OPTIONS)
@@ -40,10 +48,9 @@ class Listener:
         self._server.add_generic_rpc_handlers((self._table,))
         self.address = ""
         self._health = health.aio.HealthServicer()
-        self._services = services
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
-            [*services, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server
+            [*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server
         )
 
     def answer_with(self, add: Add) -> None:
@@ -74,14 +81,14 @@ class Listener:
             await self._server.start()
         _close_to_others(control)
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        for service in ("", *self._services):
+        for service in ("", *_SERVICES):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         return self.address
 
-    async def stop(self, *, grace_s: float) -> None:
-        """Stops accepting, lets what is under way finish for ``grace_s``, then closes."""
+    async def stop(self) -> None:
+        """Stops accepting, lets what is under way finish for :data:`STOP_GRACE_S`, then closes."""
         await self._health.enter_graceful_shutdown()
-        await self._server.stop(grace_s)
+        await self._server.stop(STOP_GRACE_S)
 
 
 def _remove_stale(socket: Path) -> None:

@@ -157,6 +157,23 @@ def load_settings(
     Raises:
         UsageError, NotPermitted: a value can't be, a key is unknown, or a required one is missing.
     """
+    settings = read_settings(kind, flags, file=file, environment=environment)
+    settings.validate()
+    return settings
+
+
+def read_settings(
+    kind: type[_S],
+    flags: Mapping[str, Any],
+    *,
+    file: Path | None = None,
+    environment: Mapping[str, str] = os.environ,
+) -> _S:
+    """As :func:`load_settings`, but whether they go together is not checked.
+
+    Raises:
+        UsageError: a value is of another type, a key is unknown, or a required one is missing.
+    """
     section = kind.__name__.removesuffix("Settings").lower()
     known = {field.name: field for field in dataclasses.fields(kind)}
     hints = typing.get_type_hints(kind)
@@ -175,9 +192,7 @@ def load_settings(
                 f"{name} is not set",
                 remedy=f"give --{name.replace('_', '-')} or {ENVIRONMENT_PREFIX}{name.upper()}",
             )
-    settings = kind(**values)
-    settings.validate()
-    return settings
+    return kind(**values)
 
 
 def _from_environment(environment: Mapping[str, str], known: set[str]) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from understudy.common.directory import DataDirectory
+from understudy.common.directory import CONTROL_SOCKET, DataDirectory
 from understudy.common.errors import DirectoryInUse
 from understudy.common.files import publish
 from understudy.common.metrics import EngineMetrics
@@ -42,7 +42,7 @@ async def _ask_owner(path: Path) -> None:
     request = accounts_pb2.IssueTokenRequest(
         kind=accounts_pb2.TOKEN_ADMIN, note=f"the file {ADMIN_TOKEN_FILE}"
     )
-    with short_socket_path(path / "control.sock") as socket:
+    with short_socket_path(path / CONTROL_SOCKET) as socket:
         async with open_channel(f"unix:{socket}") as channel:
             with peer_errors(str(path)):
                 answer = await accounts_pb2_grpc.AccountsStub(channel).IssueToken(

@@ -38,16 +38,6 @@ from understudy.v1 import (
     sync_pb2_grpc,
 )
 
-# How long calls under way may take to finish when a primary is stopped.
-STOP_GRACE_S = 0.5
-_SERVICES = (
-    "understudy.v1.Data",
-    "understudy.v1.Sync",
-    "understudy.v1.Replication",
-    "understudy.v1.Admin",
-    "understudy.v1.Accounts",
-)
-
 
 class PrimaryServer:
     """A serving primary."""
@@ -89,10 +79,10 @@ async def serving_primary(settings: PrimarySettings) -> AsyncIterator[PrimarySer
         stack.push_async_callback(node.close)
         await node.start()
         authority = Authority(lambda: node.engine.state, cluster=lambda: directory.cluster, tls=node.tls)
-        listener = Listener(_SERVICES, [AccessInterceptor(authority)])
+        listener = Listener([AccessInterceptor(authority)])
         stack.enter_context(_answering(node, authority, listener))
         await listener.start(settings.listen, directory.control, node.tls)
-        stack.push_async_callback(lambda: listener.stop(grace_s=STOP_GRACE_S))
+        stack.push_async_callback(listener.stop)
         if settings.metrics is not None:
             metrics.registry.register(StatusCollector(node.status))
             stack.enter_context(serve_metrics(settings.metrics, metrics.registry, node.tls))
@@ -122,7 +112,7 @@ async def succeeding(
         stack.push_async_callback(node.close)
         await node.start()
         stack.enter_context(_answering(node, authority, listener))
-        stack.push_async_callback(lambda: listener.stop(grace_s=STOP_GRACE_S))
+        stack.push_async_callback(listener.stop)
         log.info("serving", role="primary", address=listener.address, lsn=engine.durable.lsn)
         yield PrimaryServer(node, authority, listener)
 

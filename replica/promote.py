@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from understudy.common.directory import NODE_FILE, DataDirectory, NodeFile, Role
+from understudy.common.directory import CONTROL_SOCKET, NODE_FILE, DataDirectory, NodeFile, Role
 from understudy.common.errors import DirectoryInUse, PeerUnreachable, WrongRole
 from understudy.common.rpc import open_channel, peer_errors, short_socket_path
 from understudy.common.types import Digest, Epoch, Lsn
@@ -70,9 +70,9 @@ async def _ask_owner(path: Path, *, serve: bool) -> Promotion:
     if role not in (Role.REPLICA, Role.PROMOTING) and not (serve and role is Role.PRIMARY):
         raise WrongRole(f"{path} is in use, and its role is {role.value}: it can't be promoted")
     try:
-        with short_socket_path(path / "control.sock") as socket:
+        with short_socket_path(path / CONTROL_SOCKET) as socket:
             async with open_channel(f"unix:{socket}") as channel:
-                with peer_errors(str(path / "control.sock")):
+                with peer_errors(str(path / CONTROL_SOCKET)):
                     response = await admin_pb2_grpc.AdminStub(channel).Promote(
                         admin_pb2.PromoteRequest(serve=serve), timeout=PROMOTE_S_MAX
                     )

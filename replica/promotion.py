@@ -99,7 +99,7 @@ def _promoted_before(engine: Engine, *, started_s: float) -> Promotion:
     """
     head = engine.durable
     if not engine.was_promoted:
-        _check_promotable(engine.directory)  # it never is
+        raise _not_promotable(engine.directory)
     return Promotion(
         epoch=engine.epoch,
         lsn=head.lsn,
@@ -111,15 +111,17 @@ def _promoted_before(engine: Engine, *, started_s: float) -> Promotion:
 
 def _check_promotable(directory: DataDirectory) -> None:
     if directory.role not in (Role.REPLICA, Role.PROMOTING):
-        remedy = {
-            Role.PRIMARY: f"start it: understudy primary --data-dir {directory.path}",
-            Role.FENCED: f"another primary reigns; join it: understudy rewind {directory.path} --to HOST:PORT",
-        }.get(directory.role, "")
-        raise WrongRole(
-            f"{directory.path} can't be promoted, its role is {directory.role.value}", remedy=remedy
-        )
+        raise _not_promotable(directory)
     if not directory.has_copy:
         raise NotADataDirectory(
             f"{directory.path} has no copy yet: it has never finished its bootstrap",
             remedy=NOTHING_YET,
         )
+
+
+def _not_promotable(directory: DataDirectory) -> WrongRole:
+    remedy = {
+        Role.PRIMARY: f"start it: understudy primary --data-dir {directory.path}",
+        Role.FENCED: f"another primary reigns; join it: understudy rewind {directory.path} --to HOST:PORT",
+    }.get(directory.role, "")
+    return WrongRole(f"{directory.path} can't be promoted, its role is {directory.role.value}", remedy=remedy)

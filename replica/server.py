@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Protocol
 
 import grpc.aio
@@ -39,15 +39,6 @@ from understudy.v1 import (
     sync_pb2_grpc,
 )
 
-STOP_GRACE_S = 0.5
-_SERVICES = (
-    "understudy.v1.Data",
-    "understudy.v1.Replication",
-    "understudy.v1.Sync",
-    "understudy.v1.Admin",
-    "understudy.v1.Accounts",
-)
-
 
 class Successor(Protocol):
     """The primary that goes on with a promoted copy, as far as the replica's process knows it."""
@@ -60,10 +51,20 @@ class Successor(Protocol):
         """All that ``understudy status`` shows."""
 
 
-# Serves with the engine, which it closes, by what that caller may, behind the listener, which it stops.
-Succession = Callable[
-    [Engine, Authority, Listener, ServerTls | None], contextlib.AbstractAsyncContextManager[Successor]
-]
+class Succession(Protocol):
+    """How a promoted copy is served."""
+
+    def __call__(
+        self, engine: Engine, authority: Authority, listener: Listener, tls: ServerTls | None
+    ) -> contextlib.AbstractAsyncContextManager[Successor]:
+        """Serves until the block ends.
+
+        Args:
+            engine: of the copy, at work; closed when the block ends.
+            authority: says what callers may, as before.
+            listener: goes on listening; stopped when the block ends.
+            tls: what the listener shows.
+        """
 
 
 class ReplicaServer:
@@ -77,6 +78,7 @@ class ReplicaServer:
         self._listener = listener
         self._succession = succession
         self._promotion: Promotion | None = None
+        self._serves = False  # once promoted
         self._successor: Successor | None = None
         self._changing = asyncio.Lock()
         self._stack = contextlib.AsyncExitStack()
@@ -109,6 +111,11 @@ class ReplicaServer:
                 )
             if self._promotion is None:  # else two have asked at a time
                 self._promotion = await self.node.promote()
+                self._serves = serve
+            if serve != self._serves:
+                raise WrongRole(
+                    f"somebody else has just promoted this replica, and its process {'serves' if not serve else 'ends'}"
+                )
             if serve and self._successor is None:
                 await self._succeed()
             return self._promotion
@@ -159,11 +166,11 @@ async def serving_replica(
         stack.push_async_callback(node.close)
         node.prepare()
         authority = Authority(lambda: node.engine.state, cluster=lambda: directory.cluster, tls=node.tls)
-        listener = Listener(_SERVICES, [AccessInterceptor(authority)])
+        listener = Listener([AccessInterceptor(authority)])
         server = ReplicaServer(node, authority, listener, succession)
         listener.answer_with(lambda table: _add_services(table, server, authority))
         await listener.start(settings.listen, directory.control, node.tls)
-        stack.push_async_callback(lambda: listener.stop(grace_s=STOP_GRACE_S))
+        stack.push_async_callback(listener.stop)
         stack.push_async_callback(server.close)
         if settings.metrics is not None:
             metrics.registry.register(StatusCollector(server.status))

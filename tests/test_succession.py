@@ -6,6 +6,7 @@ import asyncio
 import json
 from pathlib import Path
 
+import grpc.aio
 from harness import DEADLINE_S, Process, Processes, complaint, wait_until
 from nodes import (
     DIRECTORY,
@@ -143,6 +144,37 @@ def test_two_who_promote_at_a_time_promote_once(processes: Processes, tmp_path: 
 
     first, second = portal.call(both())
     assert first.epoch == second.epoch == status(pair.replica.address).epoch == 2
+
+
+def test_who_wants_something_else_at_the_same_time_is_refused(processes: Processes, tmp_path: Path) -> None:
+    """A plain promote beside a promote --serve doesn't end the process that serves: one of both is told no."""
+    pair = Pair(processes, tmp_path)
+    pair.primary.kill()
+
+    async def both() -> list[admin_pb2.PromoteResponse | BaseException]:
+        with short_socket_path(pair.b / "control.sock") as socket:
+            async with open_channel(f"unix:{socket}") as channel:
+                admin = admin_pb2_grpc.AdminStub(channel)
+                calls = [admin.Promote(admin_pb2.PromoteRequest(serve=serve)) for serve in (True, False)]
+                return await asyncio.gather(*calls, return_exceptions=True)
+
+    serving, plain = portal.call(both())
+    assert isinstance(serving, grpc.aio.AioRpcError) != isinstance(plain, grpc.aio.AioRpcError)
+    if isinstance(serving, grpc.aio.AioRpcError):
+        assert pair.replica.wait() == 0
+    else:
+        assert status(pair.replica.address).role == "primary"
+
+
+def test_settings_that_the_replica_has_itself_are_not_read_for_the_primary(
+    processes: Processes, tmp_path: Path
+) -> None:
+    """What the file says of a primary's address, where only TLS may be served, does not stop a replica on loopback."""
+    config = tmp_path / "understudy.toml"
+    config.write_text('[primary]\nlisten = "0.0.0.0:7850"\nmetrics = "0.0.0.0:9100"\n')
+    primary = processes.primary(tmp_path / "a")
+    replica = processes.replica(tmp_path / "b", primary.address, "--config", config)
+    assert status(replica.address).role == "replica"
 
 
 def test_connections_to_the_replica_stay(processes: Processes, tmp_path: Path) -> None:

@@ -47,12 +47,12 @@ from understudy.primary import Primary
 
 @contextlib.asynccontextmanager
 async def _listening(folder: Path, tls: ServerTls | None, listen: str = ANY_PORT) -> AsyncIterator[str]:
-    listener = Listener(())
+    listener = Listener()
     address = await listener.start(listen, folder / "control.sock", tls)
     try:
         yield address
     finally:
-        await listener.stop(grace_s=0)
+        await listener.stop()
 
 
 @contextlib.contextmanager
