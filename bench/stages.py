@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from jobs import TracedJob
-from processes import wait_for_replica
+from processes import BenchFailed, wait_for_replica
 from results import Detail, Figure, RowResult, quantile
 from stage import VALUE_BYTES, Bench
 
@@ -108,6 +108,8 @@ def _passed(commits: list[tuple[float, float]], files: list[Path]) -> list[list[
             times_s.append(noted[name][at])
         else:
             found.append([*times_s, answered_s])
+    if not found:
+        raise BenchFailed("no commit could be told apart from what else was under way")
     return found
 
 

@@ -68,6 +68,12 @@ def checkpoint(address: str) -> None:
     portal.call(ask())
 
 
+def try_checkpoint(address: str) -> None:
+    """The same, whatever becomes of it: the node may be killed meanwhile."""
+    with contextlib.suppress(UnderstudyError):
+        checkpoint(address)
+
+
 def put(address: str, realm: str, *pairs: tuple[bytes, bytes], durability: str | None = None) -> Receipt:
     """Puts the pairs, in one transaction."""
     with connect(address) as server:

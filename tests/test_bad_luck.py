@@ -33,12 +33,13 @@ from nodes import (
     pairs,
     put,
     status,
+    try_checkpoint,
     wait_until_caught_up,
     warnings,
 )
 
 from understudy.client import Put, connect
-from understudy.common.errors import DiskFull, ExitCode, OutcomeUnknown, UnderstudyError
+from understudy.common.errors import DiskFull, ExitCode, OutcomeUnknown
 
 MIB = 1 << 20
 CLOCK_JUMP = Path(__file__).with_name("clock_jump.py")
@@ -58,7 +59,7 @@ def test_a_primary_killed_again_and_again_loses_nothing(
     with Load(address) as load:
         for _ in range(ROUNDS):
             load.wait_for(chance.randrange(1, 150))
-            asking = threading.Thread(target=_try_checkpoint, args=(address,))
+            asking = threading.Thread(target=try_checkpoint, args=(address,))
             asking.start()
             load.wait_for(chance.randrange(1, 20))
             primary.kill()
@@ -69,11 +70,6 @@ def test_a_primary_killed_again_and_again_loses_nothing(
     load.check(address)
     assert primary.terminate() == 0
     assert_sound(tmp_path / "a")
-
-
-def _try_checkpoint(address: str) -> None:
-    with contextlib.suppress(UnderstudyError):
-        checkpoint(address)
 
 
 def test_a_replica_killed_again_and_again_loses_nothing(
@@ -449,7 +445,7 @@ def test_a_full_disk_holds_up_a_checkpoint_and_loses_nothing(
     values = {b"%03d" % number: bytes([number]) * 100_000 for number in range(50)}
     put(address, "/realm", *values.items())
     small_disk.fill(leaving=MIB // 2)
-    asking = threading.Thread(target=_try_checkpoint, args=(address,))
+    asking = threading.Thread(target=try_checkpoint, args=(address,))
     asking.start()
     wait_until(lambda: "no space left" in warnings(address))
     assert status(address).checkpoint_lsn == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from typing import Any
 
 import pytest
 from fuzz.mutations import inputs
@@ -11,6 +12,7 @@ from fuzz.registry import TARGETS
 from fuzz.target import opened
 from hypothesis import HealthCheck, given, settings
 
+from understudy.primary.committer import Committer
 from understudy.v1 import log_pb2, sync_pb2
 
 # All targets together take some 20 s.
@@ -42,6 +44,23 @@ def test_samples_are_good(name: str) -> None:
     with opened(target) as attempt:
         for sample in target.samples():
             attempt(sample)
+
+
+def test_the_tails_among_the_samples_are_taken_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes home with a sync and with an export is applied, so that mutants of it get as far as that."""
+    taken: list[int] = []
+    again = Committer.submit_again
+
+    def counted(committer: Committer, change: log_pb2.Change, *rest: Any) -> None:
+        again(committer, change, *rest)
+        taken.append(change.version)
+
+    monkeypatch.setattr(Committer, "submit_again", counted)
+    for name in ("sync request", "salvage request"):
+        with opened(TARGETS[name]) as attempt:
+            for sample in TARGETS[name].samples():
+                attempt(sample)
+    assert taken == [5, 6, 5, 6]
 
 
 def _entry(*, time_us: int = 1, kind: int = 1, realm: str = "/realm") -> bytes:

@@ -14,9 +14,9 @@ from killing import Nursery
 from nodes import (
     assert_equal,
     assert_sound,
-    checkpoint,
     offline_status,
     status,
+    try_checkpoint,
     wait_until_caught_up,
 )
 
@@ -25,7 +25,7 @@ from crash.ledger import Ledger
 from crash.machines import Machine, let_run
 from crash.tally import Tally
 from understudy.client import connect
-from understudy.common.errors import ExitCode, UnderstudyError
+from understudy.common.errors import ExitCode
 
 _BEFORE_A_CRASH_MAX = 150  # transactions
 _CHECKPOINT_CHANCE = 0.5
@@ -180,12 +180,13 @@ class CrashingPair:
     @contextlib.contextmanager
     def _checkpoint_under_way(self) -> Iterator[None]:
         """Now and then, so that crashes meet checkpoints, too."""
-        asking = threading.Thread(target=_try_checkpoint, args=(self.primary.address,))
-        if self._chance.random() < _CHECKPOINT_CHANCE:
-            asking.start()
+        if self._chance.random() >= _CHECKPOINT_CHANCE:
+            yield
+            return
+        asking = threading.Thread(target=try_checkpoint, args=(self.primary.address,))
+        asking.start()
         yield
-        if asking.ident is not None:
-            asking.join()
+        asking.join()
 
     def _check_kept(self, node: Node, clients: Clients) -> None:
         """What was acknowledged is in the log that the crash has left (G1)."""
@@ -209,8 +210,3 @@ class CrashingPair:
         for node in (self.replica, self.primary):
             assert node.running.terminate() == 0, node.running.describe()
             assert_sound(node.machine.directory)
-
-
-def _try_checkpoint(address: str) -> None:
-    with contextlib.suppress(UnderstudyError):
-        checkpoint(address)

@@ -12,7 +12,7 @@ from random import Random
 import pytest
 from harness import Launch, Process, Processes, wait_until
 from killing import Nursery
-from nodes import assert_equal, assert_sound, checkpoint, offline_status, status
+from nodes import assert_equal, assert_sound, checkpoint, offline_status, status, try_checkpoint
 
 from crash.clients import Notes, transaction
 from crash.disk_errors import Call, check_strace, failing, has_failed, noted_calls, noting
@@ -78,7 +78,7 @@ class _Story(ABC):
                         self._commit(server, realm, process, large=number == 1)
                         if self.tries_again(process):
                             return
-                _try_checkpoint(self.address)
+                try_checkpoint(self.address)
 
     def _commit(self, server: Server, realm: str, process: Process, *, large: bool) -> None:
         """One transaction; its outcome stays unknown only where the node has ended, or says what it tries again."""
@@ -195,11 +195,6 @@ class _ErrantReplica(_Story):
         for process in (replica, self._primary):
             assert process.terminate() == 0
         assert_sound(self.errant)
-
-
-def _try_checkpoint(address: str) -> None:
-    with contextlib.suppress(UnderstudyError):
-        checkpoint(address)
 
 
 def _run(story: type[_Story], folder: Path, nursery: Nursery, launch: Launch) -> None:

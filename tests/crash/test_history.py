@@ -68,7 +68,7 @@ def test_what_was_not_acknowledged_need_not_be_there(outcome: Outcome) -> None:
 def test_what_is_unknown_may_take_effect_late() -> None:
     """A transaction of unknown outcome may come after others that were sent when its client had given up."""
     first = replace(WRITES[0], label=b"t4", outcome=Outcome.UNKNOWN, version=0, lsn=0)
-    late = [replace(_write(version, version * 3, version * 3 + 1)) for version in (1, 2, 3)]
+    late = [_write(version, version * 3, version * 3 + 1) for version in (1, 2, 3)]
     assert check([first, *late], [], LOG) == []
 
 

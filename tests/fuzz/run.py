@@ -79,7 +79,7 @@ def _fuzz_in_process(name: str, share_s: int) -> bool:
     findings, printed = FUZZ / "findings" / _folder_name(name), FUZZ / f"{_folder_name(name)}.log"
     findings.mkdir(parents=True, exist_ok=True)
     before = set(findings.iterdir())
-    # Ours, since libFuzzer ends the process without another word.
+    # Removed here, since libFuzzer ends the child without another word.
     with tempfile.TemporaryDirectory(prefix="fuzz-", dir=in_memory()) as scratch:
         child = os.fork()
         if not child:

@@ -72,11 +72,21 @@ def _parsed(kind: Any, data: bytes) -> Iterator[Any]:
 # -- a client syncs: the server's side ---------------------------------------------------------------------------
 
 
-def _log() -> list[Record]:
+_KNOWN = 4  # changes that the server has; those behind them come home
+
+
+def _log(changes: int = _KNOWN) -> list[Record]:
     author = Author()
     made = [author.epoch_start()]
-    made += [author.change("/realm", [Put(b"key %d" % number, b"v")], client=ANN) for number in range(4)]
+    made += [
+        author.change("/realm", [Put(b"key %d" % number, b"v")], client=ANN) for number in range(changes)
+    ]
     return made
+
+
+def _changes() -> list[bytes]:
+    """Those that the server knows, and two more."""
+    return [entries.parse_entry(record.payload, record.lsn).change for record in _log(_KNOWN + 2)[1:]]
 
 
 @contextlib.contextmanager
@@ -103,7 +113,7 @@ def _sync_server(folder: Path) -> Iterator[Decode]:
 
 
 def _take(server: Server, session: SyncSession, home: TailHome) -> None:
-    take_home(
+    taking = take_home(
         home.path,
         _signed(home.changes),
         state=server.state,
@@ -112,6 +122,8 @@ def _take(server: Server, session: SyncSession, home: TailHome) -> None:
         may_renew=home.may_renew,
         on_taken=lambda result: session.on_tail_taken(home.ref, result),
     )
+    for _ in taking:
+        pass
 
 
 def _signed(changes: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
@@ -126,7 +138,7 @@ def _hear(session: SyncSession) -> None:
 
 
 def _sync_requests() -> list[bytes]:
-    changes = [entries.parse_entry(record.payload, record.lsn).change for record in _log()[1:]]
+    changes = _changes()
     position = sync_pb2.RealmPosition(version=4, digest=entries.change_digest(changes[3]))
     older = sync_pb2.RealmPosition(version=2, digest=entries.change_digest(changes[1]))
     bind = sync_pb2.BindRealm(
@@ -136,12 +148,12 @@ def _sync_requests() -> list[bytes]:
     empty = sync_pb2.BindRealm(ref=1, path="/new", clients=[CID, ANN])
     ahead = sync_pb2.BindRealm()
     ahead.CopyFrom(bind)
-    ahead.locator[0].version = 6
+    ahead.locator.insert(0, sync_pb2.RealmPosition(version=6, digest=entries.change_digest(changes[5])))
     loading = sync_pb2.BindRealm(ref=3, path="/realm", clients=[ANN], incoming=older, frontier=b"key 1")
     upload = sync_pb2.Upload(
         ref=1, client=CID, transactions=[data_pb2.Transaction(number=1, operations=_OPERATIONS)]
     )
-    tail = sync_pb2.Tail(ref=1, changes=changes[1:], hmacs=bytes(32 * 3), last=True)
+    tail = sync_pb2.Tail(ref=1, changes=changes[1:], hmacs=bytes(32 * 5), last=True)
     request = sync_pb2.SyncRequest
     return [
         _framed([request(bind=bind), request(upload=upload), request(unbind=sync_pb2.UnbindRealm(ref=1))]),
@@ -151,19 +163,29 @@ def _sync_requests() -> list[bytes]:
     ]
 
 
-def _salvage(data: bytes) -> None:
-    """Changes from an export, whose HMACs are as they are."""
+@contextlib.contextmanager
+def _salvage_server(folder: Path) -> Iterator[Decode]:
+    _, store = open_both(make_store(folder))
+    log = _log()
+    with store:
+        yield lambda data: _salvage(Server(store, policy(Durability.LOCAL), log=list(log)), data)
+
+
+def _salvage(server: Server, data: bytes) -> None:
+    """Has a server take in changes from an export, signed anew."""
     for request in _parsed(sync_pb2.SalvageRequest, data):
         for path, run in runs_of(with_hmacs(request.changes, request.hmacs)):
-            take_home(
-                path, run, state=cast(Any, None), taker=cast(Any, None), history_key=b"", may_renew=True,
+            taking = take_home(
+                path, _signed(run), state=server.state, taker=server.committer, history_key=KEY, may_renew=True,
                 on_taken=lambda result: None,
             )  # fmt: skip
+            for _ in taking:
+                pass
 
 
 def _salvage_requests() -> list[bytes]:
-    changes = [entries.parse_entry(record.payload, record.lsn).change for record in _log()[1:]]
-    return [_framed([sync_pb2.SalvageRequest(protocol_version=1, changes=changes, hmacs=bytes(32 * 4))])]
+    changes = _changes()
+    return [_framed([sync_pb2.SalvageRequest(protocol_version=1, changes=changes, hmacs=bytes(32 * 6))])]
 
 
 # -- and the client's ----------------------------------------------------------------------------------------------
@@ -480,7 +502,7 @@ def targets() -> Sequence[Target]:
     )
     return (
         Target(name="sync request", opened=_sync_server, samples=_sync_requests, is_slow=True),
-        Target(name="salvage request", opened=pure(_salvage), samples=_salvage_requests),
+        Target(name="salvage request", opened=_salvage_server, samples=_salvage_requests, is_slow=True),
         Target(name="sync response", opened=_sync_client, samples=_sync_responses, is_slow=True),
         Target(name="hello", opened=_hello, samples=_hellos),
         Target(name="answer", opened=pure(_answer), samples=_answers, is_slow=True),

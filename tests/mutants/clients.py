@@ -1,4 +1,4 @@
-"""Mutants of what clients rely on: G3, G5, G6, G7, G9, G10."""
+"""Mutants of what clients rely on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mutants of what makes entries durable and brings them back: G1, G2, G9, G11."""
+"""Mutants of what makes entries durable and brings them back."""
 
 from __future__ import annotations
 

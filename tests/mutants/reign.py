@@ -1,4 +1,4 @@
-"""Mutants of committing, following, promoting and rewinding: G1, G3, G4, G5, G7, G9."""
+"""Mutants of committing, following, promoting and rewinding."""
 
 from __future__ import annotations
 
