@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from understudy.common.credentials import Credentials
     from understudy.v1 import sync_pb2
 
+_REMEDY = "give the file as `understudy rewind` left it in set-aside/"
+
 
 @click.command(epilog=EPILOG)
 @click.argument("file", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False))
@@ -87,14 +89,16 @@ def _check(file: Path) -> int:
 
 
 def _changes(file: Path) -> Iterator[tuple[bytes, bytes]]:
-    from understudy.common.entry_json import signed_change
+    from understudy.common.entry_json import LINE_BYTES_MAX, signed_change
     from understudy.common.errors import BadImport
 
+    number = 0
     with open(file, "rb") as lines:
-        for number, line in enumerate(lines, 1):
+        while line := lines.readline(LINE_BYTES_MAX + 1):
+            number += 1
             try:
                 found = signed_change(line)
             except ValueError as error:
-                raise BadImport(f"{file}, line {number}: {error}") from None
+                raise BadImport(f"{file}, line {number}: {error}", remedy=_REMEDY) from None
             if found is not None:
                 yield found

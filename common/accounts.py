@@ -6,12 +6,14 @@ changes; logins are apart in a realm of their own, because they change all the t
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import TypeVar, cast
 
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 
 from understudy.common.access import Level
+from understudy.common.errors import RESTORE, CorruptionError
 from understudy.common.state import RealmHead, State
 from understudy.common.types import SESSIONS_REALM, SYSTEM_REALM
 from understudy.v1 import accounts_pb2
@@ -67,8 +69,17 @@ def after_prefix(prefix: bytes) -> bytes:
     return prefix[:-1] + b"0"
 
 
+@contextlib.contextmanager
+def _damage(realm: str) -> Iterator[None]:
+    """Turns what comes of reading a damaged row into our error."""
+    try:
+        yield
+    except (DecodeError, ValueError) as error:
+        raise CorruptionError(f"a row of realm {realm} can't be read: {error}", remedy=RESTORE) from error
+
+
 class Accounts:
-    """The rows. Everything raises Unavailable where there is no state to read from."""
+    """The rows. Everything raises Unavailable where there is no state to read from, CorruptionError for a bad row."""
 
     def __init__(self, state: Callable[[], State]) -> None:
         self._state = state
@@ -93,7 +104,8 @@ class Accounts:
             return None
         if key not in self._rows:
             value = self._state().get(SYSTEM_REALM, key)
-            self._rows[key] = None if value is None else kind.FromString(value)
+            with _damage(SYSTEM_REALM):
+                self._rows[key] = None if value is None else kind.FromString(value)
         return cast("_M | None", self._rows[key])
 
     def rows(self, prefix: bytes, kind: type[_M], *, realm: str = SYSTEM_REALM) -> Iterator[tuple[str, _M]]:
@@ -106,7 +118,9 @@ class Accounts:
             while not at_end:
                 keys, values, at_end = scan.page(bytes_max=PAGE_BYTES, pairs_max=PAGE_PAIRS)
                 for key, value in zip(keys, values, strict=True):
-                    yield key[len(prefix) :].decode(), kind.FromString(value)
+                    with _damage(realm):
+                        row = key[len(prefix) :].decode(), kind.FromString(value)
+                    yield row
 
     # -- rows ----------------------------------------------------------------------------------------------
 
@@ -149,16 +163,16 @@ class Accounts:
         if state.realm(SESSIONS_REALM) is None:
             return None
         value = state.get(SESSIONS_REALM, session_key(user_id, session))
-        return None if value is None else accounts_pb2.SessionRow.FromString(value)
+        with _damage(SESSIONS_REALM):
+            return None if value is None else accounts_pb2.SessionRow.FromString(value)
 
     def grants(self, subject: Subject) -> list[tuple[str, Level]]:
         """A subject's patterns, with the level of each."""
         self.fresh()
         if subject not in self._grants:
-            self._grants[subject] = [
-                (row.pattern, Level(row.level))
-                for _, row in self.rows(grants_key(subject), accounts_pb2.GrantRow)
-            ]
+            rows = self.rows(grants_key(subject), accounts_pb2.GrantRow)
+            with _damage(SYSTEM_REALM):
+                self._grants[subject] = [(row.pattern, Level(row.level)) for _, row in rows]
         return self._grants[subject]
 
     def is_recovery_forbidden(self, path: str) -> bool:

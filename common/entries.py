@@ -102,8 +102,22 @@ def parse_change(change: bytes, lsn: Lsn) -> log_pb2.Change:
         raise CorruptionError(f"the change in entry {lsn} can't be decoded: {error}") from error
 
 
+def parse_start(start: bytes, lsn: Lsn) -> log_pb2.EpochStart:
+    """The start of an epoch that an entry carries.
+
+    Raises:
+        CorruptionError: it can't be decoded.
+    """
+    try:
+        return log_pb2.EpochStart.FromString(start)
+    except DecodeError as error:
+        raise CorruptionError(f"the start of an epoch in entry {lsn} can't be decoded: {error}") from error
+
+
 def check_entry(payload: bytes, lsn: Lsn) -> Epoch | None:
-    """Refuses what could not be applied, before it is in a log; returns the epoch that it starts, if it does.
+    """Refuses what can't be read, before it is in a log; returns the epoch that it starts, if it does.
+
+    The operations of a change are looked at where they are applied: here, that would cost a third of applying them.
 
     Raises:
         CorruptionError: it can't be decoded, or is of a kind that this version does not know.
@@ -114,10 +128,7 @@ def check_entry(payload: bytes, lsn: Lsn) -> Epoch | None:
         return None
     if entry.WhichOneof("body") != "epoch_start":
         return None
-    parsed = parse_epoch_start(payload)
-    if parsed is None:
-        raise CorruptionError(f"the start of an epoch in entry {lsn} can't be decoded")
-    return Epoch(parsed[0].epoch)
+    return Epoch(parse_start(entry.epoch_start, lsn).epoch)
 
 
 def parse_epoch_start(payload: bytes) -> tuple[log_pb2.EpochStart, bytes, bytes] | None:

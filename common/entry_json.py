@@ -9,9 +9,13 @@ from google.protobuf.message import DecodeError
 
 from understudy.common import entries
 from understudy.common.operations import KIND_NAMES
-from understudy.common.records import Record
-from understudy.common.types import format_id, is_system_realm
+from understudy.common.records import PAYLOAD_BYTES_MAX, Record
+from understudy.common.types import OPERATIONS_MAX, format_id, is_system_realm
 from understudy.v1 import log_pb2
+
+# The largest entry as text with every byte escaped (\u0000), once more as base64, and the names of its operations'
+# fields: a longer line is none of :func:`entry_row`, and a file without line ends must not fill the memory.
+LINE_BYTES_MAX = 8 * PAYLOAD_BYTES_MAX + 200 * OPERATIONS_MAX
 
 
 def entry_row(record: Record) -> dict[str, object]:
@@ -48,6 +52,8 @@ def signed_change(line: bytes) -> tuple[bytes, bytes] | None:
     Raises:
         ValueError: what is wrong with the line, in words that go on behind "line 7: ".
     """
+    if len(line) > LINE_BYTES_MAX:
+        raise ValueError(f"it has more than {LINE_BYTES_MAX:,} bytes")
     try:
         row = json.loads(line)
         payload = base64.b64decode(row["entry_base64"], validate=True)

@@ -13,10 +13,10 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 from sortedcontainers import SortedList
 
-from understudy.common.errors import CorruptionError
-from understudy.common.operations import ADD, DELETE, DELETE_RANGE, PUT, UPDATE, added
+from understudy.common.errors import RESTORE, CorruptionError
+from understudy.common.operations import DELETE, DELETE_RANGE, KIND_NAMES, PUT, UPDATE, added
 from understudy.common.ranges import RangeSet
-from understudy.common.types import START, Digest, Lsn, Position
+from understudy.common.types import KEY_BYTES_MAX, START, Digest, Lsn, Position
 from understudy.v1 import log_pb2, store_pb2
 
 # One LMDB transaction writes a whole memtable, and holds every page it touches in memory: up to one page of
@@ -88,11 +88,18 @@ class RealmDelta:
         operations: Sequence[log_pb2.Operation],
         older: Callable[[RealmDelta, bytes], bytes | None],
     ) -> None:
-        """Applies operations; ``older`` gives the current value of a key that this delta does not hold."""
+        """Applies operations; ``older`` gives the current value of a key that this delta does not hold.
+
+        Raises:
+            CorruptionError: one is of an unknown kind, or its key is none; those before it are applied, so that
+                this delta is not to be used any more.
+        """
         values = self.values
         for operation in operations:
-            if operation.kind == PUT:  # most are, and a call costs more than the rest of it
-                values[operation.key] = operation.value
+            key = operation.key
+            # Most are puts, and a call costs more than the rest of it. A bad one is refused there, too.
+            if operation.kind == PUT and 0 < len(key) <= KEY_BYTES_MAX:
+                values[key] = operation.value
             else:
                 self._apply_other(operation, older)
 
@@ -100,30 +107,42 @@ class RealmDelta:
         self, operation: log_pb2.Operation, older: Callable[[RealmDelta, bytes], bytes | None]
     ) -> None:
         kind, key = operation.kind, operation.key
-        if kind == DELETE:
-            self.values[key] = None
-        elif kind == UPDATE:
-            if self._current(key, older) is not None:
-                self.values[key] = operation.value
-        elif kind == ADD:
-            self.values[key] = added(self._current(key, older), operation.amount)
-        elif kind == DELETE_RANGE:
+        if kind == DELETE_RANGE:
             self._delete_range(key, operation.end)
-        else:  # never skipped: every node must come to the same state
+        elif kind not in KIND_NAMES:  # never skipped: every node must come to the same state
             raise CorruptionError(
                 f"an operation on {self.path} is of kind {kind}, which this version does not know",
                 remedy="upgrade Understudy on this node",
             )
+        elif not 0 < len(key) <= KEY_BYTES_MAX:
+            raise CorruptionError(
+                f"an operation on {self.path} has a key of {len(key)} bytes", remedy=RESTORE
+            )
+        elif kind == DELETE:
+            self.values[key] = None
+        elif kind == UPDATE:
+            if self._current(key, older) is not None:
+                self.values[key] = operation.value
+        else:
+            self.values[key] = added(self._current(key, older), operation.amount)
 
     def _current(self, key: bytes, older: Callable[[RealmDelta, bytes], bytes | None]) -> bytes | None:
         found = self.get(key)
         return older(self, key) if isinstance(found, Missing) else found
 
     def note_client(self, client: bytes, number: int, time_us: int) -> None:
-        """The present version was made by the transaction of that number of that client."""
+        """The present version was made by the transaction of that number of that client.
+
+        Raises:
+            CorruptionError: the client's id is none.
+        """
         version = self.version
         versions = self.versions.get(client)
         if versions is None:
+            if len(client) > KEY_BYTES_MAX:  # looked at but once; the store could not hold it
+                raise CorruptionError(
+                    f"a client of {self.path} has an id of {len(client)} bytes", remedy=RESTORE
+                )
             versions = self.versions[client] = {}
         versions[number] = version
         self.client_rows[client] = (number, version, time_us)

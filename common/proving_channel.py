@@ -9,6 +9,8 @@ import grpc.aio
 
 AUTHORIZATION_METADATA = "authorization"
 
+KINDS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")  # of calls, as a channel makes them
+
 Metadata = Sequence[tuple[str, str | bytes]]
 
 
@@ -32,7 +34,7 @@ class ProvingChannel:
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._channel, name)
-        return self._proving(found) if name in _KINDS else found
+        return self._proving(found) if name in KINDS else found
 
     async def __aenter__(self) -> ProvingChannel:
         await self._channel.__aenter__()
@@ -40,6 +42,3 @@ class ProvingChannel:
 
     async def __aexit__(self, *error: Any) -> None:
         await self._channel.__aexit__(*error)
-
-
-_KINDS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")

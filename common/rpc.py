@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 from understudy.common.addresses import is_loopback, split_address
 from understudy.common.credentials import ANONYMOUS, Credentials, proving
@@ -33,6 +35,7 @@ from understudy.common.errors import (
 )
 from understudy.common.events import log
 from understudy.common.grpc_loop import ignore_stray_events
+from understudy.common.proving_channel import KINDS
 from understudy.common.tls import handshake_error
 from understudy.common.types import MESSAGE_BYTES_MAX
 
@@ -128,7 +131,47 @@ def open_channel(target: str, credentials: Credentials = ANONYMOUS) -> grpc.aio.
         channel = grpc.aio.insecure_channel(target, options=_CHANNEL_OPTIONS)
     else:
         channel = grpc.aio.secure_channel(target, credentials.tls.credentials(), options=_CHANNEL_OPTIONS)
-    return proving(channel, credentials)
+    return proving(cast(grpc.aio.Channel, _ParsingChannel(channel)), credentials)
+
+
+class _Undecodable(BaseException):
+    """An answer that is no message. An ``Exception`` gRPC would keep to itself, and hand out None for the answer:
+    whoever reads a stream would take that for its end, and wait for a status that never comes.
+    """
+
+
+class _ParsingChannel:
+    """``channel`` as the generated stubs use it; an answer that can't be decoded is an error."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._channel = channel
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._channel, name)
+        return functools.partial(_begin, found) if name in KINDS else found
+
+    async def __aenter__(self) -> _ParsingChannel:
+        await self._channel.__aenter__()
+        return self
+
+    async def __aexit__(self, *error: Any) -> None:
+        await self._channel.__aexit__(*error)
+
+
+def _begin(
+    kind: Callable[..., Any],
+    method: str,
+    *,
+    response_deserializer: Callable[[bytes], Any] | None = None,
+    **options: Any,
+) -> Any:
+    def parsed(raw: bytes) -> Any:
+        try:
+            return raw if response_deserializer is None else response_deserializer(raw)
+        except DecodeError as error:
+            raise _Undecodable(str(error)) from None
+
+    return kind(method, response_deserializer=parsed, **options)
 
 
 def _check_stays_here(target: str) -> None:
@@ -197,6 +240,11 @@ def peer_errors(address: str) -> Iterator[None]:
         raise from_rpc(error, address) from None  # gRPC's own trace says nothing more
     except grpc.aio.UsageError as error:
         raise PeerUnreachable(f"the connection to {address} is closed") from error
+    except _Undecodable as error:
+        raise ProtocolError(
+            f"{address} sent what can't be decoded: {error}",
+            remedy="does a server of Understudy listen there?",
+        ) from None
     except asyncio.InvalidStateError as error:
         # Instead of the call's status, where it ended before it was written to.
         raise PeerUnreachable(f"{address} is not reachable: it has ended the call") from error

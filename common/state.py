@@ -11,14 +11,14 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from hashlib import sha256
 
-from understudy.common.entries import parse_change, parse_entry
-from understudy.common.errors import CorruptionError
+from understudy.common.entries import parse_change, parse_entry, parse_start
+from understudy.common.errors import RESTORE, CorruptionError
 from understudy.common.memtable import CHANGE_OVERHEAD_BYTES, Memtable, Missing, RealmDelta
 from understudy.common.realm_history import RealmHistory, RealmLayers
 from understudy.common.records import RECORD_HEADER_BYTES, Record
 from understudy.common.scan import Scan
 from understudy.common.store import Store
-from understudy.common.types import SYSTEM_REALMS, Digest, Lsn, Position
+from understudy.common.types import REALM_PATH_BYTES_MAX, SYSTEM_REALMS, Digest, Lsn, Position
 from understudy.v1 import log_pb2, replication_pb2, store_pb2
 
 _LSN = struct.Struct("<Q")
@@ -107,6 +107,11 @@ class State(RealmHistory):
             raise CorruptionError(f"entry {record.lsn} is of kind {kind}, which is not applied here")
 
     def _open_delta(self, path: str, lsn: Lsn) -> RealmDelta:
+        path_bytes = len(path.encode())
+        if not 0 < path_bytes <= REALM_PATH_BYTES_MAX:  # the store could not hold it
+            raise CorruptionError(
+                f"entry {lsn} is of a realm whose path is of {path_bytes} bytes", remedy=RESTORE
+            )
         head = self.realm(path)
         delta = (
             RealmDelta(path, lsn, 0, b"", created=True)
@@ -124,7 +129,7 @@ class State(RealmHistory):
         self.active = Memtable()
 
     def _start_epoch(self, record: Record, entry: log_pb2.Entry) -> None:
-        start = log_pb2.EpochStart.FromString(entry.epoch_start)
+        start = parse_start(entry.epoch_start, record.lsn)
         row = store_pb2.EpochRow(
             info=replication_pb2.EpochInfo(
                 epoch=start.epoch, first_lsn=record.lsn, previous=self.applied.digest

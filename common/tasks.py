@@ -13,7 +13,8 @@ from understudy.common.events import log
 def spawn(work: Coroutine[Any, Any, None], on_crash: Callable[[UnderstudyError], None]) -> asyncio.Task[None]:
     """Starts a task; an error that it does not handle itself is logged and handed to ``on_crash``.
 
-    One of our own errors is handed over as it is, anything else (a mistake in this program) as the base class.
+    One of our own errors says all there is to say, and is handed over as it is. Anything else is a mistake in this
+    program: it is logged with its traceback, and handed over as the base class.
     """
 
     def done(task: asyncio.Task[None]) -> None:
@@ -22,10 +23,12 @@ def spawn(work: Coroutine[Any, Any, None], on_crash: Callable[[UnderstudyError],
         error = task.exception()
         if error is None:
             return
-        log.error("task_crashed", task=task.get_name(), exc_info=error)
-        on_crash(
-            error if isinstance(error, UnderstudyError) else UnderstudyError(f"internal error: {error!r}")
-        )
+        if isinstance(error, UnderstudyError):
+            log.error("task_failed", task=task.get_name(), error=str(error))
+            on_crash(error)
+        else:
+            log.error("task_crashed", task=task.get_name(), exc_info=error)
+            on_crash(UnderstudyError(f"internal error: {error!r}"))
 
     task = asyncio.create_task(work, name=getattr(work, "__qualname__", None))
     task.add_done_callback(done)

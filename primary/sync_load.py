@@ -23,6 +23,7 @@ UNREAD_POLLS_MAX = 10  # so often in a row may the session look around while not
 # Of the changes that come with the last page: what a client keeps, and with the page what a message takes.
 TAIL_CHANGES_MAX = 10_000
 TAIL_BYTES_MAX = 4 << 20
+CHANGES_AT_ONCE = 500  # read in two milliseconds
 
 
 class Loading:
@@ -40,6 +41,7 @@ class Loading:
         self._lsn = 0
         self._last_numbers: list[int] = []
         self._page: sync_pb2.StatePage | None = None
+        self._unsafe: _UnsafeChanges | None = None  # what goes with the last page
 
     def close(self) -> None:
         """Lets go of what is pinned."""
@@ -83,13 +85,20 @@ class Loading:
             time_us=self._time_us,
         )
 
-    def sent(self, host: Host, path: str, page: sync_pb2.StatePage) -> None:
-        """The page is going out. Only now the last one gets its changes, so that none is held for long with them."""
-        self.begun, self._page = True, None
-        if page.last:
-            changes = _unsafe_changes(host, path, page)
-            page.changes.extend(row.change for row in changes)
-            page.hmacs = b"".join(row.hmac for row in changes)
+    def make_whole(self, host: Host, path: str, page: sync_pb2.StatePage) -> bool:
+        """Adds some of the changes that go with the last page; whether ``page`` has all, and may be :meth:`sent`.
+
+        To be called when the page can go out at once, so that none is held for long with them.
+        """
+        if not page.last:
+            return True
+        if self._unsafe is None:
+            self._unsafe = _UnsafeChanges(host, path, page)
+        return self._unsafe.add_some(host, path)
+
+    def sent(self, page: sync_pb2.StatePage) -> None:
+        """The page is going out."""
+        self.begun, self._page, self._unsafe = True, None, None
         if page.keys:
             self._frontier = page.keys[-1]
         self._pages_left -= 1
@@ -104,19 +113,46 @@ class Loading:
             self.close()
 
 
-def _unsafe_changes(host: Host, path: str, page: sync_pb2.StatePage) -> Sequence[Change]:
-    """The changes up to the page's version that are not safe, as far back as history goes; none where they don't fit.
+class _UnsafeChanges:
+    """The changes up to a page's version that are not safe, as far back as history goes; none where they don't fit.
 
     A replica that lacks so many is hardly promoted, and where there is no replica at all, that is the whole history.
     """
-    version = page.position.version
-    if page.lsn <= host.safe_lsn:
-        return []
-    safe = find_safe_version(host, path, told=0, upto=version)
-    first = max(safe + 1, host.state.history_first(path))
-    bytes_max = TAIL_BYTES_MAX - page.ByteSize()
-    if not first <= version < first + TAIL_CHANGES_MAX or bytes_max <= 0:
-        return []
-    rows = host.state.history(path, first, count_max=version + 1 - first, bytes_max=bytes_max) or []
-    is_whole = len(rows) == version + 1 - first and sum(len(row.change) for row in rows) <= bytes_max
-    return rows if is_whole else []
+
+    def __init__(self, host: Host, path: str, page: sync_pb2.StatePage) -> None:
+        version = page.position.version
+        self._page = page
+        self._hmacs: list[bytes] = []
+        self._next = self._end = version + 1  # the next to be read: none
+        self._bytes_left = TAIL_BYTES_MAX - page.ByteSize()
+        if page.lsn <= host.safe_lsn or self._bytes_left <= 0:
+            return
+        safe = find_safe_version(host, path, told=0, upto=version)
+        first = max(safe + 1, host.state.history_first(path))
+        if first <= version < first + TAIL_CHANGES_MAX:
+            self._next = first
+
+    def add_some(self, host: Host, path: str) -> bool:
+        """Reads on, and adds what it reads to the page; whether that was all."""
+        count = min(self._end - self._next, CHANGES_AT_ONCE)
+        if count:
+            rows = host.state.history(path, self._next, count_max=count, bytes_max=self._bytes_left)
+            self._add(rows or [])
+            if not rows or self._bytes_left < 0:  # no longer kept, or too many
+                self._give_up()
+        if self._next < self._end:
+            return False
+        self._page.hmacs = b"".join(self._hmacs)
+        return True
+
+    def _add(self, rows: Sequence[Change]) -> None:
+        changes = [row.change for row in rows]
+        self._next += len(rows)
+        self._bytes_left -= sum(map(len, changes))
+        self._page.changes.extend(changes)
+        self._hmacs += [row.hmac for row in rows]
+
+    def _give_up(self) -> None:
+        self._next = self._end
+        self._page.ClearField("changes")
+        self._hmacs.clear()

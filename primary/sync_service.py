@@ -190,7 +190,10 @@ class _Conversation:
             await self._stream.wake.wait()
             await asyncio.sleep(sent_s + self._feed.pace_s - time.monotonic())
             self._stream.wake.clear()
-            while (message := self._session.next_message()) is not None:
+            while (message := self._session.next_message()) is not None or self._session.is_busy:
+                if message is None:
+                    await asyncio.sleep(0)
+                    continue
                 await self._context.write(message)
                 self._written.set()
             sent_s = time.monotonic()

@@ -54,9 +54,13 @@ class _Binding:
 
 
 class SyncSession:
-    """The server's side of a ``Sync``, from behind the hello on."""
+    """The server's side of a ``Sync``, from behind the hello on.
+
+    ``is_busy``: what is to be sent next needs longer than anybody should have to wait; ask for it again.
+    """
 
     def __init__(self, host: Host) -> None:
+        self.is_busy = False
         self._host = host
         self._bindings: dict[int, _Binding] = {}
         self._followed: dict[str, set[int]] = {}
@@ -291,12 +295,18 @@ class SyncSession:
                 self._ready[binding.ref] = None
 
     def next_message(self) -> sync_pb2.SyncResponse | None:
-        """What to send now; None: nothing, until something happens."""
+        """What to send now; None: nothing, until something happens or, if it :attr:`is_busy`, others had a turn."""
+        self.is_busy = False
         if self._answers:
             return self._answers.popleft()
         while self._ready:
             ref, _ = self._ready.popitem(last=False)
             message = self._produce(self._bindings[ref])
+            if self.is_busy:
+                # Before all others: what it holds must not wait until a slow client has taken theirs.
+                self._ready[ref] = None
+                self._ready.move_to_end(ref, last=False)
+                return None
             if message is not None:
                 if ref in self._bindings:
                     self._ready[ref] = None  # behind all others
@@ -383,7 +393,10 @@ class SyncSession:
             return None
         if loading.begun and binding.version < page.position.version:
             return self._changes(binding, page.position.version)
-        loading.sent(self._host, binding.path, page)
+        if not loading.make_whole(self._host, binding.path, page):
+            self.is_busy = True
+            return None
+        loading.sent(page)
         page.ref = binding.ref
         binding.version = page.position.version
         if page.last:

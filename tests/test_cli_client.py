@@ -35,6 +35,7 @@ from reset_helpers import (
 from understudy.cli.salvage import salvage
 from understudy.client import ClientReset, Put, Realm
 from understudy.client.local_store import LocalStore
+from understudy.common.entry_json import LINE_BYTES_MAX
 from understudy.common.errors import ExitCode
 from understudy.v1 import log_pb2
 
@@ -336,6 +337,18 @@ def test_a_file_that_is_no_export_is_refused_before_anything_of_it_is_sent(
     done = _salvage(processes, wrong, lost.address, code=ExitCode.USAGE)
     assert f"wrong.jsonl, line {len(spoil(lines))}: " in complaint(done)
     assert pairs(lost.address, "/lost") == before
+
+
+def test_g9_a_line_without_end_is_not_read_whole(
+    processes: Processes, lost: Lost, address: str, tmp_path: Path
+) -> None:
+    """G9: of a file that is no export, no more is held than a line may have; it is named, with what to do."""
+    endless = tmp_path / "endless.jsonl"
+    endless.write_bytes(lost.file.read_bytes().splitlines(keepends=True)[0])
+    os.truncate(endless, 2 * LINE_BYTES_MAX)  # without taking up space
+    said = complaint(_salvage(processes, endless, address, code=ExitCode.USAGE))
+    assert f"endless.jsonl, line 2: it has more than {LINE_BYTES_MAX:,} bytes" in said
+    assert "as `understudy rewind` left it" in said
 
 
 def test_g10_forged_lines_are_refused(processes: Processes, lost: Lost, address: str, tmp_path: Path) -> None:

@@ -11,18 +11,21 @@ from pathlib import Path
 
 import grpc
 import pytest
-from harness import Processes, wait_until
+from harness import ANY_PORT, Processes, complaint, wait_until
 from nodes import checkpoint, put, status, wait_until_caught_up, warnings
 
-from understudy.client import Put
+from understudy.client import Put, connect
+from understudy.common import memtable
+from understudy.common.errors import RESTORE, ExitCode
 from understudy.common.follow_table import PROTOCOL_VERSION, Decision
 from understudy.common.operations import to_protos
 from understudy.common.segment import RECORDS_START
 from understudy.common.types import START
-from understudy.primary import Primary, data_service, replication_service
-from understudy.v1 import data_pb2, data_pb2_grpc, replication_pb2, replication_pb2_grpc
+from understudy.primary import Primary, committer, data_service, replication_service
+from understudy.v1 import data_pb2, data_pb2_grpc, log_pb2, replication_pb2, replication_pb2_grpc
 
 CLIENT = b"c" * 16
+_TO = ("--listen", ANY_PORT, "--primary")
 
 
 @pytest.fixture
@@ -227,3 +230,29 @@ def test_g11_damage_in_the_primarys_log_is_found_when_a_replica_meets_it(
     assert "bootstrap_begins" in replica.stderr
     assert replica.stderr.count("event=following") < 5
     assert status(replica.address).digest == status(one.address).digest
+
+
+def test_a_replica_refuses_what_its_primary_should_have_refused_and_can_be_made_anew(
+    processes: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G11: a change that is no valid one stops the replica with a remedy, after a restart too, and the remedy helps."""
+    monkeypatch.setattr(committer, "check_operations", lambda _: None)
+    monkeypatch.setattr(memtable, "KEY_BYTES_MAX", 500)  # this process's idea of one
+    with Primary.open(tmp_path / "a", listen=ANY_PORT) as primary, _channel(primary.address) as channel:
+        replica = processes.replica(tmp_path / "b", primary.address)
+        bad = log_pb2.Operation(kind=log_pb2.Operation.PUT, key=b"k" * 490, value=b"v")
+        commits = _Commits(channel)
+        commits.send([data_pb2.Transaction(realm="/realm", number=1, operations=[bad])])
+        assert replica.wait() == ExitCode.CORRUPT, replica.describe()
+        said = complaint(
+            processes.run(
+                "replica", "--data-dir", tmp_path / "b", *_TO, primary.address, code=ExitCode.CORRUPT
+            )
+        )
+        assert "an operation on /realm has a key of 490 bytes" in said
+        assert RESTORE in said
+        with connect(primary.address) as client:
+            client.drop_realm("/realm")
+        checkpoint(primary.address)
+        anew = processes.replica(tmp_path / "c", primary.address)
+        wait_until_caught_up(primary.address, anew.address)

@@ -6,18 +6,27 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from nodes import ask_to_follow
+from state_helpers import CLUSTER
+from store_helpers import open_both
 
-from understudy.common.errors import Overloaded, ProtocolError, Unavailable
+from understudy.common.engine import Engine
+from understudy.common.errors import RESTORE, CorruptionError, Overloaded, ProtocolError, Unavailable
 from understudy.common.follow_table import PROTOCOL_VERSION, Decision
+from understudy.common.pinned_snapshot import PinnedSnapshot
 from understudy.common.rpc import open_channel, peer_errors
 from understudy.common.settings import PrimarySettings
+from understudy.common.store import Store
+from understudy.common.store_layout import CHECKPOINT_KEY
 from understudy.common.types import START
 from understudy.primary import slots, snapshots
 from understudy.primary.server import PrimaryServer, serving_primary
 from understudy.v1 import replication_pb2, replication_pb2_grpc
+from understudy.v1.store_pb2 import CheckpointRow
 
 
 @asynccontextmanager
@@ -112,3 +121,30 @@ def test_g9_a_snapshot_that_nobody_asks_for_is_let_go(
                 board.get(pin.id)
 
     asyncio.run(story())
+
+
+@pytest.mark.parametrize(("row", "said"), [(b"\xff\xff", "can't be read"), (None, "has no checkpoint")])
+def test_g11_a_snapshot_of_a_damaged_store_is_not_offered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: bytes | None, said: str
+) -> None:
+    """G11: a checkpoint's row that can't be read is named, with the remedy, and nothing stays pinned."""
+    Store.create(tmp_path / "store", CLUSTER, CheckpointRow(digest=START.digest))
+    _, store = open_both(tmp_path / "store")
+    with store:
+        with store.env.begin(store.environment.meta, write=True) as txn:
+            txn.put(CHECKPOINT_KEY, row) if row is not None else txn.delete(CHECKPOINT_KEY)
+        closed: list[PinnedSnapshot] = []
+        close = PinnedSnapshot.close
+
+        def note(snapshot: PinnedSnapshot) -> None:
+            closed.append(snapshot)
+            close(snapshot)
+
+        monkeypatch.setattr(PinnedSnapshot, "close", note)
+        state, directory = SimpleNamespace(store=store), SimpleNamespace(store=store.path)
+        board = snapshots.PinBoard(cast("Engine", SimpleNamespace(state=state, directory=directory)))
+        with pytest.raises(CorruptionError, match=said) as refused:
+            board.pin("one", bytes(16), b"")
+        assert str(store.path) in refused.value.message
+        assert refused.value.remedy == RESTORE
+        assert len(closed) == 1

@@ -529,6 +529,7 @@ def test_a_change_that_does_not_follow_is_corruption(layers: Layers, wrong: dict
         (b"\xff\xff", "can't be decoded"),
         (log_pb2.Entry(change=b"\xff\xff").SerializeToString(), "can't be decoded"),
         (log_pb2.Entry(change=b"").SerializeToString(), "of a kind that this version does not know"),
+        (log_pb2.Entry(epoch_start=b"\xff\xff").SerializeToString(), "can't be decoded"),
     ],
 )
 def test_an_entry_that_is_not_understood_is_refused_never_skipped(
@@ -537,6 +538,37 @@ def test_an_entry_that_is_not_understood_is_refused_never_skipped(
     """An entry of a kind from the future, or none at all, stops the node: skipping it would lose what it says."""
     with pytest.raises(CorruptionError, match=why):
         layers.state.apply(_record_of(layers, payload))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        (
+            {"operations": [log_pb2.Operation(kind=log_pb2.Operation.PUT)]},
+            "an operation on /a has a key of 0",
+        ),
+        (
+            {"operations": [log_pb2.Operation(kind=log_pb2.Operation.ADD, key=b"k" * 481)]},
+            "a key of 481 bytes",
+        ),
+        ({"operations": [log_pb2.Operation(kind=log_pb2.Operation.DELETE)]}, "a key of 0 bytes"),
+        ({"operations": [log_pb2.Operation(kind=77, key=b"k")]}, "of kind 77"),  # type: ignore[arg-type]
+        ({"client": b"c" * 505}, "an id of 505 bytes"),
+        ({"realm": ""}, "entry 1 is of a realm whose path is of 0 bytes"),
+        ({"realm": "/" + "r" * 255}, "of 256 bytes"),
+    ],
+)
+def test_a_change_that_no_store_could_hold_is_corruption(
+    layers: Layers, wrong: dict[str, object], why: str
+) -> None:
+    """What a primary should have refused is said to be wrong when it is applied, not by a checkpoint much later."""
+    put = log_pb2.Operation(kind=log_pb2.Operation.PUT, key=b"k")
+    right = {"realm": "/a", "version": 1, "client": CLIENTS[0], "number": 1, "operations": [put]}
+    change = log_pb2.Change(**{**right, **wrong}).SerializeToString()  # type: ignore[arg-type]
+    payload = entries.change_entry(1, change, entries.sign(KEY, entries.change_digest(change)))
+    with pytest.raises(CorruptionError, match=why) as refused:
+        layers.state.apply(_record_of(layers, payload))
+    assert refused.value.remedy
 
 
 def test_unknown_realms_are_named(layers: Layers) -> None:

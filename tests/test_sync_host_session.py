@@ -571,6 +571,47 @@ def test_g9_a_client_that_does_not_read_pins_nothing_for_long(store: Store) -> N
     assert joined.host.scans == set()
 
 
+@pytest.mark.parametrize("meanwhile", ["nothing", "a commit", "pruned", "dropped"])
+def test_g9_the_changes_of_the_last_page_are_read_in_steps(
+    both: tuple[Environment, Store], monkeypatch: pytest.MonkeyPatch, meanwhile: str
+) -> None:
+    """G9: others have a turn in between, whatever they do with it, and another realm of the client waits its turn."""
+    monkeypatch.setattr(sync_load, "CHANGES_AT_ONCE", 3)
+    server = filled(both[1], 10)
+    put(server, b"other", path="/b")
+    checkpoint(server, both[0])
+    joined = Joined(server)
+    for ref, path in ((1, "/a"), (2, "/b")):
+        bind = sync_pb2.BindRealm(ref=ref, path=path, clients=[ANN])
+        joined.say(sync_pb2.SyncRequest(bind=bind))
+    session = joined.session
+    assert [one.WhichOneof("message") for one in (session.next_message(), session.next_message()) if one] == [
+        "bound",
+        "bound",
+    ]
+    for _ in range(2):
+        assert session.next_message() is None
+        assert session.is_busy
+    if meanwhile == "a commit":
+        put(server, b"new")
+    elif meanwhile == "pruned":
+        prune(*both, "/a", 8)
+    elif meanwhile == "dropped":
+        server.committer.drop_realm("/a", lambda receipt: None)
+        server.durable()
+    following = []
+    while (message := session.next_message()) is not None or session.is_busy:
+        following += [message] if message is not None else []
+    if meanwhile == "dropped":
+        assert following[0].bound.reason == sync_pb2.REALM_GONE
+        return
+    page = following[0].page
+    assert (page.ref, page.last, page.position.version) == (1, True, 10)
+    assert len(page.changes) == len(page.hmacs) // 32 == (0 if meanwhile == "pruned" else 10)
+    assert following[1].page.ref == 2
+    assert [one.changes.head_version for one in following[2:]] == ([11] if meanwhile == "a commit" else [])
+
+
 # -- dropped -------------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
 import shutil
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -16,6 +17,7 @@ from sim.universe import Process
 from understudy.common.directory import NODE_FILE, DataDirectory, NodeFile, Role
 from understudy.common.engine import Engine
 from understudy.common.errors import UnderstudyError
+from understudy.common.locator import span_of
 from understudy.common.settings import PrimarySettings, ReplicaSettings
 from understudy.common.types import Durability, Lsn, Position
 from understudy.primary.server import serving_primary, succeeding
@@ -77,6 +79,12 @@ class Node:
         return NodeFile.read(path).role if path.exists() else None
 
     @property
+    def copy(self) -> int | None:
+        """Tells its copies apart: which folder its store is in; None where there is none."""
+        store = self.path / "store"
+        return store.stat().st_ino if store.exists() else None
+
+    @property
     def engine(self) -> Engine | None:
         """Of the process that serves; None where none does, or has no copy yet."""
         if not self.is_up or self.server is None:
@@ -86,6 +94,15 @@ class Node:
         except UnderstudyError:
             return None
         return engine
+
+    @property
+    def healing_since(self) -> Lsn | None:
+        """The LSN that began its reign, while it takes in nothing but what comes home."""
+        engine = self.engine
+        window = getattr(self.server.node, "heal_window", None) if engine is not None else None
+        if engine is None or window is None or not window.is_open(self.cluster.lab.universe.now_s):
+            return None
+        return Lsn(engine.state.epochs[-1].info.first_lsn)
 
     def holds(self, position: Position) -> bool | None:
         """Whether the node's log has the entry; None where that can't be told.
@@ -130,6 +147,7 @@ class Node:
             durability=self.cluster.durability,
             sync_replicas=self.cluster.sync_replicas,
             log_floor_bytes=self.cluster.log_floor_bytes,
+            heal_window_s=self.cluster.heal_window_s,
         )
 
     async def _replica(self) -> None:
@@ -187,7 +205,7 @@ class Node:
         async def done() -> None:
             try:
                 await work
-            except UnderstudyError as error:
+            except (UnderstudyError, BrokenPromise) as error:
                 self.why = error
                 raise
             self.busy = None
@@ -236,6 +254,7 @@ class Node:
 
         Raises:
             UnderstudyError: they can't be opened.
+            BrokenPromise: they tell of epochs that can't be.
         """
         found: list[tuple[int, Position]] = []
 
@@ -245,6 +264,7 @@ class Node:
                     found.append((0, Position.__new__(Position)))
                     return
                 engine = Engine.open(directory)
+                check_epochs(self, engine)
                 found.append((engine.epoch, engine.durable))
                 await engine.close()
 
@@ -256,11 +276,35 @@ class Node:
         return found[0]
 
 
+def epochs_of(engine: Engine) -> list[tuple[int, Position]]:
+    """Each epoch that a node knows of, with the position that it has forked from."""
+    spans = [span_of(row.info) for row in engine.state.epochs]
+    return [(span.epoch, span.fork) for span in spans]
+
+
+def check_epochs(node: Node, engine: Engine) -> None:
+    """They follow one upon the other, each where the history was by then.
+
+    Raises:
+        BrokenPromise.
+    """
+    epochs = epochs_of(engine)
+    for (before, fork_before), (epoch, fork) in itertools.pairwise(epochs):
+        if epoch <= before or fork.lsn <= fork_before.lsn:
+            raise BrokenPromise(
+                f"G7: {node}: epoch {epoch} at {fork.lsn} follows {before} at {fork_before.lsn}"
+            )
+    for epoch, fork in epochs:
+        if engine.log.first_lsn <= fork.lsn and engine.log.position_at(fork.lsn) != fork:
+            raise BrokenPromise(f"G3, G7: {node}: epoch {epoch} did not begin at {fork.lsn}")
+
+
 class Cluster:
     """Nodes that may all become primary.
 
     Attributes:
         durability: of all acknowledgements.
+        heal_window_s: of all primaries.
         promotions: how many there were.
         is_tampered_with: old copies were restored, or disks have decayed: what was promised may be gone.
     """
@@ -270,6 +314,8 @@ class Cluster:
         self.durability = durability
         self.sync_replicas = nodes - 1
         self.log_floor_bytes = log_floor_bytes
+        self.heal_window_s = 0.0
+        self._acknowledged: Position | None = None  # the last of all
         self.promotions = 0
         self.is_tampered_with = False
         self.nodes: list[Node] = []
@@ -284,6 +330,28 @@ class Cluster:
         """
         if self.is_tampered_with:
             return
+        self._check_waited(position)
+        self._check_held(position)
+        if self._acknowledged is None or self._acknowledged.lsn < position.lsn:
+            self._acknowledged = position
+
+    def look(self) -> None:
+        """What was acknowledged is still there, wherever it can be looked for.
+
+        Raises:
+            BrokenPromise.
+        """
+        if self.is_lossless and self._acknowledged is not None:
+            self._check_held(self._acknowledged)
+
+    def _check_waited(self, position: Position) -> None:
+        """No primary has taken it in while it was waiting for what comes home."""
+        for node in self.nodes:
+            begun = node.healing_since
+            if begun is not None and position.lsn > begun and node.holds(position):
+                raise BrokenPromise(f"entry {position.lsn} is acknowledged, and {node} waits since {begun}")
+
+    def _check_held(self, position: Position) -> None:
         found = [node.holds(position) for node in self.nodes]
         needed = 1 if self.durability is Durability.LOCAL else len(self.nodes)
         if len(found) - found.count(False) < needed:
@@ -296,6 +364,11 @@ class Cluster:
             ]
             if late:
                 raise BrokenPromise(f"G1: entry {position.lsn} is acknowledged, and not applied on {late[0]}")
+
+    @property
+    def is_lossless(self) -> bool:
+        """Whether what was acknowledged may never be missing, whoever reigns."""
+        return self.durability is not Durability.LOCAL and not self.is_tampered_with
 
     @property
     def addresses(self) -> str:

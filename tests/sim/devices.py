@@ -9,7 +9,7 @@ from pathlib import Path
 from sim.cluster import BrokenPromise, Cluster
 from sim.threads import sleep
 from sim.universe import Process
-from sim.writers import REALM
+from sim.writers import REALM, numbers
 
 from understudy.client import Realm
 from understudy.client.recovery import Recovery
@@ -123,20 +123,27 @@ class Device:
                     self.pairs = dict(realm.scan())
                 sleep(universe, 1.0)
 
+    def shown(self, state: dict[bytes, bytes]) -> set[int]:
+        """Its transactions that a state has; any of a node at any time.
+
+        Raises:
+            BrokenPromise: it has one in part, or one that never was.
+        """
+        there = numbers(state, f"{self.name}/")
+        total = int(state.get(self.name.encode(), b"0"))
+        if total != len(there):
+            raise BrokenPromise(f"G2, G6: {self.name} has {len(there)} keys, and has counted {total}")
+        if unknown := sorted(there - set(range(1, self.tried + 1))):
+            raise BrokenPromise(f"{self.name}: never written, and there: {unknown[:10]}")
+        return there
+
     def check(self, state: dict[bytes, bytes]) -> None:
         """All that was committed here is on the server, once.
 
         Raises:
             BrokenPromise.
         """
-        prefix = self.name.encode() + b"/"
-        there = {int(key[len(prefix) :]) for key in state if key.startswith(prefix)}
-        total = int(state.get(self.name.encode(), b"0"))
-        if total != len(there):
-            raise BrokenPromise(f"G6: {self.name} has {len(there)} keys, and has counted {total}")
-        if lost := sorted(self.committed - there):
+        if lost := sorted(self.committed - self.shown(state)):
             raise BrokenPromise(f"{self.name}: committed and gone: {lost[:10]}; dropped: {self.dropped[:3]}")
-        if unknown := sorted(there - set(range(1, self.tried + 1))):
-            raise BrokenPromise(f"{self.name}: never written, and there: {unknown[:10]}")
         if self.pairs != state:
             raise BrokenPromise(f"{self.name}'s copy is not what the server has")

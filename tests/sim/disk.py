@@ -156,6 +156,8 @@ class Disk:
             OSError.
         """
         process = self._universe.current
+        if process is None and action in ("open", "read"):
+            return  # by whoever looks at the whole universe from outside
         assert process is not None, f"{action} by nobody"
         for at, (wanted, left, code) in enumerate(self._faults):
             if wanted != action:

@@ -89,7 +89,10 @@ class _Way:
         self._source, self._target = source, target
         self._arrive = arrive
         self._free_s = 0.0
-        self.held: deque[Frame] = deque()
+        self._frames: deque[Frame] = deque()  # sent, and not there yet
+        self._coming = (
+            0  # how many of them have a time at which they arrive, unless a partition is in the way
+        )
         self.is_dead = False
 
     @property
@@ -97,34 +100,32 @@ class _Way:
         return self._network.is_blocked(self._source.machine, self._target.machine)
 
     def send(self, frame: Frame) -> None:
-        if self.is_dead:
-            return
-        if self.held or self.is_blocked:
-            self.held.append(frame)
-            return
+        if not self.is_dead:
+            self._frames.append(frame)
+            self._schedule()
+
+    def _schedule(self) -> None:
         universe = self._network.universe
         self._free_s = max(self._free_s + 1e-7, universe.now_s + self._network.delay_s())
-        universe.at(self._free_s - universe.now_s, lambda: self._come(frame), self._target)
+        self._coming += 1
+        universe.at(self._free_s - universe.now_s, self._come, self._target)
 
-    def _come(self, frame: Frame) -> None:
-        if self.is_dead:
-            return
-        if self.is_blocked:  # it was on its way when the partition began
-            self.held.append(frame)
-        else:
-            self._arrive(frame)
+    def _come(self) -> None:
+        self._coming -= 1
+        if not self.is_dead and not self.is_blocked:
+            self._arrive(self._frames.popleft())
 
     def unblock(self) -> None:
-        held, self.held = self.held, deque()
-        for frame in held:
-            self.send(frame)
+        for _ in range(len(self._frames) - self._coming):
+            self._schedule()
 
 
 class Connection:
-    """A client's to a server, with the calls on it."""
+    """A client's to a server, with the calls on it; ``is_local``: over the server's Unix socket."""
 
-    def __init__(self, network: Network, client: Process, server: Server) -> None:
+    def __init__(self, network: Network, client: Process, server: Server, *, is_local: bool) -> None:
         self.client, self.server = client, server
+        self.is_local = is_local
         self._network = network
         self.calls: dict[int, ClientCall] = {}
         self.handled: dict[int, ServerCall] = {}
@@ -394,7 +395,7 @@ class ServerCall:
 
     def peer(self) -> str:
         """Who calls."""
-        return "unix:" if self._connection.client.machine == "" else f"ipv4:127.0.0.1:{self._number % 60_000}"
+        return "unix:" if self._connection.is_local else f"ipv4:127.0.0.1:{self._number % 60_000}"
 
     def invocation_metadata(self) -> tuple[tuple[str, Any], ...]:
         """What came with the call."""
@@ -465,7 +466,9 @@ class Channel:
         elif server is None:
             universe.at(network.delay_s(), lambda: then("Connection refused"), self._process)
         else:
-            self._connection = Connection(network, self._process, server)
+            self._connection = Connection(
+                network, self._process, server, is_local=self._target.startswith("unix:")
+            )
             then(self._connection)
 
     def forget(self, call: ClientCall) -> None:

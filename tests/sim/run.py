@@ -133,7 +133,7 @@ def run(seeds: list[int], seconds: float) -> int:
         for stories in pool.map(one, batches):
             for story in stories:
                 count += 1
-                for name in ("simulated_s", "steps", "crashes", "promotions", "acknowledged"):
+                for name in ("simulated_s", "steps", "crashes", "promotions", "acknowledged", "reads"):
                     total[name] = total.get(name, 0) + story.get(name, 0)
                 if story["problem"]:
                     broken.append(story)
@@ -142,7 +142,8 @@ def run(seeds: list[int], seconds: float) -> int:
     print(
         f"{count} stories in {took_s:.0f} s: {total.get('simulated_s', 0) / 3600:.2f} simulated hours, "
         f"{total.get('crashes', 0):.0f} crashes, {total.get('promotions', 0):.0f} promotions, "
-        f"{total.get('acknowledged', 0):,.0f} acknowledged transactions, {total.get('steps', 0):,.0f} steps, "
+        f"{total.get('acknowledged', 0):,.0f} acknowledged transactions, {total.get('reads', 0):,.0f} whole readings, "
+        f"{total.get('steps', 0):,.0f} steps, "
         f"{len(broken)} broken"
     )
     for story in broken[:3]:

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
-from sim.cluster import BrokenPromise, Cluster, Node
+from sim.cluster import BrokenPromise, Cluster, Node, check_epochs, epochs_of
 from sim.devices import Device
 from sim.lab import Lab
+from sim.readers import Reader, Views
 from sim.universe import Universe
 from sim.writers import REALM, Writer, check
 
@@ -23,6 +24,7 @@ from understudy.common.types import Durability
 LENGTH_S = (8.0, 30.0)
 SETTLE_S = 300.0
 RESTART_S = (0.2, 8.0)
+LOOK_S = 0.5
 
 # How often each thing happens, among all that happens.
 FAULTS = {
@@ -73,6 +75,7 @@ class Outcome:
     crashes: int = 0
     promotions: int = 0
     acknowledged: int = 0
+    reads: int = 0
     problem: str = ""
     trace: list[str] = field(default_factory=list)
     fingerprint: str = ""  # of the whole history
@@ -101,12 +104,20 @@ class Story:
             self.lab.machine(writer.name)
             writer.pause_s = plan.choice((0.02, 0.1, 0.3))
             writer.size = plan.choice((20, 200, 1_500))
-            writer.lossy = durability is Durability.LOCAL
         self.devices = [Device(self.cluster, f"d{index}") for index in range(plan.choice((0, 1, 2)))]
         for device in self.devices:
             device.pause_s = plan.choice((0.05, 0.2, 1.0))
+        self.views = Views(self.cluster, self.writers, self.devices)
+        self.readers = [
+            Reader(self.cluster, f"r{index}", self.views) for index in range(plan.choice((0, 1, 1, 2)))
+        ]
+        for reader in self.readers:
+            self.lab.machine(reader.name)
+            reader.pause_s = plan.choice((0.3, 1.0))
+        self.cluster.heal_window_s = plan.choice((0.0, 0.0, 2.0, 6.0))
         self._copies: dict[int, Path] = {}
         self._rotten: set[str] = set()
+        self._lines_seen = 0
 
     # -- telling ---------------------------------------------------------------------------------------------
 
@@ -116,18 +127,19 @@ class Story:
         try:
             self._begin()
             for fault in self.faults:
-                universe.run(lambda: False, for_s=max(fault.at_s - universe.now_s, 0))
+                self._pass(fault.at_s - universe.now_s)
                 universe.trace("fault", fault.what, fault.node, fault.other, f"{fault.amount:.3f}")
                 self._strike(fault)
                 self._look()
-            universe.run(lambda: False, for_s=max(self.length_s - universe.now_s, 0))
+            self._pass(self.length_s - universe.now_s)
             self._settle()
         except BrokenPromise as problem:
             outcome.problem = str(problem)
-        self._look_at_writers()
+        self._look_at_clients()
         outcome.simulated_s, outcome.steps = universe.now_s, universe.steps
         outcome.promotions = self.cluster.promotions
         outcome.acknowledged = sum(len(one.acknowledged) for one in self.writers)
+        outcome.reads = self.views.count
         outcome.trace = universe.lines
         told = "\n".join([*universe.lines, repr(universe.now_s), str(universe.steps)])
         outcome.fingerprint = hashlib.sha256(told.encode()).hexdigest()[:16]
@@ -143,7 +155,16 @@ class Story:
             writer.start()
         for device in self.devices:
             device.start()
+        for reader in self.readers:
+            reader.start()
         self._tend()
+
+    def _pass(self, seconds: float) -> None:
+        """Lets time pass, and looks every now and then."""
+        end_s = self.universe.now_s + seconds
+        while (left_s := end_s - self.universe.now_s) > 0:
+            self.universe.run(lambda: False, for_s=min(left_s, LOOK_S))
+            self._look()
 
     def _look(self) -> None:
         """What must never be seen, looked at often."""
@@ -155,10 +176,14 @@ class Story:
                 raise BrokenPromise(f"{node} has ended with {node.why!r}")
             if isinstance(node.why, CorruptionError) and not self._rotten:
                 raise BrokenPromise(f"G2: {node} says that it is damaged: {node.why}")
-        self._look_at_writers()
+        self.cluster.look()
+        self._look_at_clients()
 
-    def _look_at_writers(self) -> None:
-        for line in self.universe.lines:
+    def _look_at_clients(self) -> None:
+        lines = self.universe.lines
+        while self._lines_seen < len(lines):
+            line = lines[self._lines_seen]
+            self._lines_seen += 1
             if "BrokenPromise" in line and not self.outcome.problem:
                 self.outcome.problem = line
 
@@ -195,8 +220,8 @@ class Story:
 
     def _partition_one_way(self, node: Node, other: Node, amount: float) -> None:
         if node is other:  # from its clients, then
-            for writer in self.writers:
-                self.lab.network.block(writer.name, node.name)
+            for client in (*self.writers, *self.readers):
+                self.lab.network.block(client.name, node.name)
         self.lab.network.block(node.name, other.name)
         self._later(amount * 30, self.lab.network.heal)
 
@@ -326,8 +351,7 @@ class Story:
         for writer in self.writers:
             writer.stopped = True
         universe.run(lambda: not any(node.is_busy for node in cluster.nodes), for_s=200)
-        universe.run(lambda: False, for_s=10)
-        self._look()
+        self._pass(10)
         for node in cluster.nodes:
             node.kill()
             node.disk.mend()
@@ -355,8 +379,7 @@ class Story:
             lambda: f"devices do not come up to date: {[(one.name, one.why) for one in self.devices]}",
         )
         self._wait(lambda: self._agree(chief), lambda: f"{self._heads()} do not come together")
-        universe.run(lambda: False, for_s=10)  # for devices to see what others of them have sent last
-        self._look()
+        self._pass(10)  # for devices to see what others of them have sent last
         self._compare(chief)
 
     def _crown(self) -> Node | None:
@@ -375,12 +398,14 @@ class Story:
                 found.append((epoch, head.lsn, node))
         if not found:
             raise BrokenPromise("nobody has a copy")
+        if self.cluster.is_tampered_with:  # who has fenced one may be gone; only the others can reign
+            found = [one for one in found if one[2].role is not Role.FENCED]
+            if not found:
+                return None  # only a backup helps
         _, _, chief = max(found, key=lambda one: (one[0], one[1], one[2].role is Role.PRIMARY))
         if chief.role in (Role.REPLICA, Role.PROMOTING):
             chief.promote()
             self._wait(lambda: not chief.is_busy, lambda: f"{chief} is not promoted: {chief.why!r}")
-        if chief.role is Role.FENCED and self._rotten:
-            return None  # who has fenced it can't be read any more: only a backup helps
         if chief.role is not Role.PRIMARY:
             raise BrokenPromise(f"G7: {chief} knows most and is {chief.role}")
         chief.server = None
@@ -420,15 +445,24 @@ class Story:
 
     def _compare(self, chief: Node) -> None:
         states = []
+        assert chief.engine is not None
         for node in self.cluster.nodes:
             assert node.engine is not None
             state = node.engine.state
-            pairs = {} if state.realm(REALM) is None else _pairs(state)
+            realm = state.realm(REALM)
+            pairs = {} if realm is None else _pairs(state)
             states.append(pairs)
+            view = self.views.note(self.views.begin(node), pairs)
+            if realm is not None and realm.version != view.version:
+                raise BrokenPromise(
+                    f"G6: {node} is at version {realm.version}, and has counted {view.version}"
+                )
+            check_epochs(node, node.engine)
+            if epochs_of(node.engine) != epochs_of(chief.engine):
+                raise BrokenPromise(f"G3, G7: {node} knows of other epochs than {chief}")
             if pairs != states[0]:
                 raise BrokenPromise(f"G3, G11: {node} holds something else than {self.cluster.nodes[0]}")
-        lossless = self.cluster.durability is not Durability.LOCAL and not self.cluster.is_tampered_with
-        check(self.writers, states[0], lossless=lossless)
+        check(self.writers, states[0])
         for device in self.devices:
             device.check(states[0])
 
