@@ -82,7 +82,7 @@ def _commits(writers: int, kind: type[System], level: Durability, found: list[Ti
 def attached(bench: Bench, kinds: Kinds) -> Comparison:
     """What a replica costs a primary that does not wait for it."""
     rates: dict[tuple[str, str], list[float]] = defaultdict(list)
-    with _made(bench, kinds, _small(bench)) as systems:
+    with _made(bench, _of_pairs(kinds), _small(bench)) as systems:
         for number, system in _turns(bench, _pairs(systems)):
             system.start("local")
             for is_attached in (True, False):
@@ -107,7 +107,7 @@ def lag(bench: Bench, kinds: Kinds) -> Comparison:
     """How far behind a replica is under a steady load."""
     lags: dict[tuple[str, str], list[list[float]]] = defaultdict(list)
     achieved: dict[tuple[str, str], list[float]] = defaultdict(list)
-    with _made(bench, kinds, _small(bench)) as systems:
+    with _made(bench, _of_pairs(kinds), _small(bench)) as systems:
         for number, system in _turns(bench, _pairs(systems)):
             system.start("local")
             for rate in RATES:
@@ -171,7 +171,7 @@ def catchup(bench: Bench, kinds: Kinds) -> Comparison:
     """How fast a replica catches up that was away."""
     rates: dict[tuple[str, str], list[float]] = defaultdict(list)
     missed = bench.scale.catchup_entries
-    with _made(bench, kinds, _small(bench)) as systems:
+    with _made(bench, _of_pairs(kinds), _small(bench)) as systems:
         for number, system in _turns(bench, _pairs(systems)):
             system.start("local")
             system.cut_replica_off()
@@ -199,7 +199,7 @@ def bootstrap(bench: Bench, kinds: Kinds) -> Comparison:
     """How long a new replica takes while commits go on."""
     seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
     work = f"{BOOTSTRAP_RATE} commits/s meanwhile"
-    with _made(bench, kinds, _large(bench.scale.store_bytes)) as systems:
+    with _made(bench, _of_pairs(kinds), _large(bench.scale.store_bytes)) as systems:
         for number, system in _turns(bench, _pairs(systems)):
             system.remove_replica()
             system.start_primary("local")
@@ -238,7 +238,7 @@ def failover(bench: Bench, kinds: Kinds) -> Comparison:
     seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
     for size in (bench.scale.small_store_bytes, bench.scale.store_bytes):
         work = f"{size / MIB:,.0f} MiB"
-        with _made(bench, kinds, _large(size)) as systems:
+        with _made(bench, _of_pairs(kinds), _large(size)) as systems:
             for number, system in _turns(bench, _pairs(systems)):
                 bench.say(f"{system.name}: failover at {work}, round {number + 1}")
                 system.start("local")
@@ -300,6 +300,10 @@ def _turns(bench: Bench, those: Sequence[_T]) -> Iterator[tuple[int, _T]]:
 
 def _pairs(systems: Sequence[System]) -> list[Pair]:
     return [system for system in systems if isinstance(system, Pair)]
+
+
+def _of_pairs(kinds: Kinds) -> Kinds:
+    return [kind for kind in kinds if issubclass(kind, Pair)]
 
 
 def _small(bench: Bench) -> DataSet:

@@ -16,10 +16,10 @@ from sim.universe import Process
 
 from understudy.common.directory import NODE_FILE, DataDirectory, NodeFile, Role
 from understudy.common.engine import Engine
-from understudy.common.errors import UnderstudyError
+from understudy.common.errors import StorageFailed, UnderstudyError
 from understudy.common.locator import span_of
 from understudy.common.settings import PrimarySettings, ReplicaSettings
-from understudy.common.types import Durability, Lsn, Position
+from understudy.common.types import START, Durability, Lsn, Position
 from understudy.primary.server import serving_primary, succeeding
 from understudy.replica.promote import promote_directory
 from understudy.replica.rewind import rewind
@@ -113,9 +113,12 @@ class Node:
         engine = self.engine
         if engine is None or engine.failed is not None or position.lsn < engine.log.first_lsn:
             return None
-        if engine.durable.lsn < position.lsn or engine.log.position_at(position.lsn) != position:
-            return False
-        start, stop = (engine.log.offset_behind(Lsn(lsn)) for lsn in (position.lsn - 1, position.lsn))
+        try:
+            if engine.durable.lsn < position.lsn or engine.log.position_at(position.lsn) != position:
+                return False
+            start, stop = (engine.log.offset_behind(Lsn(lsn)) for lsn in (position.lsn - 1, position.lsn))
+        except StorageFailed:  # the log has failed, and its owner has not heard of it yet
+            return None
         if start is None or stop is None:
             return None
         segment, _ = engine.log._segment_at(start)
@@ -224,10 +227,8 @@ class Node:
         """The machine is off; its disk keeps what it kept."""
         self.cluster.lab.universe.trace("power lost", self)
         for process in (self.process, self.busy):
-            if process is not None and process.is_alive:
-                # Nobody tells its peers.
-                process.at_end = process.at_end[1:]
-                process.kill()
+            if process is not None:
+                process.kill(silently=True)
         self.disk.lose_power()
 
     def copy_to(self, where: Path) -> None:
@@ -261,7 +262,7 @@ class Node:
         async def look() -> None:
             with DataDirectory.open_existing(self.path) as directory:
                 if not directory.has_copy:
-                    found.append((0, Position.__new__(Position)))
+                    found.append((0, START))
                     return
                 engine = Engine.open(directory)
                 check_epochs(self, engine)

@@ -27,7 +27,6 @@ class Device:
         committed: numbers whose transaction has returned.
         tried: how many there are; one that died in it may be there or not.
         dropped: how often a reset has dropped something, with why.
-        resets: how many there were.
     """
 
     cluster: Cluster
@@ -35,7 +34,6 @@ class Device:
     committed: set[int] = field(default_factory=set)
     tried: int = 0
     dropped: list[str] = field(default_factory=list)
-    resets: int = 0
     pause_s: float = 0.2
     process: Process | None = None
     stopped: bool = False
@@ -45,12 +43,7 @@ class Device:
     why: str = ""
 
     def __post_init__(self) -> None:
-        self._path = self.cluster.lab.machine(self.name) / "local"
-
-    @property
-    def path(self) -> Path:
-        """Of the directory."""
-        return self._path
+        self._path: Path = self.cluster.lab.machine(self.name) / "local"
 
     def start(self) -> None:
         """Its process, if there is none."""
@@ -71,7 +64,8 @@ class Device:
         )
 
     def _after_reset(self, local: object, fresh: object, recovered: Recovery) -> None:
-        self.resets += 1
+        if self.cluster.is_lossless:
+            self.cluster.lab.universe.problems.append(f"G5: {self.name} was reset, though nothing was lost")
         dropped = [f"{change.number}: {change.dropped}" for change in recovered.changes if change.dropped]
         self.dropped += dropped
         self.cluster.lab.universe.trace(
@@ -101,24 +95,22 @@ class Device:
         if total < 1:
             raise BrokenPromise(f"{self.name} does not read what it has written: {total}")
 
-    def _wait(self, realm: Realm) -> None:
+    def _wait(self, realm: Realm) -> bool:
+        """Whether it came up to date."""
         try:
             realm.wait_for_upload(timeout_s=_WAIT_S)
             realm.wait_for_download(timeout_s=_WAIT_S)
         except UnderstudyError as error:
             self.why = repr(error)
+            return False
+        return True
 
     def _finish(self) -> None:
         """Until all is uploaded and downloaded, when everything works again."""
         universe = self.cluster.lab.universe
         with self._open() as realm:
             while True:
-                try:
-                    realm.wait_for_upload(timeout_s=_WAIT_S)
-                    realm.wait_for_download(timeout_s=_WAIT_S)
-                except UnderstudyError as error:
-                    self.why = repr(error)
-                else:
+                if self._wait(realm):
                     self.is_synced = True
                     self.pairs = dict(realm.scan())
                 sleep(universe, 1.0)

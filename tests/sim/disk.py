@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Literal
@@ -25,14 +26,13 @@ from sim.universe import Universe
 from understudy.common.files import OsFile, storage_errors, sync_directory
 
 SECTOR_BYTES = 512
-Action = Literal["open", "create", "read", "write", "truncate", "sync", "remove", "sync directory"]
+Action = Literal["create", "write", "truncate", "sync", "remove", "sync directory"]
 
 
 class _Content:
     """Of a file: what each sector held at the last sync and after each write since."""
 
-    def __init__(self, path: Path, length: int) -> None:
-        self.path = path
+    def __init__(self, length: int) -> None:
         self.sectors: dict[int, list[bytes]] = {}
         self.stale: dict[int, bytes] = {}  # what the disk holds where a sync has failed, and nobody knows
         self.lengths = [length]
@@ -80,6 +80,30 @@ class _Content:
         self.synced(length)
 
 
+@dataclass(frozen=True, slots=True)
+class _Removed:
+    """A name that no sync of its directory has taken away for good.
+
+    Attributes:
+        name: where the file was.
+        directory: the inode of that directory; another may have taken its place since.
+        kept: where the file is kept meanwhile.
+    """
+
+    name: Path
+    directory: int
+    kept: Path
+
+    @property
+    def can_be_found_again(self) -> bool:
+        parent = self.name.parent
+        return parent.exists() and parent.stat().st_ino == self.directory and not self.name.exists()
+
+
+def _nothing() -> None:
+    pass
+
+
 class Disk:
     """A machine's.
 
@@ -94,7 +118,7 @@ class Disk:
         self.sync_s = (100e-6, 2e-3)
         self._contents: dict[int, _Content] = {}  # by inode
         self._made: dict[int, Path] = {}  # names that no sync of their directory has made durable
-        self._removed: list[tuple[Path, Path]] = []  # likewise; where the file was, and where it is kept
+        self._removed: list[_Removed] = []  # likewise
         self._kept = 0
         self._faults: list[
             tuple[Action, int, int]
@@ -104,14 +128,15 @@ class Disk:
 
     def open(self, path: Path, *, create: bool = False) -> DiskFile:
         """See :class:`understudy.common.files.FileSystem`."""
-        with storage_errors("open", path):
-            self.act("create" if create else "open")
+        if create:
+            with storage_errors("create", path):
+                self.act("create")
         file = OsFile(path, create=create)
         inode = path.stat().st_ino
         if create:
             self._made[inode] = path
-            self._contents[inode] = _Content(path, 0)
-        return DiskFile(self, path, file, self._contents.setdefault(inode, _Content(path, file.size())))
+            self._contents[inode] = _Content(0)
+        return DiskFile(self, path, file, self._contents.setdefault(inode, _Content(file.size())))
 
     def names(self, directory: Path) -> list[str]:
         """See there."""
@@ -125,7 +150,7 @@ class Disk:
             self._kept += 1
             kept = self._root / f"removed-{self._kept}"
             os.rename(path, kept)
-            self._removed.append((path, kept))
+            self._removed.append(_Removed(path, path.parent.stat().st_ino, kept))
 
     def sync_directory(self, path: Path) -> None:
         """See there."""
@@ -133,10 +158,10 @@ class Disk:
             self.act("sync directory")
         sync_directory(path)
         self._made = {inode: name for inode, name in self._made.items() if name.parent != path}
-        for name, kept in self._removed:
-            if name.parent == path:
-                kept.unlink()
-        self._removed = [one for one in self._removed if one[0].parent != path]
+        for one in self._removed:
+            if one.name.parent == path:
+                one.kept.unlink()
+        self._removed = [one for one in self._removed if one.name.parent != path]
 
     # -- what goes wrong ---------------------------------------------------------------------------------------
 
@@ -149,15 +174,20 @@ class Disk:
         self._faults.clear()
         self.space = None
 
-    def act(self, action: Action, fault: Callable[[], None] = lambda: None) -> None:
-        """Counts an action; if it is its turn, does ``fault`` and fails, or kills the process.
+    def act(
+        self, action: Action, partly: Callable[[], None] = _nothing, fails: Callable[[], None] = _nothing
+    ) -> None:
+        """Counts an action; if it is its turn, it fails, or the process is killed in it.
+
+        Args:
+            action: that is about to be done.
+            partly: does a part of it, which either leaves behind.
+            fails: what else a failure leaves behind, but no kill.
 
         Raises:
             OSError.
         """
         process = self._universe.current
-        if process is None and action in ("open", "read"):
-            return  # by whoever looks at the whole universe from outside
         assert process is not None, f"{action} by nobody"
         for at, (wanted, left, code) in enumerate(self._faults):
             if wanted != action:
@@ -167,9 +197,11 @@ class Disk:
                 continue
             del self._faults[at]
             self._universe.trace("disk fault", process.name, action, errno.errorcode.get(code, "killed"))
-            fault()
+            partly()
             if code == 0:
+                self._universe.crashes += 1
                 process.kill()
+            fails()
             raise OSError(code, os.strerror(code))
 
     def room(self, content: int, wanted: int) -> bool:
@@ -182,9 +214,11 @@ class Disk:
     def lose_power(self) -> None:
         """Keeps what was synced and any part of the rest, of contents as of names."""
         rng = self._universe.rng
-        for name, kept in self._removed:
-            if rng.random() < 0.5 and not name.exists() and name.parent.exists():
-                os.rename(kept, name)
+        for one in self._removed:
+            if rng.random() < 0.5 and one.can_be_found_again:
+                os.rename(one.kept, one.name)
+            else:
+                one.kept.unlink()
         self._removed.clear()
         files = {path.stat().st_ino: path for path in sorted(self._root.rglob("*.seg"))}
         for inode, path in sorted(files.items(), key=lambda one: one[1]):
@@ -207,6 +241,9 @@ class Disk:
         """Everything on it is as it is: files were put there while nothing ran."""
         self._made.clear()
         self._contents.clear()
+        for one in self._removed:
+            one.kept.unlink()
+        self._removed.clear()
 
     def rot(self) -> Path | None:
         """One byte of a log changes, durably; the file, if there is one."""
@@ -268,8 +305,6 @@ class DiskFile:
 
     def read_at(self, length: int, offset: int) -> bytes:
         """See there."""
-        with storage_errors("read", self._path):
-            self._disk.act("read")
         return self._file.read_at(length, offset)
 
     def size(self) -> int:
@@ -286,7 +321,7 @@ class DiskFile:
     def sync(self) -> None:
         """See there."""
         with storage_errors("sync", self._path):
-            self._disk.act("sync", self._content.sync_fails)
+            self._disk.act("sync", fails=self._content.sync_fails)
         self._content.synced(self._file.size())
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ checkpoint process, whose work is done in the same process at one moment. LMDB i
 
 from __future__ import annotations
 
+import asyncio
 import os
 import queue
 import random
@@ -21,6 +22,7 @@ import grpc.aio
 import lmdb
 import structlog  # noqa: F401  # here, as importing it takes from a story's chance
 from sim.disk import Disk
+from sim.loop import number_of
 from sim.network import Channel, Network, Server
 from sim.threads import Future, Local, RLock, SimpleQueue, Threading
 from sim.universe import START_US, Process, Universe
@@ -38,8 +40,8 @@ import understudy.replica.server
 from understudy.client import local_file, local_owner, open_directory, sync_thread
 from understudy.common import memtable, portal, segment
 from understudy.common.checkpoint import apply_checkpoint
-from understudy.common.files import OsFileSystem
 from understudy.common.store_layout import open_environment
+from understudy.primary import sync_feed
 from understudy.v1.store_pb2 import CheckpointJob, CheckpointResult
 
 SEGMENT_BYTES = 16 << 10  # small, so that short histories have many
@@ -74,7 +76,7 @@ class Lab:
     def start(self, name: str, machine: str, main: Callable[[], Any]) -> Process:
         """A process that runs the coroutine function ``main``."""
         process = Process(self.universe, name, machine)
-        process.at_end.append(lambda: self.network.lose(process))
+        process.tell_peers = lambda: self.network.lose(process)
 
         def begin() -> None:
             task = process.loop.create_task(_until_ended(process, main))
@@ -88,6 +90,8 @@ class Lab:
     def _install(self) -> None:
         self._set_time()
         self._set_chance()
+        asyncio.Event.__hash__ = number_of  # type: ignore[method-assign, assignment]
+        sync_feed.SyncStream.__hash__ = lambda stream: number_of(stream.task)  # type: ignore[method-assign]
         understudy.common.group_writer.threading = Threading(lambda: self.universe)  # type: ignore[assignment]
         understudy.common.group_writer.queue = SimpleNamespace(  # type: ignore[assignment]
             SimpleQueue=lambda: SimpleQueue(self.universe), Empty=queue.Empty
@@ -174,7 +178,7 @@ class Lab:
         assert self.universe.current is not None
         return self.universe.current
 
-    def _files(self) -> Disk | OsFileSystem:
+    def _files(self) -> Disk:
         return self.disks[self._current().machine]
 
     def _lock(self, path: Path) -> int:
@@ -201,7 +205,7 @@ async def _until_ended(process: Process, main: Callable[[], Any]) -> None:
     try:
         await main()
     except Exception as error:
-        process.universe.trace("ended", process.name, repr(error)[:300])
+        process.universe.note_end(process.name, error)
     else:
         process.universe.trace("ended", process.name)
     process.kill()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import itertools
 from asyncio import events
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -20,11 +21,31 @@ CALLBACK_S = 20e-6  # that a turn of the loop takes
 THREAD_S = (20e-6, 2e-3)  # until a thread of the pool has begun
 
 
+_numbers = itertools.count()
+
+
+def number_of(one: Any) -> int:
+    """A hash that does not tell where an object lies in memory: so sets are walked in the same order each time."""
+    number: int | None = getattr(one, "_number", None)
+    if number is None:
+        number = one._number = next(_numbers)
+    return number
+
+
+class _Task(asyncio.Task[Any]):
+    __hash__ = number_of  # type: ignore[assignment]
+
+
+class _Future(asyncio.Future[Any]):
+    __hash__ = number_of  # type: ignore[assignment]
+
+
 class SimLoop(asyncio.BaseEventLoop):
     """Of one process."""
 
     def __init__(self, universe: Universe, process: Process) -> None:
         super().__init__()
+        self.set_task_factory(lambda loop, work, **options: _Task(work, loop=loop, **options))
         self._universe = universe
         self._process = process
         self._wakes_at_s = float("inf")
@@ -40,6 +61,15 @@ class SimLoop(asyncio.BaseEventLoop):
 
     def _write_to_self(self) -> None:
         self._wake()
+
+    def create_future(self) -> asyncio.Future[Any]:
+        """As asyncio's."""
+        return _Future(loop=self)
+
+    def call_exception_handler(self, context: dict[str, Any]) -> None:
+        """A callback has raised; of tasks that nobody waits for, nobody knows when they are collected."""
+        if context["message"].startswith("Exception in callback"):
+            self._universe.note_end(f"a callback of {self._process.name}", context["exception"])
 
     def call_soon(self, callback: Any, *args: Any, context: Any = None) -> asyncio.Handle:
         """As asyncio's."""

@@ -12,7 +12,7 @@ import contextlib
 import inspect
 import itertools
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+from sim.loop import number_of
 from sim.universe import Process, Universe
 
 KEEPALIVE_S = 15.0
@@ -41,22 +42,26 @@ class Network:
         self.universe = universe
         self.latency_s = LATENCY_S
         self.servers: dict[str, Server] = {}
-        self.blocked: set[tuple[str, str]] = set()  # from, to
+        self.blocked: Counter[tuple[str, str]] = Counter()  # from, to; by how many partitions
         self.connections: list[Connection] = []
 
     def is_blocked(self, source: str, target: str) -> bool:
         """Whether nothing gets from one machine to another."""
-        return source != target and (source, target) in self.blocked
+        return source != target and self.blocked[source, target] > 0
 
-    def block(self, source: str, target: str) -> None:
-        """Nothing gets from ``source`` to ``target`` any more."""
-        self.blocked.add((source, target))
+    def block(self, ways: Sequence[tuple[str, str]]) -> None:
+        """Nothing gets from the one to the other of each any more."""
+        self.blocked.update(ways)
+
+    def unblock(self, ways: Sequence[tuple[str, str]]) -> None:
+        """One partition is over; what only it has held up arrives."""
+        self.blocked.subtract(ways)
+        for one in list(self.connections):
+            one.unblock()
 
     def heal(self) -> None:
         """All machines reach each other again, and what was held up arrives."""
-        self.blocked.clear()
-        for one in list(self.connections):
-            one.unblock()
+        self.unblock(list(self.blocked.elements()))
 
     def delay_s(self) -> float:
         """Of one message."""
@@ -268,6 +273,8 @@ def _place(address: str) -> str:
 class ServerCall:
     """A call as its handler's context."""
 
+    __hash__ = number_of  # type: ignore[assignment]
+
     def __init__(self, connection: Connection, number: int, started: _Started) -> None:
         self._connection = connection
         self._number = number
@@ -317,7 +324,7 @@ class ServerCall:
         except asyncio.CancelledError:
             self._end(grpc.StatusCode.CANCELLED, "CANCELLED", ())
         except Exception as error:
-            self._connection.server.network.universe.trace("handler failed", repr(error))
+            server.network.universe.note_end(f"{server.process.name} {self._started.method}", error)
             self._end(grpc.StatusCode.UNKNOWN, f"Unexpected {error!r}", ())
         finally:
             server.calls.discard(self)

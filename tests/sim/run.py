@@ -14,6 +14,7 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 _STORIES_A_PROCESS = 10
 _STORY_S_MAX = 120
@@ -30,7 +31,7 @@ _REAL_TIME = time.perf_counter  # a story changes what `time` says
 
 
 def tell(seed: int, without: Iterable[int]) -> dict[str, Any]:
-    """Tells one story in this process, which is good for few: what was killed in them stays in memory."""
+    """Tells one story in this process, which is good for no other: what was killed in it stays in memory."""
     from sim.story import Story
 
     logging.getLogger("understudy").setLevel(logging.CRITICAL + 1)
@@ -48,15 +49,25 @@ def tell(seed: int, without: Iterable[int]) -> dict[str, Any]:
         shutil.rmtree(root, ignore_errors=True)
 
 
-def child(seeds: list[int], without: list[int]) -> None:
-    """A process of its own tells some stories, and writes each as a line."""
+def child(seeds: list[int], without: list[int]) -> NoReturn:
+    """Has forks of a process of its own tell some stories, and write each as a line.
+
+    So each begins with the same memory: where objects lie decides in which order sets of them are walked.
+    """
+    import sim.story  # noqa: F401  # once for all
+
     gc.disable()  # what was killed must not run, and would: files that it had open would be closed, by number
-    answers = os.fdopen(os.dup(1), "w")
+    answers = os.dup(1)
     os.dup2(2, 1)
     for seed in seeds:
-        answers.write(json.dumps(tell(seed, without)) + "\n")
-        answers.flush()
-    os._exit(0)  # nor now
+        if not os.fork():
+            with os.fdopen(answers, "w") as lines:
+                lines.write(json.dumps(tell(seed, without)) + "\n")
+            os._exit(0)
+        _, status = os.wait()
+        if status:
+            break  # whoever waits for its line hears why on standard error
+    os._exit(0)
 
 
 def told(seeds: list[int], without: Iterable[int] = ()) -> Iterator[dict[str, Any]]:
@@ -69,15 +80,19 @@ def told(seeds: list[int], without: Iterable[int] = ()) -> Iterator[dict[str, An
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join([tests, *sys.path])},
-        preexec_fn=_without_chance,
+        preexec_fn=without_chance,
+        process_group=0,  # so that its forks end with it
     )
     left = list(seeds)
     try:
         out, complaint = process.communicate(timeout=_STORY_S_MAX * len(seeds))
     except subprocess.TimeoutExpired:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)
         out, complaint = process.communicate()
         complaint += "\nit did not come to an end"
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     for line in out.splitlines():
         left.pop(0)
         yield json.loads(line)
@@ -90,7 +105,8 @@ def told(seeds: list[int], without: Iterable[int] = ()) -> Iterator[dict[str, An
         }
 
 
-def _without_chance() -> None:
+def without_chance() -> None:
+    """The process's memory lies where it always does."""
     addr_no_randomize = 0x0040000
     ctypes.CDLL(None).personality(addr_no_randomize)
 
@@ -164,9 +180,10 @@ def main() -> int:
         child(*json.loads(options.child))
     if options.seed is not None:
         [story] = told([options.seed])
-        print("\n".join(story["trace"]))
         if story["problem"]:
             show(story)
+        else:
+            print("\n".join(story["trace"]))
         return bool(story["problem"])
     first = secrets.randbelow(1 << 31) if options.first is None else options.first
     print(f"first seed {first}", flush=True)

@@ -117,7 +117,6 @@ class Story:
         self.cluster.heal_window_s = plan.choice((0.0, 0.0, 2.0, 6.0))
         self._copies: dict[int, Path] = {}
         self._rotten: set[str] = set()
-        self._lines_seen = 0
 
     # -- telling ---------------------------------------------------------------------------------------------
 
@@ -135,13 +134,15 @@ class Story:
             self._settle()
         except BrokenPromise as problem:
             outcome.problem = str(problem)
-        self._look_at_clients()
+        outcome.problem = next(iter(universe.problems), outcome.problem)
+        outcome.crashes = universe.crashes
         outcome.simulated_s, outcome.steps = universe.now_s, universe.steps
         outcome.promotions = self.cluster.promotions
         outcome.acknowledged = sum(len(one.acknowledged) for one in self.writers)
         outcome.reads = self.views.count
-        outcome.trace = universe.lines
-        told = "\n".join([*universe.lines, repr(universe.now_s), str(universe.steps)])
+        # Where it was told is no part of it.
+        outcome.trace = [line.replace(str(self.lab.root), "…") for line in universe.lines]
+        told = "\n".join([*outcome.trace, repr(universe.now_s), str(universe.steps)])
         outcome.fingerprint = hashlib.sha256(told.encode()).hexdigest()[:16]
         return outcome
 
@@ -172,20 +173,11 @@ class Story:
             engine = node.engine
             if engine is not None and engine.mismatches and not self._rotten:
                 raise BrokenPromise(f"G11: {node}: {engine.mismatches}")
-            if node.why is not None and not isinstance(node.why, UnderstudyError):
-                raise BrokenPromise(f"{node} has ended with {node.why!r}")
             if isinstance(node.why, CorruptionError) and not self._rotten:
                 raise BrokenPromise(f"G2: {node} says that it is damaged: {node.why}")
         self.cluster.look()
-        self._look_at_clients()
-
-    def _look_at_clients(self) -> None:
-        lines = self.universe.lines
-        while self._lines_seen < len(lines):
-            line = lines[self._lines_seen]
-            self._lines_seen += 1
-            if "BrokenPromise" in line and not self.outcome.problem:
-                self.outcome.problem = line
+        if self.universe.problems:
+            raise BrokenPromise(self.universe.problems[0])
 
     # -- what befalls it -----------------------------------------------------------------------------------------
 
@@ -198,16 +190,15 @@ class Story:
         self.universe.at(delay_s, what)
 
     def _kill(self, node: Node, other: Node, amount: float) -> None:
-        self.outcome.crashes += node.is_up
+        self.universe.crashes += node.is_up
         node.kill()
 
     def _kill_in_the_file_layer(self, node: Node, other: Node, amount: float) -> None:
         action = self.universe.rng.choice(("write", "sync", "sync directory", "create", "remove", "truncate"))
         node.disk.fail(action, 1 + int(amount * 10), 0)
-        self.outcome.crashes += 1
 
     def _lose_power(self, node: Node, other: Node, amount: float) -> None:
-        self.outcome.crashes += node.is_up
+        self.universe.crashes += node.is_up
         node.lose_power()
 
     def _lose_all_power(self, node: Node, other: Node, amount: float) -> None:
@@ -215,15 +206,21 @@ class Story:
             self._lose_power(one, one, amount)
 
     def _partition(self, node: Node, other: Node, amount: float) -> None:
-        self._partition_one_way(node, other, amount)
-        self._partition_one_way(other, node, amount)
+        ways = self._ways(node, other)
+        self._block([*ways, *((target, source) for source, target in ways)], amount * 30)
 
     def _partition_one_way(self, node: Node, other: Node, amount: float) -> None:
-        if node is other:  # from its clients, then
-            for client in (*self.writers, *self.readers):
-                self.lab.network.block(client.name, node.name)
-        self.lab.network.block(node.name, other.name)
-        self._later(amount * 30, self.lab.network.heal)
+        self._block(self._ways(node, other), amount * 30)
+
+    def _ways(self, node: Node, other: Node) -> list[tuple[str, str]]:
+        if node is not other:
+            return [(node.name, other.name)]
+        clients = (*self.writers, *self.readers, *self.devices)  # from these, then
+        return [(client.name, node.name) for client in clients]
+
+    def _block(self, ways: list[tuple[str, str]], seconds: float) -> None:
+        self.lab.network.block(ways)
+        self._later(seconds, lambda: self.lab.network.unblock(ways))
 
     def _cut(self, node: Node, other: Node, amount: float) -> None:
         connections = self.lab.network.connections
@@ -304,14 +301,12 @@ class Story:
         if self.devices:
             device = self.devices[int(amount * len(self.devices))]
             if device.process is not None:
+                self.universe.crashes += device.process.is_alive
                 device.process.kill()
-                self.outcome.crashes += 1
 
     def _device_offline(self, node: Node, other: Node, amount: float) -> None:
-        for device in self.devices[:1]:
-            for one in self.cluster.nodes:
-                self.lab.network.block(device.name, one.name)
-        self._later(amount * 20, self.lab.network.heal)
+        ways = [(device.name, one.name) for device in self.devices[:1] for one in self.cluster.nodes]
+        self._block([*ways, *((target, source) for source, target in ways)], amount * 20)
 
     # -- the operator ------------------------------------------------------------------------------------------
 

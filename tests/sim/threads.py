@@ -57,7 +57,7 @@ class CoThread:
         try:
             self._target()
         except BaseException as error:
-            self._universe.trace("thread ended", self._process.name, repr(error))
+            self._universe.note_end(f"a thread of {self._process.name}", error)
         self.has_ended = True
         for one in self._joiners:
             one.start()

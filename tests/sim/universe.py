@@ -18,6 +18,8 @@ from greenlet import greenlet
 from sim.loop import SimLoop
 from sim.threads import CoThread
 
+from understudy.common.errors import UnderstudyError
+
 START_US = 1_800_000_000_000_000  # when every universe begins, microseconds since 1970
 
 
@@ -40,20 +42,24 @@ class Process:
         )  # until a thread goes on that was notified: the log's, on a slow disk, late
         self.loop = SimLoop(universe, self)
         self.thread: CoThread | None = None  # that runs, if it is not the loop
-        self.at_end: list[
-            Callable[[], None]
-        ] = []  # what the operating system does: closes files, ends connections
+        self.at_end: list[Callable[[], None]] = []  # what the operating system does: closes files
+        self.tell_peers: Callable[[], None] = lambda: None  # that their connections have ended
 
-    def kill(self) -> None:
+    def kill(self, *, silently: bool = False) -> None:
         """Ends it between two instructions: nothing of it runs any more, not even a `finally`.
 
         A process that kills itself is never heard of again: this does not return.
+
+        Args:
+            silently: nobody is left to tell its peers.
         """
         if not self.is_alive:
             return
         self.is_alive = False
         self.universe.trace("killed", self.name)
         self.universe.graveyard += [self, *asyncio.all_tasks(self.loop)]
+        if not silently:
+            self.tell_peers()
         for step in self.at_end:
             step()
         if self.universe.current is self:
@@ -67,6 +73,8 @@ class Universe:
         now_s: seconds since it began.
         rng: everything that is left to chance.
         current: the process that runs.
+        crashes: processes that a kill or a power loss has ended.
+        problems: promises that were broken, and mistakes of the product; the first one ends the story.
     """
 
     def __init__(self, seed: int) -> None:
@@ -74,12 +82,20 @@ class Universe:
         self.now_s = 0.0
         self.current: Process | None = None
         self.steps = 0
+        self.crashes = 0
+        self.problems: list[str] = []
         self.lines: list[str] = []  # of the trace
         self.graveyard: list[object] = []  # kept: what is left of them must not run when it is collected
         self._events: list[tuple[float, float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
         self._main = greenlet.getcurrent()
         self._aside: greenlet | None = None
+
+    def note_end(self, where: str, error: BaseException) -> None:
+        """Something has ended with an error. Ours are answers; anything else is a mistake, or a broken promise."""
+        self.trace("ended", where, repr(error)[:300])
+        if not isinstance(error, UnderstudyError) or error.message.startswith("internal error"):
+            self.problems.append(f"{where}: {error!r}")
 
     # -- what happens ----------------------------------------------------------------------------------------
 

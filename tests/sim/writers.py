@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from sim.cluster import BrokenPromise, Cluster
-from sim.universe import Process
 
 from understudy.client import AsyncServer, aconnect
 from understudy.common.errors import OutcomeUnknown, PeerError, Unavailable, UnderstudyError, UnknownRealm
@@ -53,15 +52,13 @@ class Writer:
     refused: set[int] = field(default_factory=set)
     deletions: dict[int, Deletion] = field(default_factory=dict)
     tried: int = 0
-    reads: int = 0
     pause_s: float = 0.02
     size: int = 50
-    process: Process | None = None
     stopped: bool = False
 
     def start(self) -> None:
         """A process of its own on a machine of its own."""
-        self.process = self.cluster.lab.start(self.name, self.name, self._run)
+        self.cluster.lab.start(self.name, self.name, self._run)
 
     def key(self, number: int) -> bytes:
         """Of a transaction."""
@@ -96,7 +93,7 @@ class Writer:
     def _surface(self, writing: asyncio.Task[None]) -> None:
         error = None if writing.cancelled() else writing.exception()
         if error is not None:
-            self.cluster.lab.universe.trace("broken", self.name, f"BrokenPromise: {error!r}")
+            self.cluster.lab.universe.problems.append(f"{self.name}: {error!r}")
 
     async def _write(self, server: AsyncServer) -> None:
         self.tried += 1
@@ -136,7 +133,6 @@ class Writer:
         with contextlib.suppress(PeerError, Unavailable, UnknownRealm):
             keys = [self.name.encode(), *map(self.key, known), *map(self.leaf, sorted(deleted)[:_READ_MAX])]
             total, *values = await server.get_many(REALM, keys, timeout_s=_TIMEOUT_S)
-            self.reads += 1
             if not self.cluster.is_lossless:
                 return
             if None in values[: len(known)] or int(total or 0) < count:
