@@ -6,7 +6,7 @@ import asyncio
 import functools
 import itertools
 import shutil
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -317,6 +317,7 @@ class Cluster:
         self.log_floor_bytes = log_floor_bytes
         self.heal_window_s = 0.0
         self._acknowledged: Position | None = None  # the last of all
+        self._copies: dict[str, int | None] = {}  # that each node had then
         self.promotions = 0
         self.is_tampered_with = False
         self.nodes: list[Node] = []
@@ -332,18 +333,22 @@ class Cluster:
         if self.is_tampered_with:
             return
         self._check_waited(position)
-        self._check_held(position)
+        self._check_held(position, self.nodes)
         if self._acknowledged is None or self._acknowledged.lsn < position.lsn:
             self._acknowledged = position
+            self._copies = {node.name: node.copy for node in self.nodes}
 
     def look(self) -> None:
         """What was acknowledged is still there, wherever it can be looked for.
+
+        A node that was rewound or bootstrapped since has another copy, which may have to catch up.
 
         Raises:
             BrokenPromise.
         """
         if self.is_lossless and self._acknowledged is not None:
-            self._check_held(self._acknowledged)
+            same = [node for node in self.nodes if node.copy == self._copies[node.name]]
+            self._check_held(self._acknowledged, same)
 
     def _check_waited(self, position: Position) -> None:
         """No primary has taken it in while it was waiting for what comes home."""
@@ -352,17 +357,15 @@ class Cluster:
             if begun is not None and position.lsn > begun and node.holds(position):
                 raise BrokenPromise(f"entry {position.lsn} is acknowledged, and {node} waits since {begun}")
 
-    def _check_held(self, position: Position) -> None:
-        found = [node.holds(position) for node in self.nodes]
+    def _check_held(self, position: Position, where: Sequence[Node]) -> None:
+        found = [node.holds(position) if node in where else None for node in self.nodes]
         needed = 1 if self.durability is Durability.LOCAL else len(self.nodes)
         if len(found) - found.count(False) < needed:
             raise BrokenPromise(
                 f"G1: entry {position.lsn} is acknowledged, and not on {needed} nodes: {found}"
             )
         if self.durability is Durability.APPLIED:
-            late = [
-                node for node in self.nodes if node.engine and node.engine.state.applied.lsn < position.lsn
-            ]
+            late = [node for node in where if node.engine and node.engine.state.applied.lsn < position.lsn]
             if late:
                 raise BrokenPromise(f"G1: entry {position.lsn} is acknowledged, and not applied on {late[0]}")
 
