@@ -13,8 +13,8 @@ _VERSION_WITH_BOTH = (1, 85)
 def prefer_the_faster_engine() -> None:
     """Chooses before gRPC is imported; a choice that the environment makes already stays.
 
-    The engine that is gRPC's default since 1.82 hands each event on from thread to thread: a round trip of
-    ``grpc.aio`` takes twice as long with it, a replicated commit a fifth longer (docs/performance.md).
+    gRPC's default hands each event on from thread to thread: a round trip of ``grpc.aio`` takes twice as long with it,
+    a replicated commit a tenth to a quarter longer (docs/performance.md).
     """
     version = tuple(map(int, importlib.metadata.version("grpcio").split(".")[:2]))
     if version <= _VERSION_WITH_BOTH:

@@ -6,9 +6,9 @@ them. What it reports, it reports on its own thread; the callbacks should only h
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -54,17 +54,21 @@ class GroupWriter:
         self._on_disk_full = on_disk_full
         self._on_failed = on_failed
         self._on_sync = on_sync
-        # Half the cost of a condition with a deque, for who submits and for the thread, which commits wait for.
-        self._queue: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()  # None: nothing comes any more
-        self._taken: _Batch | None = None  # that did not fit into the batch before
+        self._changed = threading.Condition()
+        self._queue: deque[_Batch] = deque()
+        self._pending_bytes = 0
         self._closing = False
-        self._closed = threading.Condition()
         self._failed: StorageFailed | CorruptionError | None = None
         self._thread = threading.Thread(target=self._run, name="log-writer", daemon=True)
         self._thread.start()
 
+    @property
+    def pending_bytes(self) -> int:
+        """Submitted and not yet durable. The queue has no limit of its own: who submits must hold back."""
+        return self._pending_bytes
+
     def submit(self, data: bytes, last: Position, epoch: Epoch) -> None:
-        """Queues whole records; never waits. The queue has no limit of its own: who submits must hold back.
+        """Queues whole records; never waits.
 
         Args:
             data: they follow directly behind those submitted before.
@@ -75,18 +79,20 @@ class GroupWriter:
             StorageFailed, CorruptionError: writing has failed; nothing will be written any more.
             RuntimeError: closed.
         """
-        if self._failed is not None:
-            raise self._failed
-        if self._closing:
-            raise RuntimeError("the log's writer is closed")
-        self._queue.put(_Batch(data, last, epoch))
+        with self._changed:
+            if self._failed is not None:
+                raise self._failed
+            if self._closing:
+                raise RuntimeError("the log's writer is closed")
+            self._queue.append(_Batch(data, last, epoch))
+            self._pending_bytes += len(data)
+            self._changed.notify()
 
     def close(self) -> None:
         """Finishes what was submitted and ends the thread. On a full or failed disk it gives up instead."""
-        with self._closed:
+        with self._changed:
             self._closing = True
-            self._closed.notify()
-        self._queue.put(None)
+            self._changed.notify()
         self._thread.join()
 
     # -- the thread ----------------------------------------------------------------------------------------
@@ -106,29 +112,17 @@ class GroupWriter:
 
     def _take(self) -> _Batch | None:
         """What is queued, as one batch up to the limit; waits for some. None when closed and done."""
-        first = self._taken or self._queue.get()
-        self._taken = None
-        if first is None:
-            return None
-        last, pieces, size = first, [first.data], len(first.data)
-        while (batch := self._ready()) is not None:
-            if not self._joins(batch, first, size):
-                self._taken = batch
-                break
-            last = batch
-            pieces.append(batch.data)
-            size += len(batch.data)
+        with self._changed:
+            self._changed.wait_for(lambda: self._queue or self._closing)
+            if not self._queue:
+                return None
+            first = last = self._queue.popleft()
+            pieces, size = [first.data], len(first.data)
+            while self._queue and self._joins(self._queue[0], first, size):
+                last = self._queue.popleft()
+                pieces.append(last.data)
+                size += len(last.data)
         return _Batch(b"".join(pieces), last.last, first.epoch)
-
-    def _ready(self) -> _Batch | None:
-        """What is queued already, if anything."""
-        try:
-            batch = self._queue.get_nowait()
-        except queue.Empty:
-            return None
-        if batch is None:
-            self._queue.put(None)  # for the next call: it is the last, so that it stays where it was
-        return batch
 
     @staticmethod
     def _joins(candidate: _Batch, first: _Batch, size: int) -> bool:
@@ -152,8 +146,8 @@ class GroupWriter:
                 if not full:
                     full = True
                     self._on_disk_full(True)
-                with self._closed:
-                    if self._closed.wait_for(lambda: self._closing, wait_s):
+                with self._changed:
+                    if self._changed.wait_for(lambda: self._closing, wait_s):
                         raise
                 wait_s = min(2 * wait_s, _RETRY_MAX_S)
             else:
@@ -168,9 +162,13 @@ class GroupWriter:
         """Reports what became durable since ``start``; how many bytes that was."""
         written = self._log.end_offset - start
         if written:
+            with self._changed:
+                self._pending_bytes -= written
             self._on_durable(self._log.end, self._log.end_offset)
         return written
 
     def _fail(self, error: StorageFailed | CorruptionError) -> None:
-        self._failed = error
+        with self._changed:
+            self._failed = error
+            self._queue.clear()
         self._on_failed(error)

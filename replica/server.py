@@ -123,11 +123,15 @@ class ReplicaServer:
     async def _succeed(self) -> None:
         assert self._succession is not None
         engine = await self.node.hand_over()
-        succession = self._succession(engine, self._authority, self._listener, self.node.tls)
         try:
+            succession = self._succession(engine, self._authority, self._listener, self.node.tls)
             self._successor = await self._stack.enter_async_context(succession)
-        except UnderstudyError as error:
-            self.node.leave(error)
+        except BaseException as error:
+            # A primary's directory, and nobody serves it: this process must not look as if it did.
+            ours = (
+                error if isinstance(error, UnderstudyError) else UnderstudyError(f"internal error: {error!r}")
+            )
+            self.node.leave(ours)
             raise
         self._successor.failed.add_done_callback(self._end_with)
 

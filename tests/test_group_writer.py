@@ -133,6 +133,7 @@ def test_submitted_records_become_durable_in_order(node: Node) -> None:
     assert payloads_of(node.log.records(Lsn(0))) == payloads
     assert node.listener.durable == sorted(node.listener.durable, key=lambda report: report[0].lsn)
     assert node.listener.durable[-1] == (node.log.end, node.log.end_offset)
+    assert node.writer.pending_bytes == 0
 
 
 def test_what_comes_during_a_sync_goes_out_as_one_batch(node: Node) -> None:
@@ -143,6 +144,7 @@ def test_what_comes_during_a_sync_goes_out_as_one_batch(node: Node) -> None:
     syncs = node.files.counts["sync"]
     rest = sum(node.submit(b"%d" % i) for i in range(30))
     assert node.listener.durable == []
+    assert node.writer.pending_bytes == first + rest
     gate.open()
     node.wait()
     assert node.listener.synced_bytes == [first, rest]
@@ -206,6 +208,7 @@ def test_g9_full_disk_is_reported_once_and_writing_goes_on_with_space(node: Node
     deadline = threading.Event()
     while node.files.counts["write"] < tried + 2:  # it goes on trying
         assert not deadline.wait(0.001)
+    assert node.writer.pending_bytes > 0
     assert not node.listener.failures
     node.files.space = None
     node.wait()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
+from typing import Any
 
 import grpc.aio
+import pytest
 from harness import DEADLINE_S, Process, Processes, complaint, wait_until
 from nodes import (
     DIRECTORY,
@@ -19,12 +21,15 @@ from nodes import (
     pairs,
     put,
     status,
+    wait_until_caught_up,
 )
 
 from understudy.client import AsyncServer, Put, aconnect, connect
 from understudy.common import portal
-from understudy.common.errors import NotPrimary
+from understudy.common.errors import NotPrimary, UnderstudyError
 from understudy.common.rpc import open_channel, short_socket_path
+from understudy.common.settings import ReplicaSettings
+from understudy.replica.server import serving_replica
 from understudy.v1 import admin_pb2, admin_pb2_grpc
 
 UNREACHABLE = 5
@@ -175,6 +180,24 @@ def test_settings_that_the_replica_has_itself_are_not_read_for_the_primary(
     primary = processes.primary(tmp_path / "a")
     replica = processes.replica(tmp_path / "b", primary.address, "--config", config)
     assert status(replica.address).role == "replica"
+
+
+def test_a_succession_that_fails_ends_the_process(processes: Processes, tmp_path: Path) -> None:
+    """What was promoted and can't be served, be it by a mistake of ours, does not look as if it were."""
+    primary = processes.primary(tmp_path / "a")
+    settings = ReplicaSettings(data_dir=tmp_path / "b", primary=primary.address, listen="127.0.0.1:0", id="b")
+
+    def fails(*_: object) -> Any:
+        raise RuntimeError("no")
+
+    async def promoted() -> UnderstudyError | None:
+        async with serving_replica(settings, fails) as replica:
+            await asyncio.to_thread(wait_until_caught_up, primary.address, replica.address)
+            with pytest.raises(RuntimeError):
+                await replica.promote(serve=True)
+            return await replica.node.ended
+
+    assert "internal error" in str(portal.call(promoted()))
 
 
 def test_connections_to_the_replica_stay(processes: Processes, tmp_path: Path) -> None:

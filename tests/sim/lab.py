@@ -93,9 +93,6 @@ class Lab:
         asyncio.Event.__hash__ = number_of  # type: ignore[method-assign, assignment]
         sync_feed.SyncStream.__hash__ = lambda stream: number_of(stream.task)  # type: ignore[method-assign]
         understudy.common.group_writer.threading = Threading(lambda: self.universe)  # type: ignore[assignment]
-        understudy.common.group_writer.queue = SimpleNamespace(  # type: ignore[assignment]
-            SimpleQueue=lambda: SimpleQueue(self.universe), Empty=queue.Empty
-        )
         grpc.aio.insecure_channel = lambda target, options=None: Channel(self.network, target)  # type: ignore
         grpc.aio.server = lambda interceptors=(), options=None: Server(self.network, interceptors)  # type: ignore
         for module in (
