@@ -52,7 +52,7 @@ def as_markdown(machine: Mapping[str, Any], scale: str, rows: Sequence[RowResult
         "# Benchmarks",
         "Made by `make bench ARGS='--markdown docs/benchmarks.md'`; nothing here is written by hand. All processes of "
         "a row share one machine and its loopback; fdatasync is on; references are measured in the same run. "
-        "`make bench-peers` sets PostgreSQL, Redis and etcd beside it.",
+        "[peers.md](peers.md) sets PostgreSQL, Redis and etcd beside it.",
         machine_text(machine, scale),
         _figures_table(rows),
         *(_row_section(row) for row in rows),

@@ -30,6 +30,8 @@ _MODULES = {
     "replica": "replica",
     "promote": "promote",
     "fence": "fence",
+    "backup": "backup",
+    "restore": "restore",
     "rewind": "rewind",
     "salvage": "salvage",
     "forget": "forget",

@@ -85,6 +85,8 @@ def _role_warnings(directory: DataDirectory) -> list[str]:
         return ["there is no copy here yet"]
     if directory.role is Role.FENCED:
         return [f"fenced: another primary reigns; join it with `understudy rewind {path} --to HOST:PORT`"]
+    if directory.role is Role.BACKUP:
+        return [f"a backup: `understudy primary --data-dir {path}` starts a server on it, with a new epoch"]
     if directory.role is Role.PROMOTING:
         return [f"a promotion was cut off: finish it with `understudy promote {path}`"]
     return []

@@ -45,6 +45,14 @@ def byte_size(text: str) -> int:
         raise click.BadParameter(f"{error.message}: {error.remedy}.") from error
 
 
+def byte_rate(text: str) -> int:
+    """Bytes a second: ``50MB/s``, or without the ``/s``; click's usage error where it is none."""
+    rate = byte_size(text.removesuffix("/s"))
+    if not rate:
+        raise click.BadParameter("nothing would ever be done at a rate of 0.")
+    return rate
+
+
 def data_dir_argument(function: _F) -> _F:
     """``DIR``, as ``directory``."""
     return click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))(function)

@@ -9,12 +9,15 @@
     DIR/incoming/     a copy being made (bootstrap, rewind); nothing here is trusted until it is complete
     DIR/set-aside/    what was replaced, and exports of entries that only this node had
     DIR/control.sock  where the owning process listens for `status` and `promote`
+    DIR/backup.json   of a backup: what it holds
+    DIR/BACKUP_IN_PROGRESS  of a backup that is not finished: nobody but its maker opens DIR
 
 Roles and what follows them::
 
     creating ──> primary ──> fenced ──┐
     replica ──> promoting ──> primary │ rewind
        ^─────────── installing <──────┘<── bootstrap of a replica
+    backup ──> promoting ──> primary
 
 ``creating`` and ``installing`` are intentions: whoever opens the directory next finishes or restarts the step.
 """
@@ -41,6 +44,7 @@ from understudy.common.errors import (
     DiskFull,
     NewerFormat,
     NotADataDirectory,
+    UnfinishedBackup,
 )
 from understudy.common.files import NO_SPACE, publish, storage_errors, sync_directory
 from understudy.common.types import ClusterId, NodeId, new_id
@@ -48,10 +52,13 @@ from understudy.common.types import ClusterId, NodeId, new_id
 FORMAT_VERSION = 1
 NODE_FILE = "node.json"
 CONTROL_SOCKET = "control.sock"
+MANIFEST_FILE = "backup.json"
+IN_PROGRESS_FILE = "BACKUP_IN_PROGRESS"
 # A killed process's checkpoint process ends once its LMDB commit is through; on a slow disk that takes a while.
 LOCK_WAIT_S = 10.0
 _LOCK_POLL_S = 0.02
 _OLD_COPY_NOTE = "old-copy-to"
+_ROLE_NOTE = "role"
 
 
 class Role(enum.StrEnum):
@@ -63,6 +70,7 @@ class Role(enum.StrEnum):
     PROMOTING = "promoting"  # a replica that was told to become primary and may have begun its epoch
     FENCED = "fenced"  # a primary that has learned of a higher epoch
     INSTALLING = "installing"  # a complete copy in incoming/ is taking the old one's place
+    BACKUP = "backup"  # a copy at rest; whoever starts on it begins a new epoch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,12 +118,19 @@ class DataDirectory:
         """Takes the directory; an absent one is made, an empty one is fine, anything else must be ours.
 
         Raises:
-            DirectoryInUse, NotADataDirectory, NewerFormat, DirectoryError, CorruptionError.
+            UnfinishedBackup, DirectoryInUse, NotADataDirectory, NewerFormat, DirectoryError, CorruptionError.
         """
+        check_finished(path)
+        return cls.open_unfinished(path)
+
+    @classmethod
+    def open_unfinished(cls, path: Path) -> DataDirectory:
+        """As :meth:`open`, for who makes a backup there and may find one that is not finished."""
         try:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
             node_file = path / NODE_FILE
-            if not node_file.exists() and _foreign(path):
+            known = node_file.exists() or (path / IN_PROGRESS_FILE).exists()
+            if not known and _foreign(path):
                 raise NotADataDirectory(
                     f"{path} is not empty and not a data directory of Understudy",
                     remedy="give an empty or absent directory",
@@ -142,6 +157,7 @@ class DataDirectory:
         Raises:
             NotADataDirectory: it holds none.
         """
+        check_finished(path)
         if not (path / NODE_FILE).is_file():
             raise NotADataDirectory(
                 f"{path} is not a data directory of Understudy: it has no {NODE_FILE}",
@@ -233,14 +249,25 @@ class DataDirectory:
         """Changes the role, durably."""
         self._publish(replace(self._known, role=role))
 
-    def install(self, cluster: ClusterId, *, keep_old: bool) -> Path | None:
+    def leave_backup(self) -> None:
+        """Makes a backup the directory of a node of its own, which is about to begin a new epoch.
+
+        Its id is new: several servers may be started on copies of one backup.
+        """
+        self._publish(replace(self._known, role=Role.PROMOTING, node=str(uuid.UUID(bytes=new_id()))))
+        # What it says will not be true for long.
+        with storage_errors("remove", self.path / MANIFEST_FILE):
+            (self.path / MANIFEST_FILE).unlink(missing_ok=True)
+
+    def install(self, cluster: ClusterId, *, keep_old: bool, role: Role = Role.REPLICA) -> Path | None:
         """Puts ``incoming/store`` and ``incoming/log``, complete and synced, in the old copy's place.
 
-        A crash on the way is made good by the next :meth:`open`. The directory is a replica's afterwards.
+        A crash on the way is made good by the next :meth:`open`.
 
         Args:
             cluster: the new copy's.
             keep_old: move the old copy to ``set-aside/`` instead of removing it.
+            role: the directory's afterwards.
 
         Returns:
             Where the old copy was set aside, if it was.
@@ -252,6 +279,7 @@ class DataDirectory:
             kept = _new_folder(self.set_aside, time.strftime("copy-%Y%m%dT%H%M%SZ", time.gmtime()))
             # Its place is noted in incoming/ so that a crash in between does not lose it.
             publish(self.incoming / _OLD_COPY_NOTE, os.fsencode(kept.name))
+        publish(self.incoming / _ROLE_NOTE, role.value.encode())
         self._publish(replace(self._known, role=Role.INSTALLING, cluster=str(uuid.UUID(bytes=cluster))))
         self._finish_interrupted()
         return kept
@@ -279,7 +307,8 @@ class DataDirectory:
         if old_to is not None:
             sync_directory(old_to)
             sync_directory(self.set_aside)
-        self.set_role(Role.REPLICA)
+        role_note = self.incoming / _ROLE_NOTE
+        self.set_role(Role(role_note.read_text()) if role_note.exists() else Role.REPLICA)
         shutil.rmtree(self.incoming, ignore_errors=True)
 
     @staticmethod
@@ -298,6 +327,19 @@ class DataDirectory:
         self._node = node
 
 
+def check_finished(path: Path) -> None:
+    """Refuses a backup that is being made, or was cut off.
+
+    Raises:
+        UnfinishedBackup.
+    """
+    if (path / IN_PROGRESS_FILE).exists():
+        raise UnfinishedBackup(
+            f"{path} is a backup that is not finished: there is a file {IN_PROGRESS_FILE}",
+            remedy=f"finish it with `understudy backup -f SOURCE -t {path} --update`, or use another backup",
+        )
+
+
 def _new_folder(parent: Path, name: str) -> Path:
     """A folder of that name, or with a number behind it where the name is taken: another copy may be in there."""
     with storage_errors("create", parent / name):
@@ -311,7 +353,7 @@ def _new_folder(parent: Path, name: str) -> Path:
 
 
 def _foreign(path: Path) -> bool:
-    ours = {"lock", NODE_FILE + ".new"}  # left by a first start that was cut off
+    ours = {"lock", NODE_FILE + ".new", IN_PROGRESS_FILE + ".new"}  # left by a first step that was cut off
     return any(entry.name not in ours and entry.name != "lost+found" for entry in path.iterdir())
 
 

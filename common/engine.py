@@ -115,7 +115,7 @@ class Engine:
         try:
             engine._recover()
         except BaseException:
-            engine._close_files()
+            engine.abandon()
             raise
         return engine
 
@@ -181,9 +181,10 @@ class Engine:
             await asyncio.gather(self._task, return_exceptions=True)
         if self._writer is not None:
             await asyncio.to_thread(self._writer.close)
-        await asyncio.to_thread(self._close_files)
+        await asyncio.to_thread(self.abandon)
 
-    def _close_files(self) -> None:
+    def abandon(self) -> None:
+        """Closes the files of an engine that was not started."""
         self._checkpointer.close()
         self.log.close()
         self.state.store.close()

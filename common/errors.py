@@ -12,17 +12,21 @@
     │   └── ClientReset            a synced realm's local copy must be given up
     ├── CorruptionError            bytes on disk or wire are not what was written
     ├── DirectoryError             the data directory can't be used
-    │   ├── DirectoryInUse, WrongRole, NotADataDirectory, NewerFormat
+    │   ├── DirectoryInUse, WrongRole, NotADataDirectory, NewerFormat, UnfinishedBackup
     ├── PeerError                  the other side
     │   ├── PeerUnreachable        try again later
     │   ├── ProtocolError          it speaks something else
     │   └── NotPrimary             ask another server
+    ├── RepositoryError            where backups are kept: not reachable, refuses, or throttles for too long
+    │   ├── AlreadyStored, NotStored
+    │   └── RepositoryBusy         another run has its lock
     ├── Unavailable                this side, for now
     │   ├── DiskFull, Overloaded
     ├── OutcomeUnknown             the deadline passed; the transaction may or may not have been applied
     ├── ReceiptExpired             applied so long ago that its receipt is gone
     ├── NotPermitted
     │   └── NotAuthenticated       who asks has not shown who it is, or is that no more
+    ├── HookFailed                 a program of the operator's own, run after a backup, did not do its work
     └── StorageFailed              write or fsync failed: the process must end
 
 ``code`` names the class on the wire, ``exit_code`` is what the command line ends with.
@@ -182,6 +186,10 @@ class NewerFormat(DirectoryError):
     """The directory was written by a newer version."""
 
 
+class UnfinishedBackup(DirectoryError):
+    """The directory holds a backup that is being made, or was cut off."""
+
+
 class PeerError(UnderstudyError):
     """The other side of a connection is at fault."""
 
@@ -202,6 +210,24 @@ class NotPrimary(PeerError):
     """The server asked is not the primary."""
 
     exit_code = ExitCode.DIRECTORY
+
+
+class RepositoryError(UnderstudyError):
+    """The place where backups are kept is not reachable, refuses, or throttles for too long."""
+
+    exit_code = ExitCode.UNREACHABLE
+
+
+class AlreadyStored(RepositoryError):
+    """There is an object of that name already; it was not touched."""
+
+
+class NotStored(RepositoryError):
+    """There is no object of that name."""
+
+
+class RepositoryBusy(RepositoryError):
+    """Another run holds the repository's lock."""
 
 
 class Unavailable(UnderstudyError):
@@ -242,6 +268,10 @@ class NotPermitted(UnderstudyError):
 
 class NotAuthenticated(NotPermitted):
     """No token or certificate, or one that is worth nothing: wrong, expired or revoked."""
+
+
+class HookFailed(UnderstudyError):
+    """A program of the operator's own, run after a backup, could not be started, failed, or took too long."""
 
 
 class StorageFailed(UnderstudyError):

@@ -10,11 +10,11 @@ Opening for writing, with all that has to be mended then, is ``log_recovery.py``
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from understudy.common.errors import RESTORE, CorruptionError, UsageError
 from understudy.common.files import storage_errors
@@ -43,6 +43,13 @@ class SegmentEnd:
     byte: int  # in the file, behind that record
     written: int  # in the file, behind the last byte that is not zero; `byte` if nothing follows
     damage: str  # what is wrong with the next record; empty where the file ends there, or within it
+
+
+class LogPlace(NamedTuple):
+    """A position, and the log offset behind its entry."""
+
+    position: Position
+    offset: int
 
 
 def open_segments(directory: Path, cluster: ClusterId) -> tuple[list[Segment], list[CorruptionError]]:
@@ -92,15 +99,16 @@ def _header(sector: bytes, path: Path, cluster: ClusterId) -> SegmentHeader:
     return header
 
 
-def segment_records(segment: Segment) -> Generator[Record, None, SegmentEnd]:
-    """The good records of a segment, chain checked from its header on; returns where they end.
+def segment_records(segment: Segment, after: LogPlace | None = None) -> Generator[Record, None, SegmentEnd]:
+    """The good records of a segment, chain checked from its header or from ``after`` on; returns where they end.
 
     Raises:
         StorageFailed: the file can't be read.
     """
-    position, byte, rest, damage = segment.header.before, RECORDS_START, b"", ""
+    start = after or LogPlace(segment.header.before, segment.header.first_offset)
+    position, byte, rest, damage = start.position, segment.byte_of(start.offset), b"", ""
     with storage_errors("read", segment.path), segment.path.open("rb") as file:
-        file.seek(RECORDS_START)
+        file.seek(byte)
         while not damage and (block := file.read(_READ_BYTES)):
             data = rest + block
             scan = scan_chain(data, position)
@@ -182,7 +190,7 @@ def read_records(directory: Path, cluster: ClusterId, after: Lsn | None = None) 
         CorruptionError: with file, byte and LSN.
         StorageFailed: a file can't be read, or was removed meanwhile.
     """
-    segments = _segments_behind(directory, cluster, after)
+    segments = segments_behind(directory, cluster, after)
     for segment, following in pairwise(segments):
         end = yield from _records_behind(segment, after)
         _raise_if(sealed_end_problem(segment, end, following))
@@ -192,7 +200,31 @@ def read_records(directory: Path, cluster: ClusterId, after: Lsn | None = None) 
     _raise_if(last_end_problem(last, end, watermark))
 
 
-def _segments_behind(directory: Path, cluster: ClusterId, after: Lsn | None) -> list[Segment]:
+def records_from(segments: Sequence[Segment], place: LogPlace) -> Iterator[Record]:
+    """The entries behind ``place``, which is in or before the first of ``segments``, up to the last whole one.
+
+    Raises:
+        CorruptionError: with file, byte and LSN.
+        StorageFailed: a file can't be read, or was removed meanwhile.
+    """
+    start: LogPlace | None = place
+    for segment, following in pairwise(segments):
+        end = yield from segment_records(segment, start)
+        _raise_if(sealed_end_problem(segment, end, following))
+        start = None
+    last = segments[-1]
+    watermark = read_watermark(last)
+    end = yield from segment_records(last, start)
+    _raise_if(last_end_problem(last, end, watermark))
+
+
+def segments_behind(directory: Path, cluster: ClusterId, after: Lsn | None) -> list[Segment]:
+    """The segments that hold the entries behind ``after``, or all; the last one may have none of them yet.
+
+    Raises:
+        UsageError: the log does not go back that far.
+        CorruptionError, NewerFormat, StorageFailed.
+    """
     segments, damaged = open_segments(directory, cluster)
     if damaged:
         raise damaged[0]

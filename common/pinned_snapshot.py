@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
 import lmdb
 
-from understudy.common.errors import CorruptionError, Overloaded
+from understudy.common.errors import RESTORE, CorruptionError, Overloaded
 from understudy.common.files import storage_errors
 from understudy.common.lmdb_pages import Meta, read_metas
 from understudy.common.snapshot_ranges import RANGE_BYTES, FileRanges
-from understudy.common.store_layout import lmdb_errors
+from understudy.common.store import Store
+from understudy.common.store_layout import CHECKPOINT_KEY, lmdb_errors, row_errors
+from understudy.v1.store_pb2 import CheckpointRow
 
 # A try costs some 50 us and fails only if a commit ends in them.
 _PIN_TRIES_MAX = 1000
@@ -28,6 +31,7 @@ class PinnedSnapshot:
         self.txn = txn
         self._ranges = ranges
         self.file_bytes = ranges.meta.file_bytes
+        self.page_bytes = ranges.meta.page_bytes
         self.ranges = ranges.count
 
     @classmethod
@@ -60,6 +64,14 @@ class PinnedSnapshot:
         """
         return self._ranges.read(index)
 
+    def content(self) -> Iterator[bytes]:
+        """The whole file, range by range.
+
+        Raises:
+            CorruptionError, StorageFailed, Unavailable: see :meth:`read`.
+        """
+        return map(self.read, range(self.ranges))
+
     def close(self) -> None:
         """Lets go of the snapshot."""
         self._ranges.close()
@@ -70,6 +82,19 @@ class PinnedSnapshot:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def checkpoint_of(store: Store, snapshot: PinnedSnapshot) -> CheckpointRow:
+    """Where a pinned snapshot of ``store`` stands: perhaps already past ``store.current``.
+
+    Raises:
+        CorruptionError.
+    """
+    with lmdb_errors("read", store.path), row_errors(store.path):
+        row = snapshot.txn.get(CHECKPOINT_KEY, db=store.environment.meta)
+        if row is None:
+            raise CorruptionError(f"the store {store.path} has no checkpoint", remedy=RESTORE)
+        return CheckpointRow.FromString(row)
 
 
 def _pin(env: lmdb.Environment, fd: int, path: Path) -> tuple[lmdb.Transaction[bytes], Meta, bytes]:

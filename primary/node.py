@@ -26,6 +26,7 @@ from understudy.common.memtable import Receipt
 from understudy.common.metrics import EngineMetrics
 from understudy.common.operations import Operation, to_protos
 from understudy.common.records import Record
+from understudy.common.reign import begin_epoch
 from understudy.common.settings import PrimarySettings, load_tls
 from understudy.common.tasks import Signal, spawn
 from understudy.common.tls import ServerTls
@@ -91,7 +92,7 @@ class PrimaryNode:
 
     @classmethod
     def open(cls, directory: DataDirectory, settings: PrimarySettings, metrics: EngineMetrics) -> PrimaryNode:
-        """Opens a primary's directory, or makes a new cluster in an empty one.
+        """Opens a primary's directory, makes a new cluster in an empty one, or begins a new epoch on a backup.
 
         Raises:
             WrongRole: the directory is a replica's or a fenced primary's.
@@ -99,9 +100,16 @@ class PrimaryNode:
         """
         if directory.is_new or directory.role is Role.CREATING:
             create_cluster(directory)
-        _check_role(directory)
-        slots, tls = SlotTable(directory.path / SLOTS_FILE), load_tls(settings)
-        return cls(Engine.open(directory, metrics=metrics), settings, slots, tls)
+        tls = load_tls(settings)
+        is_backup = directory.role is Role.BACKUP
+        if is_backup:
+            directory.leave_backup()
+        else:
+            _check_role(directory)
+        engine = Engine.open(directory, metrics=metrics)
+        if is_backup:
+            _begin_epoch(engine)
+        return cls(engine, settings, SlotTable(directory.path / SLOTS_FILE), tls)
 
     @classmethod
     def succeed(cls, engine: Engine, settings: PrimarySettings, tls: ServerTls | None) -> PrimaryNode:
@@ -384,6 +392,15 @@ class PrimaryNode:
     def status(self) -> admin_pb2.StatusResponse:
         """All that ``understudy status`` shows."""
         return tell_status(self)
+
+
+def _begin_epoch(engine: Engine) -> None:
+    try:
+        begin_epoch(engine)
+    except BaseException:
+        engine.abandon()
+        raise
+    log.info("backup_revived", epoch=engine.epoch, lsn=engine.durable.lsn)
 
 
 def _is_of_a_client(record: Record) -> bool:

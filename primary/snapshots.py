@@ -6,26 +6,15 @@ import time
 from dataclasses import dataclass
 
 from understudy.common.engine import Engine
-from understudy.common.errors import RESTORE, CorruptionError, Overloaded, ProtocolError, Unavailable
+from understudy.common.errors import Overloaded, ProtocolError, Unavailable
 from understudy.common.events import log
-from understudy.common.pinned_snapshot import PinnedSnapshot
-from understudy.common.store import Store
-from understudy.common.store_layout import CHECKPOINT_KEY, lmdb_errors, row_errors
+from understudy.common.pinned_snapshot import PinnedSnapshot, checkpoint_of
 from understudy.common.types import new_id
 from understudy.v1 import replication_pb2, store_pb2
 
 # What is pinned can't be reused, so the store grows with every write meanwhile: few at a time, none for ever.
 PINS_MAX = 8
 IDLE_S_MAX = 120.0
-
-
-def _checkpoint(store: Store, snapshot: PinnedSnapshot) -> store_pb2.CheckpointRow:
-    """Where the pinned snapshot stands: perhaps already past ``store.current``."""
-    with lmdb_errors("read", store.path), row_errors(store.path):
-        row = snapshot.txn.get(CHECKPOINT_KEY, db=store.environment.meta)
-        if row is None:
-            raise CorruptionError(f"the store {store.path} has no checkpoint", remedy=RESTORE)
-        return store_pb2.CheckpointRow.FromString(row)
 
 
 @dataclass(slots=True)
@@ -71,7 +60,7 @@ class PinBoard:
         store = self._engine.state.store
         snapshot = PinnedSnapshot.open(store.env, self._engine.directory.store / "data.mdb")
         try:
-            checkpoint = _checkpoint(store, snapshot)
+            checkpoint = checkpoint_of(store, snapshot)
         except BaseException:
             snapshot.close()
             raise

@@ -149,6 +149,7 @@ def _check_role(directory: DataDirectory) -> None:
         Role.FENCED: f"understudy rewind {directory.path} --to HOST:PORT",
         Role.PROMOTING: f"understudy promote {directory.path}",
         Role.CREATING: f"understudy primary --data-dir {directory.path}",
+        Role.BACKUP: f"understudy primary --data-dir {directory.path}",
     }
     if directory.role in remedies:
         raise WrongRole(

@@ -1,0 +1,204 @@
+"""A backup as one file or stream: ``tar``, compressed with zstd, encrypted with age; each opens with its own tool.
+
+The tar file is the data directory that a backup into a directory would be. Its manifest comes last, since only then
+are all digests known.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+import tarfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import zstandard
+
+from understudy.backup.contents import Member, copy_members, describe, node_member, token_member
+from understudy.backup.encryption import Encryption, Unlocking
+from understudy.backup.make import BackupReport
+from understudy.backup.manifest import FileEntry, Manifest
+from understudy.backup.progress import Meter, OnProgress
+from understudy.backup.source import Source, open_source
+from understudy.common.directory import MANIFEST_FILE
+from understudy.common.errors import CorruptionError, UsageError
+from understudy.common.files import publishing, storage_errors
+
+SUFFIX = ".tar.zst"
+ENCRYPTED_SUFFIX = ".tar.zst.age"
+DEFAULT_LEVEL = 3
+_THREADS = 2
+_BLOCK_BYTES = 512  # tar's
+_PIECE_BYTES = 1 << 20
+_MANIFEST_BYTES_MAX = 64 << 20
+# Anything else has no business in a data directory, and is not written anywhere.
+_KNOWN_NAMES = re.compile(r"(node\.json|backup\.json|admin-token|store/data\.mdb|log/[0-9]{20}\.seg)\Z")
+_OTHER_BACKUP = "use another backup"
+
+
+def is_archive_name(path: Path) -> bool:
+    """Whether a target or a source of that name is an archive, not a directory."""
+    return path.name.endswith((SUFFIX, ENCRYPTED_SUFFIX))
+
+
+def write_archive(
+    source: Path,
+    target: Path,
+    *,
+    encryption: Encryption | None = None,
+    level: int = DEFAULT_LEVEL,
+    rate: int | None = None,
+    progress: OnProgress | None = None,
+) -> BackupReport:
+    """Backs the data directory ``source`` up into the file ``target``, which appears when it is whole.
+
+    Args:
+        target: ends in ``.tar.zst.age`` with ``encryption``, else in ``.tar.zst``; must not be there yet.
+        level: of zstd.
+        rate: bytes a second at the most that are read.
+        progress: told of bytes done and in all.
+
+    Raises:
+        UsageError: the name does not say what the file would be, or it is there already.
+        and what :func:`understudy.backup.make.make_backup` raises of the source.
+    """
+    _check_name(target, encryption)
+    if target.exists():
+        raise UsageError(f"{target} is there already", remedy="give another name, or remove it")
+    with open_source(source) as pinned, publishing(target) as file:
+        return stream_archive(pinned, file, encryption=encryption, level=level, rate=rate, progress=progress)
+
+
+def _check_name(target: Path, encryption: Encryption | None) -> None:
+    wanted = ENCRYPTED_SUFFIX if encryption is not None else SUFFIX
+    if not target.name.endswith(wanted):
+        what = "an encrypted archive" if encryption is not None else "an archive that is not encrypted"
+        remedy = f"end the name in {wanted}"
+        if encryption is None:
+            remedy += ", or say what to encrypt it with: --recipient or --passphrase-file"
+        raise UsageError(f"{target} is no name for {what}", remedy=remedy)
+
+
+def stream_archive(
+    source: Source,
+    out: IO[bytes],
+    *,
+    encryption: Encryption | None,
+    level: int = DEFAULT_LEVEL,
+    rate: int | None = None,
+    progress: OnProgress | None = None,
+) -> BackupReport:
+    """Writes a pinned source as an archive, from its beginning to its end.
+
+    Raises:
+        OSError: ``out`` can't be written.
+        CorruptionError, StorageFailed, UsageError.
+    """
+    started_s = time.monotonic()
+    members = [*copy_members(source), *token_member(source)]
+    meter = Meter(sum(member.size for member in members), rate=rate, progress=progress)
+    compressor = zstandard.ZstdCompressor(level=level, threads=_THREADS, write_checksum=True)
+    with (
+        encryption.encrypting(out) if encryption is not None else contextlib.nullcontext(out) as encrypted,
+        compressor.stream_writer(encrypted, closefd=False) as compressed,
+    ):
+        tar = _TarWriter(compressed)
+        tar.add(node_member(source), meter=None)
+        entries = [tar.add(member, meter=meter) for member in members]
+        manifest = describe(source, entries, checkpoint=source.checkpoint)
+        data = manifest.encode()
+        tar.add(Member(MANIFEST_FILE, len(data), [data]), meter=None)
+        tar.finish()
+    return BackupReport(manifest=manifest, bytes_copied=meter.done, seconds=time.monotonic() - started_s)
+
+
+class _TarWriter:
+    """Writes a tar file of members whose sizes are known; tarfile would copy each in pieces of 16 KiB."""
+
+    def __init__(self, out: IO[bytes]) -> None:
+        self._out = out
+        self._made_s = int(time.time())
+
+    def add(self, member: Member, *, meter: Meter | None) -> FileEntry:
+        """One file; says what it was."""
+        info = tarfile.TarInfo(member.name)
+        info.size, info.mode, info.mtime = member.size, 0o600, self._made_s
+        self._out.write(info.tobuf(tarfile.PAX_FORMAT))
+        sha256 = hashlib.sha256()
+        for piece in member.pieces if meter is None else meter.metered(member.pieces):
+            sha256.update(piece)
+            self._out.write(piece)
+        self._out.write(bytes(-member.size % _BLOCK_BYTES))
+        return FileEntry(path=member.name, bytes=member.size, sha256=sha256.hexdigest())
+
+    def finish(self) -> None:
+        """The end that tar looks for."""
+        self._out.write(bytes(2 * _BLOCK_BYTES))
+
+
+# -- reading ---------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def reading_archive(path: Path, unlocking: Unlocking) -> Iterator[Iterator[Member]]:
+    """The files of an archive, in their order, each to be read before the next is taken.
+
+    What was read counts only when the block ends without an error.
+
+    Raises:
+        NotPermitted: it is encrypted, and does not open with what is given.
+        CorruptionError: it is damaged or cut off, or holds something else than a backup.
+        StorageFailed: it can't be read.
+    """
+    with contextlib.ExitStack() as opened:
+        with storage_errors("read", path):
+            file: IO[bytes] = opened.enter_context(path.open("rb"))
+        if path.name.endswith(ENCRYPTED_SUFFIX):
+            file = opened.enter_context(unlocking.decrypting(file, path))
+        with _damage(path):
+            yield _members(file, path)
+
+
+@contextlib.contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (zstandard.ZstdError, tarfile.TarError, EOFError) as error:
+        raise CorruptionError(f"{path} is damaged: {error}", remedy=_OTHER_BACKUP) from error
+
+
+def _members(file: IO[bytes], path: Path) -> Iterator[Member]:
+    plain = zstandard.ZstdDecompressor().stream_reader(file, read_size=_PIECE_BYTES, closefd=False)
+    with tarfile.open(fileobj=plain, mode="r|", bufsize=_PIECE_BYTES) as tar:
+        for info in tar:
+            if not info.isreg() or not _KNOWN_NAMES.match(info.name):
+                raise CorruptionError(
+                    f"{path} holds {info.name!r}, which no backup does", remedy=_OTHER_BACKUP
+                )
+            content = tar.extractfile(info)
+            assert content is not None, "a regular file has content"
+            yield Member(info.name, info.size, _pieces(content, info, path))
+
+
+def _pieces(content: IO[bytes], info: tarfile.TarInfo, path: Path) -> Iterator[bytes]:
+    left = info.size
+    while left:
+        piece = content.read(min(_PIECE_BYTES, left))
+        if not piece:
+            raise CorruptionError(f"{path} ends within {info.name}", remedy=_OTHER_BACKUP)
+        left -= len(piece)
+        yield piece
+
+
+def decode_manifest(member: Member, path: Path) -> Manifest:
+    """The manifest of an archive.
+
+    Raises:
+        CorruptionError, NewerFormat.
+    """
+    if member.size > _MANIFEST_BYTES_MAX:
+        raise CorruptionError(f"the manifest in {path} has {member.size:,} bytes", remedy=_OTHER_BACKUP)
+    return Manifest.decode(b"".join(member.pieces), f"{MANIFEST_FILE} in {path}")

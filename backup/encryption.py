@@ -1,0 +1,203 @@
+"""What a backup is encrypted with, and what opens it: passphrases, age's keys, SSH keys.
+
+Asked for and not possible is an error, never plaintext (G10).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import pyrage
+
+from understudy.backup.age_passphrase import INTRO, PassphraseReader, PassphraseWriter
+from understudy.common.errors import CorruptionError, NotPermitted, UsageError
+from understudy.common.files import storage_errors
+
+_PIECE_BYTES = 1 << 20
+_SCRYPT_STANZA = b"-> scrypt "
+_KEY_FILE_BYTES_MAX = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Encryption:
+    """Either a passphrase or recipients, any of whom can open what is encrypted."""
+
+    passphrase: str = field(default="", repr=False)
+    recipients: tuple[str, ...] = ()  # ``age1…`` or ``ssh-…``
+
+    def check(self) -> None:
+        """Refuses what can't encrypt.
+
+        Raises:
+            UsageError: neither or both are given, or a recipient is none.
+        """
+        if bool(self.passphrase) == bool(self.recipients):
+            raise UsageError("give either a passphrase or recipients", remedy="age can't mix them")
+        for recipient in self.recipients:
+            _parse_recipient(recipient)
+
+    @contextlib.contextmanager
+    def encrypting(self, out: IO[bytes]) -> Iterator[IO[bytes]]:
+        """A file to write plaintext to, which comes out at ``out`` encrypted; whole when the block has ended.
+
+        Raises:
+            UsageError: see :meth:`check`.
+            OSError: ``out`` can't be written.
+        """
+        self.check()
+        if self.passphrase:
+            writer = PassphraseWriter(out, self.passphrase)
+            yield writer  # type: ignore[misc]
+            writer.finish()
+            return
+        recipients = [_parse_recipient(recipient) for recipient in self.recipients]
+        sink: Any = out
+        with _pumped_out(lambda source: pyrage.encrypt_io(source, sink, recipients)) as file:
+            yield file
+
+
+@dataclass(frozen=True, slots=True)
+class Unlocking:
+    """What may open an encrypted backup."""
+
+    passphrase: str = field(default="", repr=False)
+    identities: tuple[Any, ...] = field(default=(), repr=False)  # of pyrage
+
+    @classmethod
+    def given(cls, *, passphrase: str, identity_files: Sequence[Path]) -> Unlocking:
+        """Reads the files of keys, age's or SSH's.
+
+        Raises:
+            UsageError: a file holds none.
+            StorageFailed: it can't be read.
+        """
+        identities = tuple(identity for path in identity_files for identity in _read_identities(path))
+        return cls(passphrase, identities)
+
+    @contextlib.contextmanager
+    def decrypting(self, source: IO[bytes], name: object) -> Iterator[IO[bytes]]:
+        """A file to read the plaintext of ``source`` from.
+
+        What was read counts only when the block ends without an error: only then was all of it authenticated.
+
+        Args:
+            source: seekable, at its beginning.
+            name: what error messages call it.
+
+        Raises:
+            NotPermitted: it does not open with what is given.
+            CorruptionError: it was changed or cut off.
+        """
+        if is_for_passphrase(source):
+            if not self.passphrase:
+                raise NotPermitted(f"{name} needs a passphrase", remedy="give it with --passphrase-file")
+            yield PassphraseReader(source, self.passphrase, name)  # type: ignore[misc]
+            return
+        if not self.identities:
+            raise NotPermitted(f"{name} is encrypted for recipients", remedy="give a key with --identity")
+        try:
+            encrypted: Any = source
+            with _pumped_in(lambda out: pyrage.decrypt_io(encrypted, out, list(self.identities))) as file:
+                yield file
+        except pyrage.DecryptError as error:
+            if "No matching keys" in str(error):
+                raise NotPermitted(f"{name} does not open with these keys") from error
+            raise CorruptionError(f"{name} is damaged: {error}", remedy="use another backup") from error
+
+
+def is_for_passphrase(source: IO[bytes]) -> bool:
+    """Whether what begins at the present place of ``source`` was encrypted with a passphrase."""
+    start = source.tell()
+    head = source.read(len(INTRO) + len(_SCRYPT_STANZA))
+    source.seek(start)
+    return head.endswith(_SCRYPT_STANZA)
+
+
+def _parse_recipient(text: str) -> Any:
+    try:
+        if text.startswith("ssh-"):
+            return pyrage.ssh.Recipient.from_str(text)
+        return pyrage.x25519.Recipient.from_str(text)
+    except pyrage.RecipientError as error:
+        raise UsageError(
+            f"{text!r} is no recipient: {error}",
+            remedy="give an age public key (age1…) or an SSH one (ssh-…)",
+        ) from error
+
+
+def _read_identities(path: Path) -> list[Any]:
+    with storage_errors("read", path), path.open("rb") as file:
+        data = file.read(_KEY_FILE_BYTES_MAX)
+    try:
+        if data.startswith(b"-----BEGIN"):
+            return [pyrage.ssh.Identity.from_buffer(data)]
+        lines = [line.strip() for line in data.decode("ascii").splitlines()]
+        found = [pyrage.x25519.Identity.from_str(line) for line in lines if line and not line.startswith("#")]
+    except (pyrage.IdentityError, ValueError) as error:
+        raise UsageError(f"{path} holds no key of age's or SSH's: {error}") from error
+    if not found:
+        raise UsageError(f"{path} holds no key")
+    return found
+
+
+# -- pyrage reads from one file and writes to another, to the end; a pipe and a thread make either one of ours ---
+
+
+@contextlib.contextmanager
+def _pumped_out(pump: Callable[[Any], object]) -> Iterator[IO[bytes]]:
+    """A file whose content ``pump`` reads, in a thread, while it is being written."""
+    read_fd, write_fd = os.pipe()
+    thread = _Pump(pump, os.fdopen(read_fd, "rb", buffering=_PIECE_BYTES))
+    thread.start()
+    try:
+        with os.fdopen(write_fd, "wb", buffering=0) as file:
+            yield file
+    except BrokenPipeError:
+        pass  # the thread has failed, and says why
+    finally:
+        thread.join()
+    thread.check()
+
+
+@contextlib.contextmanager
+def _pumped_in(pump: Callable[[Any], object]) -> Iterator[IO[bytes]]:
+    """A file with what ``pump`` writes, in a thread, while it is being read."""
+    read_fd, write_fd = os.pipe()
+    thread = _Pump(pump, os.fdopen(write_fd, "wb", buffering=_PIECE_BYTES))
+    thread.start()
+    try:
+        with os.fdopen(read_fd, "rb", buffering=_PIECE_BYTES) as file:
+            yield file
+            while file.read(_PIECE_BYTES):
+                pass  # so that all of it is authenticated
+    finally:
+        thread.join()
+        thread.check()
+
+
+class _Pump(threading.Thread):
+    """Runs ``pump`` on one end of a pipe, and closes it."""
+
+    def __init__(self, pump: Callable[[Any], object], end: IO[bytes]) -> None:
+        super().__init__(name="backup-age", daemon=True)
+        self._pump = pump
+        self._end = end
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            with self._end:
+                self._pump(self._end)
+        except BaseException as error:
+            self._error = error
+
+    def check(self) -> None:
+        """Raises what went wrong."""
+        if self._error is not None:
+            raise self._error

@@ -1,0 +1,48 @@
+"""The mark of a directory that is not a whole backup yet, or not any more: see :data:`IN_PROGRESS_FILE`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from understudy.backup.manifest import utc_text
+from understudy.common.directory import IN_PROGRESS_FILE
+from understudy.common.files import publish, storage_errors, sync_directory
+
+
+def is_in_progress(root: Path) -> bool:
+    """Whether the mark is there."""
+    return (root / IN_PROGRESS_FILE).exists()
+
+
+def was_begun_from(root: Path, source: Path) -> bool:
+    """Whether the mark is there, and says that the directory is being made from ``source``."""
+    try:
+        note = json.loads((root / IN_PROGRESS_FILE).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(note, dict) and note.get("source") == os.fspath(source)
+
+
+@contextlib.contextmanager
+def in_progress(root: Path, source: Path) -> Iterator[None]:
+    """Marks ``root`` until the block has ended well; all in it must be durable then.
+
+    Args:
+        source: what it is made from, for people who find the mark.
+
+    Raises:
+        DiskFull, StorageFailed.
+    """
+    mark = root / IN_PROGRESS_FILE
+    note = {"source": os.fspath(source), "began": utc_text(time.time())}
+    publish(mark, json.dumps(note).encode() + b"\n")
+    yield
+    sync_directory(root)
+    with storage_errors("remove", mark):
+        mark.unlink()
+    sync_directory(root)

@@ -1,0 +1,214 @@
+"""A backup into a directory, which is a data directory itself: made anew, or brought up to date.
+
+Made anew, it is the source's snapshot and the log behind it. Brought up to date, it gets the log that has come since,
+as a replica would; its own store follows once that is more than a server should have to replay. Only where the source
+no longer has that log is all copied again, beside what is there, which is replaced when the new copy is whole.
+
+While at work the directory holds the file ``BACKUP_IN_PROGRESS``, and nobody else opens it. What was cut off is taken
+up by the next ``--update``.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from understudy.backup.contents import STORE_FILE, copy_members, describe, token_member
+from understudy.backup.in_progress import in_progress, is_in_progress
+from understudy.backup.manifest import FileEntry, Manifest, read_manifest, write_manifest
+from understudy.backup.progress import Meter, OnProgress
+from understudy.backup.source import Source, open_source
+from understudy.backup.target_log import append_records, fold, log_files, open_log, read_head
+from understudy.backup.writing import describe_file, write_member
+from understudy.common.directory import DataDirectory, Role
+from understudy.common.errors import (
+    AheadOfPrimary,
+    Diverged,
+    ForeignCluster,
+    UnfinishedBackup,
+    UsageError,
+    WrongRole,
+)
+from understudy.common.files import publish, sync_tree
+from understudy.common.follow_table import Relation
+from understudy.common.locator import relate
+from understudy.common.log_reader import LogPlace
+from understudy.common.store import Store
+from understudy.common.types import Digest, Epoch, Lsn, Position
+
+# So much log behind its store is replayed in a few seconds when a server starts on the backup.
+FOLD_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackupReport:
+    """What was made."""
+
+    manifest: Manifest
+    bytes_copied: int
+    seconds: float
+
+
+def make_backup(
+    source: Path,
+    target: Path,
+    *,
+    update: bool = False,
+    rate: int | None = None,
+    progress: OnProgress | None = None,
+) -> BackupReport:
+    """Copies the data directory ``source``, whose server may go on, to the directory ``target``.
+
+    Args:
+        source: a primary's, a replica's, or a backup.
+        target: absent or empty; with ``update``, also a backup of the same cluster, finished or not.
+        update: bring it up to date.
+        rate: bytes a second at the most that are read.
+        progress: told of bytes done and in all.
+
+    Raises:
+        NotADataDirectory, UnfinishedBackup, WrongRole, DirectoryInUse: of one or the other.
+        ForeignCluster, Diverged, AheadOfPrimary: ``target`` holds what ``source`` does not know; it was not touched.
+        CorruptionError, DiskFull, StorageFailed, UsageError.
+    """
+    _check_apart(source, target)
+    started_s = time.monotonic()
+    with open_source(source) as pinned, DataDirectory.open_unfinished(target) as directory:
+        making = _Making(pinned, directory, rate, progress)
+        making.run(update=update)
+        return BackupReport(
+            manifest=read_manifest(target),
+            bytes_copied=making.bytes_copied,
+            seconds=time.monotonic() - started_s,
+        )
+
+
+def _check_apart(source: Path, target: Path) -> None:
+    """Neither may lie within the other."""
+    one, other = source.resolve(), target.resolve()
+    if one == other or one in other.parents or other in one.parents:
+        raise UsageError(f"{target} and {source} lie within each other", remedy="back up to another place")
+
+
+class _Making:
+    """One backup being made."""
+
+    def __init__(
+        self, source: Source, target: DataDirectory, rate: int | None, progress: OnProgress | None
+    ) -> None:
+        self.bytes_copied = 0
+        self._source = source
+        self._target = target
+        self._root = target.path
+        self._was_cut_off = is_in_progress(self._root)
+        self._rate = rate
+        self._progress = progress
+
+    def run(self, *, update: bool) -> None:
+        if self._was_cut_off and not update:
+            raise UnfinishedBackup(
+                f"{self._root} holds a backup that is not finished",
+                remedy="go on with --update, or give an absent or empty directory",
+            )
+        if self._target.is_new:
+            with in_progress(self._root, self._source.path):
+                self._describe(self._copy_all(self._root))
+                self._target.begin(Role.BACKUP, self._source.cluster)
+            return
+        self._check_updatable(update=update)
+        head, epoch = self._head()
+        relation = relate([head.position], epoch, self._source.history())
+        self._check_one_history(relation, head.position.lsn)
+        with in_progress(self._root, self._source.path):
+            self._describe(self._append(head) if relation is Relation.ON_LOG else self._replace())
+
+    def _check_updatable(self, *, update: bool) -> None:
+        if self._target.role is not Role.BACKUP:
+            raise WrongRole(
+                f"{self._root} is no backup, its role is {self._target.role.value}",
+                remedy="back up to an absent or empty directory",
+            )
+        if not update:
+            raise WrongRole(
+                f"{self._root} holds a backup already",
+                remedy="bring it up to date with --update, or give an absent or empty directory",
+            )
+        if self._target.cluster != self._source.cluster:
+            raise ForeignCluster(
+                f"{self._root} is a backup of another cluster than {self._source.path}",
+                remedy="back up to another directory",
+            )
+
+    def _head(self) -> tuple[LogPlace, Epoch]:
+        """How far the target reaches, and the epoch of its last entry."""
+        if self._was_cut_off:
+            return read_head(self._target)
+        known = read_manifest(self._root)
+        position = Position(Lsn(known.lsn), Digest(bytes.fromhex(known.digest)))
+        return LogPlace(position, known.log_offset), Epoch(known.epoch)
+
+    def _check_one_history(self, relation: Relation, lsn: Lsn) -> None:
+        source, remedy = self._source, "keep this backup, and back up to another directory"
+        if relation is Relation.BEYOND:
+            raise AheadOfPrimary(
+                f"{self._root} reaches up to LSN {lsn}, {source.path} only up to {source.end.position.lsn}",
+                remedy=remedy,
+            )
+        if relation is Relation.FORKED:
+            raise Diverged(
+                f"{self._root} holds entries up to LSN {lsn} that {source.path} does not have", remedy=remedy
+            )
+
+    # -- all anew ------------------------------------------------------------------------------------------
+
+    def _replace(self) -> list[FileEntry]:
+        """A new copy in the place of what is there."""
+        entries = self._copy_all(self._target.incoming)
+        self._target.install(self._source.cluster, keep_old=False, role=Role.BACKUP)
+        return entries
+
+    def _copy_all(self, root: Path) -> list[FileEntry]:
+        """Store and log into ``root``, durably."""
+        members = copy_members(self._source)
+        meter = self._meter(sum(member.size for member in members))
+        # A cut-off attempt's may begin elsewhere.
+        shutil.rmtree(root / "log", ignore_errors=True)
+        entries = [write_member(root, member, meter) for member in members]
+        sync_tree(root)
+        self.bytes_copied = meter.done
+        return entries
+
+    def _meter(self, total: int) -> Meter:
+        return Meter(total, rate=self._rate, progress=self._progress)
+
+    # -- what has come since -------------------------------------------------------------------------------
+
+    def _append(self, head: LogPlace) -> list[FileEntry]:
+        """The log behind ``head``, and the store too where much of the log is behind it."""
+        parts = self._source.parts(head)
+        meter = self._meter(sum(part.record_bytes for part in parts))
+        with open_log(self._target) as target:
+            for part in parts:
+                append_records(target.log, meter.metered(part.records()), part.header.epoch)
+            folds = target.unfolded_bytes > FOLD_BYTES
+        self.bytes_copied = meter.done
+        if folds:
+            fold(self._target)
+        # A store that nobody has written to is as the manifest says; reading all of it would take longer than all else.
+        unread = [] if folds or self._was_cut_off else [STORE_FILE]
+        known = [entry for entry in read_manifest(self._root).files if entry.path in unread] if unread else []
+        names = [name for name in (STORE_FILE, *log_files(self._root)) if name not in unread]
+        return known + [describe_file(self._root, name) for name in names]
+
+    # -- what it says of itself ----------------------------------------------------------------------------
+
+    def _describe(self, entries: list[FileEntry]) -> None:
+        with Store.open(self._root / "store", cluster=self._source.cluster) as store:
+            row = store.current.checkpoint
+        for member in token_member(self._source):
+            data = b"".join(member.pieces)
+            publish(self._root / member.name, data)
+            entries.append(describe_file(self._root, member.name))
+        write_manifest(self._root, describe(self._source, entries, checkpoint=row))

@@ -1,0 +1,116 @@
+"""A point in the log, and how a copy is brought back to it: what is behind it is cut off."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from understudy.backup.manifest import Manifest, utc_text
+from understudy.common.entries import parse_entry
+from understudy.common.errors import UsageError
+from understudy.common.files import storage_errors, sync_directory
+from understudy.common.log_reader import LogPlace, records_from, segments_behind
+from understudy.common.segment import RECORDS_START, Segment, Watermark
+from understudy.common.state import State
+from understudy.common.store import Store
+from understudy.common.types import Epoch, Lsn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """The last entry to keep: one of an LSN, or the last one not after a time. Exactly one is given."""
+
+    lsn: Lsn | None = None
+    time_us: int | None = None  # since 1970
+
+    def is_before(self, lsn: Lsn, time_us: int) -> bool:
+        """Whether the point lies before that entry."""
+        if self.lsn is not None:
+            return lsn > self.lsn
+        assert self.time_us is not None, "one is given"
+        return time_us > self.time_us
+
+    def __str__(self) -> str:
+        if self.lsn is not None:
+            return f"LSN {self.lsn}"
+        assert self.time_us is not None, "one is given"
+        return utc_text(self.time_us / 1e6)
+
+
+def parse_time(text: str) -> int:
+    """Microseconds since 1970 of an ISO 8601 date and time; in the local time zone where it names none.
+
+    Raises:
+        UsageError: it is none.
+    """
+    try:
+        return round(datetime.datetime.fromisoformat(text).timestamp() * 1e6)
+    except (ValueError, OverflowError, OSError):
+        raise UsageError(
+            f"{text!r} is no date and time",
+            remedy="give one like 2026-05-01T14:30:00, or with +02:00 or Z behind it",
+        ) from None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reached:
+    """Where a copy stands that was brought back to a point."""
+
+    place: LogPlace
+    epoch: Epoch
+    time_us: int
+    realms: int  # without the system's own
+
+
+def cut_log(root: Path, manifest: Manifest, point: Point) -> Reached:
+    """Takes what is behind ``point`` out of the log of the copy in ``root``.
+
+    Raises:
+        UsageError: the copy's store is behind the point already, or it does not reach up to that LSN.
+        CorruptionError, StorageFailed.
+    """
+    if point.lsn is not None and point.lsn > manifest.lsn:
+        raise UsageError(f"the backup reaches up to LSN {manifest.lsn}, not to {point.lsn}")
+    with Store.open(root / "store") as store:
+        state = State(store)
+        if point.is_before(state.applied.lsn, state.time_us):
+            raise UsageError(
+                f"the backup's state is of LSN {state.applied.lsn} at {utc_text(state.time_us / 1e6)}, behind {point}",
+                remedy="use an older backup",
+            )
+        segments = segments_behind(root / "log", manifest.cluster_id, state.applied.lsn)
+        begin = LogPlace(state.applied, state.offset)
+        for record in records_from(segments, begin):
+            entry = parse_entry(record.payload, record.lsn)
+            if point.is_before(record.lsn, entry.time_us):
+                break
+            state.apply(record, entry)
+        reached = Reached(
+            place=LogPlace(state.applied, state.offset),
+            epoch=Epoch(state.epochs[-1].info.epoch if state.epochs else 0),
+            time_us=state.time_us,
+            realms=state.user_realm_count,
+        )
+    _truncate(segments, reached.place)
+    return reached
+
+
+def _truncate(segments: list[Segment], place: LogPlace) -> None:
+    """Nothing of this is safe from a crash: the directory is marked as unfinished."""
+    for segment in segments[1:]:
+        if segment.header.before.lsn >= place.position.lsn:
+            with storage_errors("remove", segment.path):
+                segment.path.unlink()
+    last = max(
+        (segment for segment in segments if segment.path.exists()),
+        key=lambda segment: segment.header.first_lsn,
+    )
+    block = last.header.encode() + Watermark.settled(place.position.lsn, place.offset).encode()
+    with storage_errors("write", last.path), last.path.open("r+b") as file:
+        file.truncate(last.byte_of(place.offset))
+        file.write(block.ljust(RECORDS_START, b"\0"))
+        file.flush()
+        os.fsync(file.fileno())
+    sync_directory(last.path.parent)

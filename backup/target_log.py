@@ -1,0 +1,122 @@
+"""The change-log of a backup, which grows as a replica's does when the backup is brought up to date."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from understudy.common.changelog import ChangeLog
+from understudy.common.directory import DataDirectory
+from understudy.common.engine import Engine
+from understudy.common.entries import parse_epoch_start
+from understudy.common.errors import CorruptionError
+from understudy.common.files import OsFileSystem
+from understudy.common.log_reader import LogPlace, records_from, segments_behind
+from understudy.common.records import scan_chain
+from understudy.common.store import Store
+from understudy.common.types import Digest, Epoch, Lsn, Position
+from understudy.v1.store_pb2 import CheckpointRow
+
+# As much is made durable at a time.
+_BATCH_BYTES = 8 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class TargetLog:
+    """A backup's log, open for writing, and where its store stands."""
+
+    log: ChangeLog
+    checkpoint: CheckpointRow
+
+    @property
+    def unfolded_bytes(self) -> int:
+        """What a server that starts on the backup has to replay."""
+        return self.log.end_offset - self.checkpoint.log_offset
+
+
+@contextlib.contextmanager
+def open_log(directory: DataDirectory) -> Iterator[TargetLog]:
+    """Opens the log; what an attempt before has left half written is cut off.
+
+    Raises:
+        CorruptionError, NewerFormat, DiskFull, StorageFailed.
+    """
+    with Store.open(directory.store, cluster=directory.cluster) as store:
+        row = store.current.checkpoint
+    with ChangeLog.open(
+        directory.log,
+        cluster=directory.cluster,
+        after=Position(Lsn(row.lsn), Digest(row.digest)),
+        after_offset=row.log_offset,
+        files=OsFileSystem(),
+    ) as log:
+        yield TargetLog(log, row)
+
+
+def read_head(directory: DataDirectory) -> tuple[LogPlace, Epoch]:
+    """How far a backup reaches that was cut off while it was brought up to date, and the epoch of its last entry.
+
+    Nothing is changed.
+
+    Raises:
+        CorruptionError, NewerFormat, StorageFailed.
+    """
+    with Store.open(directory.store, cluster=directory.cluster) as store:
+        row, epochs = store.current.checkpoint, store.current.epochs()
+    position, offset = Position(Lsn(row.lsn), Digest(row.digest)), row.log_offset
+    epoch = epochs[-1].info.epoch if epochs else 0
+    segments = segments_behind(directory.log, directory.cluster, position.lsn)
+    for record in records_from(segments, LogPlace(position, offset)):
+        started = parse_epoch_start(record.payload)
+        epoch = started[0].epoch if started is not None else epoch
+        position, offset = record.position, offset + record.encoded_bytes
+    return LogPlace(position, offset), Epoch(epoch)
+
+
+def append_records(log: ChangeLog, pieces: Iterable[bytes], epoch: Epoch) -> None:
+    """Appends record bytes, cut anywhere, that follow behind the log's end.
+
+    Args:
+        epoch: of the first of them, which a segment that they begin will name.
+
+    Raises:
+        CorruptionError: they do not follow, or end within a record.
+        DiskFull, StorageFailed.
+    """
+    pending = b""
+    for piece in pieces:
+        pending += piece
+        if len(pending) >= _BATCH_BYTES:
+            pending = _append_whole(log, pending, epoch)
+    if pending and _append_whole(log, pending, epoch):
+        raise CorruptionError(f"the change-log behind LSN {log.end.lsn} ends within an entry")
+
+
+def _append_whole(log: ChangeLog, data: bytes, epoch: Epoch) -> bytes:
+    """Appends the whole records in ``data``, and returns the rest."""
+    scan = scan_chain(data, log.end)
+    if scan.damage:
+        raise CorruptionError(f"entry {scan.position.lsn + 1} of the change-log is damaged: {scan.damage}")
+    if scan.good_bytes:
+        log.write_batch(data[: scan.good_bytes], scan.position, epoch=epoch)
+    return data[scan.good_bytes :]
+
+
+def fold(directory: DataDirectory) -> None:
+    """Brings the store up to the last freeze mark in the log, and removes the segments that are no longer needed.
+
+    Raises:
+        CorruptionError, DiskFull, StorageFailed.
+    """
+    engine = Engine.open(directory)
+    try:
+        engine.log.prune(Lsn(engine.checkpoint.lsn + 1))
+    finally:
+        engine.abandon()
+
+
+def log_files(directory: Path) -> list[str]:
+    """The names of all segments, as a manifest has them."""
+    return sorted(f"log/{path.name}" for path in (directory / "log").iterdir())

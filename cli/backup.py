@@ -1,0 +1,147 @@
+"""``understudy backup``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from understudy.cli.options import EPILOG, INTERRUPTED, byte_rate, json_option
+from understudy.cli.secrets import encryption_options
+
+if TYPE_CHECKING:
+    from understudy.backup.encryption import Encryption
+    from understudy.backup.make import BackupReport
+    from understudy.backup.progress import OnProgress
+
+_STANDARD_OUTPUT = Path("-")
+
+
+@click.command(epilog=EPILOG)
+@click.option(
+    "-f",
+    "--from",
+    "source",
+    required=True,
+    metavar="SOURCE",
+    type=click.Path(path_type=Path),
+    help="The data directory: a primary's or a replica's, whether it runs or not, or a backup.",
+)
+@click.option(
+    "-t",
+    "--to",
+    "target",
+    required=True,
+    metavar="TARGET",
+    type=click.Path(path_type=Path),
+    help="A directory, absent or empty; FILE.tar.zst or FILE.tar.zst.age; - for standard output.",
+)
+@click.option("--update", is_flag=True, help="Bring TARGET up to date, or finish what was cut off there.")
+@click.option("--rate", type=byte_rate, metavar="SIZE/s", help="Read no faster than this, such as 50MB/s.")
+@encryption_options
+@click.option(
+    "--level",
+    type=click.IntRange(1, 19),
+    default=3,
+    show_default=True,
+    help="How hard zstd compresses an archive.",
+)
+@json_option
+def backup(
+    source: Path,
+    target: Path,
+    update: bool,
+    rate: int | None,
+    encryption: Encryption | None,
+    level: int,
+    as_json: bool,
+) -> None:
+    """Copy a data directory whose server goes on.
+
+    All realms at one moment, with keys and accounts. The copy is a data directory itself: `understudy primary` starts
+    on it, with a new epoch. A replica's directory is the source that costs the primary nothing.
+
+    A TARGET that ends in .tar.zst is one archive, and in .tar.zst.age one that is encrypted, for --recipient or with
+    the passphrase in --passphrase-file. age, zstd and tar open it too.
+
+    While at work a directory holds the file BACKUP_IN_PROGRESS; what was cut off is finished with --update.
+
+    \b
+    Example:
+      understudy backup -f /var/lib/understudy/data -t /backup/monday
+      understudy backup -f /var/lib/understudy/data -t /backup/monday --update
+      understudy backup -f /var/lib/understudy/data -t monday.tar.zst.age --recipient age1...
+    """
+    from understudy.cli.logs import QUIET, configure_logs
+    from understudy.cli.output import Progress
+
+    configure_logs(level=QUIET)
+    try:
+        with Progress("backing up", unit="bytes") as progress:
+            report = _make(source, target, update, rate, encryption, level, progress.update)
+    except KeyboardInterrupt:
+        click.echo(
+            "understudy: interrupted"
+            + (f"; {target} is not finished: go on with --update, or remove it" if target.is_dir() else ""),
+            err=True,
+        )
+        click.get_current_context().exit(INTERRUPTED)
+    _tell(report, as_json=as_json, to_stderr=target == _STANDARD_OUTPUT)
+
+
+def _make(
+    source: Path,
+    target: Path,
+    update: bool,
+    rate: int | None,
+    encryption: Encryption | None,
+    level: int,
+    progress: OnProgress,
+) -> BackupReport:
+    from understudy.backup.archive import is_archive_name, stream_archive, write_archive
+    from understudy.backup.make import make_backup
+    from understudy.backup.source import open_source
+
+    is_archive = target == _STANDARD_OUTPUT or is_archive_name(target)
+    if is_archive and update:
+        raise click.UsageError("--update is for directories: an archive is made anew.")
+    if not is_archive and encryption is not None:
+        raise click.UsageError("Only an archive can be encrypted: end TARGET in .tar.zst.age.")
+    if target == _STANDARD_OUTPUT:
+        with open_source(source) as pinned:
+            return stream_archive(
+                pinned, sys.stdout.buffer, encryption=encryption, level=level, rate=rate, progress=progress
+            )
+    if is_archive:
+        return write_archive(source, target, encryption=encryption, level=level, rate=rate, progress=progress)
+    return make_backup(source, target, update=update, rate=rate, progress=progress)
+
+
+def _tell(report: BackupReport, *, as_json: bool, to_stderr: bool) -> None:
+    from understudy.cli.output import counted, json_bytes, seconds_text, size_text
+
+    manifest = report.manifest
+    if as_json:
+        click.echo(
+            json_bytes(
+                {
+                    "realms": manifest.realms,
+                    "bytes": manifest.total_bytes,
+                    "bytes_copied": report.bytes_copied,
+                    "epoch": manifest.epoch,
+                    "lsn": manifest.lsn,
+                    "digest": manifest.digest,
+                    "time": manifest.time,
+                    "seconds": round(report.seconds, 3),
+                }
+            ),
+            err=to_stderr,
+        )
+        return
+    click.echo(
+        f"{counted(manifest.realms, 'realm')}, {size_text(manifest.total_bytes)}, at LSN {manifest.lsn}, "
+        f"in {seconds_text(report.seconds)}",
+        err=to_stderr,
+    )

@@ -1,0 +1,80 @@
+"""How commands are told what encrypts a backup, and what opens one."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+PASSPHRASE_VARIABLE = "UNDERSTUDY_PASSPHRASE"
+_PASSPHRASE_BYTES_MAX = 1 << 16
+
+_passphrase_option = click.option(
+    "--passphrase-file",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help=f"Holds the passphrase, on its first line. [{PASSPHRASE_VARIABLE} is the passphrase itself]",
+)
+
+
+def encryption_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``--recipient`` and ``--passphrase-file``, together as ``encryption``; None where nothing is asked for."""
+
+    @functools.wraps(function)
+    def with_encryption(
+        *arguments: Any, recipients: tuple[str, ...], passphrase_file: Path | None, **options: Any
+    ) -> Any:
+        from understudy.backup.encryption import Encryption
+
+        passphrase = _passphrase(passphrase_file)
+        encryption = None
+        if recipients or passphrase:
+            encryption = Encryption(passphrase, recipients)
+            encryption.check()
+        return function(*arguments, encryption=encryption, **options)
+
+    return click.option(
+        "--recipient",
+        "recipients",
+        multiple=True,
+        metavar="KEY",
+        help="Encrypt for this key, age1… or ssh-…; may be given several times.",
+    )(_passphrase_option(with_encryption))
+
+
+def unlocking_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``--identity`` and ``--passphrase-file``, together as ``unlocking``."""
+
+    @functools.wraps(function)
+    def with_unlocking(
+        *arguments: Any, identities: tuple[Path, ...], passphrase_file: Path | None, **options: Any
+    ) -> Any:
+        from understudy.backup.encryption import Unlocking
+
+        unlocking = Unlocking.given(passphrase=_passphrase(passphrase_file), identity_files=identities)
+        return function(*arguments, unlocking=unlocking, **options)
+
+    return click.option(
+        "--identity",
+        "identities",
+        multiple=True,
+        metavar="FILE",
+        type=click.Path(path_type=Path),
+        help="A file with a key that opens the backup: age's or SSH's.",
+    )(_passphrase_option(with_unlocking))
+
+
+def _passphrase(path: Path | None) -> str:
+    """The passphrase; empty where none is given."""
+    if path is None:
+        return os.environ.get(PASSPHRASE_VARIABLE, "")
+    with path.open("rb") as file:
+        first = file.read(_PASSPHRASE_BYTES_MAX).splitlines()[:1]
+    passphrase = first[0].decode(errors="replace") if first else ""
+    if not passphrase:
+        raise click.UsageError(f"{path} holds no passphrase.")
+    return passphrase
