@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
+from understudy.backup.sinks import Sink
 from understudy.common.errors import CorruptionError, NotPermitted
 
 INTRO = b"age-encryption.org/v1\n"
@@ -61,7 +62,7 @@ def _chunk_nonce(number: int, *, is_last: bool) -> bytes:
 class PassphraseWriter:
     """Encrypts what is written to it; nothing is whole before :meth:`finish`."""
 
-    def __init__(self, out: IO[bytes], passphrase: str) -> None:
+    def __init__(self, out: Sink, passphrase: str) -> None:
         file_key, salt, nonce = os.urandom(_FILE_KEY_BYTES), os.urandom(_SALT_BYTES), os.urandom(_NONCE_BYTES)
         wrapping = ChaCha20Poly1305(_wrapping_key(passphrase, salt, _WORK_FACTOR))
         wrapped = wrapping.encrypt(_NO_NONCE, file_key, None)
@@ -80,6 +81,9 @@ class PassphraseWriter:
             self._put(bytes(self._pending[:_CHUNK_BYTES]), is_last=False)
             del self._pending[:_CHUNK_BYTES]
         return len(data)
+
+    def flush(self) -> None:
+        """Nothing can be handed on before its chunk is full."""
 
     def finish(self) -> None:
         """Writes what is left, and the end."""

@@ -13,7 +13,7 @@ import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, cast
 
 import zstandard
 
@@ -22,10 +22,11 @@ from understudy.backup.encryption import Encryption, Unlocking
 from understudy.backup.make import BackupReport
 from understudy.backup.manifest import FileEntry, Manifest
 from understudy.backup.progress import Meter, OnProgress
+from understudy.backup.sinks import Sink, Stream
 from understudy.backup.source import Source, open_source
 from understudy.common.directory import MANIFEST_FILE
 from understudy.common.errors import CorruptionError, UsageError
-from understudy.common.files import publishing, storage_errors
+from understudy.common.files import publishing
 
 SUFFIX = ".tar.zst"
 ENCRYPTED_SUFFIX = ".tar.zst.age"
@@ -84,7 +85,7 @@ def _check_name(target: Path, encryption: Encryption | None) -> None:
 
 def stream_archive(
     source: Source,
-    out: IO[bytes],
+    out: Sink,
     *,
     encryption: Encryption | None,
     level: int = DEFAULT_LEVEL,
@@ -103,7 +104,7 @@ def stream_archive(
     compressor = zstandard.ZstdCompressor(level=level, threads=_THREADS, write_checksum=True)
     with (
         encryption.encrypting(out) if encryption is not None else contextlib.nullcontext(out) as encrypted,
-        compressor.stream_writer(encrypted, closefd=False) as compressed,
+        compressor.stream_writer(cast(IO[bytes], encrypted), closefd=False) as compressed,
     ):
         tar = _TarWriter(compressed)
         tar.add(node_member(source), meter=None)
@@ -118,7 +119,7 @@ def stream_archive(
 class _TarWriter:
     """Writes a tar file of members whose sizes are known; tarfile would copy each in pieces of 16 KiB."""
 
-    def __init__(self, out: IO[bytes]) -> None:
+    def __init__(self, out: Sink) -> None:
         self._out = out
         self._made_s = int(time.time())
 
@@ -143,62 +144,75 @@ class _TarWriter:
 
 
 @contextlib.contextmanager
-def reading_archive(path: Path, unlocking: Unlocking) -> Iterator[Iterator[Member]]:
-    """The files of an archive, in their order, each to be read before the next is taken.
+def opening(file: IO[bytes], name: str, unlocking: Unlocking) -> Iterator[Stream]:
+    """What is in a compressed and perhaps encrypted file.
 
     What was read counts only when the block ends without an error.
 
+    Args:
+        file: at its beginning.
+        name: whose end says whether it is encrypted; also what error messages call it.
+
     Raises:
         NotPermitted: it is encrypted, and does not open with what is given.
-        CorruptionError: it is damaged or cut off, or holds something else than a backup.
-        StorageFailed: it can't be read.
+        CorruptionError: it is damaged or cut off.
     """
     with contextlib.ExitStack() as opened:
-        with storage_errors("read", path):
-            file: IO[bytes] = opened.enter_context(path.open("rb"))
-        if path.name.endswith(ENCRYPTED_SUFFIX):
-            file = opened.enter_context(unlocking.decrypting(file, path))
-        with _damage(path):
-            yield _members(file, path)
+        source: Any = file
+        if name.endswith(".age"):
+            source = opened.enter_context(unlocking.decrypting(file, name))
+        with _damage(name):
+            yield zstandard.ZstdDecompressor().stream_reader(source, read_size=_PIECE_BYTES, closefd=False)
 
 
 @contextlib.contextmanager
-def _damage(path: Path) -> Iterator[None]:
+def _damage(name: str) -> Iterator[None]:
     try:
         yield
     except (zstandard.ZstdError, tarfile.TarError, EOFError) as error:
-        raise CorruptionError(f"{path} is damaged: {error}", remedy=_OTHER_BACKUP) from error
+        raise CorruptionError(f"{name} is damaged: {error}", remedy=_OTHER_BACKUP) from error
 
 
-def _members(file: IO[bytes], path: Path) -> Iterator[Member]:
-    plain = zstandard.ZstdDecompressor().stream_reader(file, read_size=_PIECE_BYTES, closefd=False)
+@contextlib.contextmanager
+def reading_archive(file: IO[bytes], name: str, unlocking: Unlocking) -> Iterator[Iterator[Member]]:
+    """The files of an archive, in their order, each to be read before the next is taken; see :func:`opening`.
+
+    Raises:
+        CorruptionError: it holds something else than a backup.
+        and what :func:`opening` raises.
+    """
+    with opening(file, name, unlocking) as plain:
+        yield _members(plain, name)
+
+
+def _members(plain: Any, name: str) -> Iterator[Member]:
     with tarfile.open(fileobj=plain, mode="r|", bufsize=_PIECE_BYTES) as tar:
         for info in tar:
             if not info.isreg() or not _KNOWN_NAMES.match(info.name):
                 raise CorruptionError(
-                    f"{path} holds {info.name!r}, which no backup does", remedy=_OTHER_BACKUP
+                    f"{name} holds {info.name!r}, which no backup does", remedy=_OTHER_BACKUP
                 )
             content = tar.extractfile(info)
             assert content is not None, "a regular file has content"
-            yield Member(info.name, info.size, _pieces(content, info, path))
+            yield Member(info.name, info.size, _pieces(content, info, name))
 
 
-def _pieces(content: IO[bytes], info: tarfile.TarInfo, path: Path) -> Iterator[bytes]:
+def _pieces(content: IO[bytes], info: tarfile.TarInfo, name: str) -> Iterator[bytes]:
     left = info.size
     while left:
         piece = content.read(min(_PIECE_BYTES, left))
         if not piece:
-            raise CorruptionError(f"{path} ends within {info.name}", remedy=_OTHER_BACKUP)
+            raise CorruptionError(f"{name} ends within {info.name}", remedy=_OTHER_BACKUP)
         left -= len(piece)
         yield piece
 
 
-def decode_manifest(member: Member, path: Path) -> Manifest:
+def decode_manifest(member: Member, name: str) -> Manifest:
     """The manifest of an archive.
 
     Raises:
         CorruptionError, NewerFormat.
     """
     if member.size > _MANIFEST_BYTES_MAX:
-        raise CorruptionError(f"the manifest in {path} has {member.size:,} bytes", remedy=_OTHER_BACKUP)
-    return Manifest.decode(b"".join(member.pieces), f"{MANIFEST_FILE} in {path}")
+        raise CorruptionError(f"the manifest in {name} has {member.size:,} bytes", remedy=_OTHER_BACKUP)
+    return Manifest.decode(b"".join(member.pieces), f"{MANIFEST_FILE} in {name}")

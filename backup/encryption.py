@@ -6,6 +6,7 @@ Asked for and not possible is an error, never plaintext (G10).
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from typing import IO, Any
 import pyrage
 
 from understudy.backup.age_passphrase import INTRO, PassphraseReader, PassphraseWriter
+from understudy.backup.sinks import Sink, Stream
 from understudy.common.errors import CorruptionError, NotPermitted, UsageError
 from understudy.common.files import storage_errors
 
@@ -43,7 +45,7 @@ class Encryption:
             _parse_recipient(recipient)
 
     @contextlib.contextmanager
-    def encrypting(self, out: IO[bytes]) -> Iterator[IO[bytes]]:
+    def encrypting(self, out: Sink) -> Iterator[Sink]:
         """A file to write plaintext to, which comes out at ``out`` encrypted; whole when the block has ended.
 
         Raises:
@@ -53,7 +55,7 @@ class Encryption:
         self.check()
         if self.passphrase:
             writer = PassphraseWriter(out, self.passphrase)
-            yield writer  # type: ignore[misc]
+            yield writer
             writer.finish()
             return
         recipients = [_parse_recipient(recipient) for recipient in self.recipients]
@@ -81,23 +83,24 @@ class Unlocking:
         return cls(passphrase, identities)
 
     @contextlib.contextmanager
-    def decrypting(self, source: IO[bytes], name: object) -> Iterator[IO[bytes]]:
+    def decrypting(self, source: IO[bytes], name: object) -> Iterator[Stream]:
         """A file to read the plaintext of ``source`` from.
 
         What was read counts only when the block ends without an error: only then was all of it authenticated.
 
         Args:
-            source: seekable, at its beginning.
+            source: at its beginning.
             name: what error messages call it.
 
         Raises:
             NotPermitted: it does not open with what is given.
             CorruptionError: it was changed or cut off.
         """
+        source = _peekable(source)
         if is_for_passphrase(source):
             if not self.passphrase:
                 raise NotPermitted(f"{name} needs a passphrase", remedy="give it with --passphrase-file")
-            yield PassphraseReader(source, self.passphrase, name)  # type: ignore[misc]
+            yield PassphraseReader(source, self.passphrase, name)
             return
         if not self.identities:
             raise NotPermitted(f"{name} is encrypted for recipients", remedy="give a key with --identity")
@@ -111,12 +114,29 @@ class Unlocking:
             raise CorruptionError(f"{name} is damaged: {error}", remedy="use another backup") from error
 
 
-def is_for_passphrase(source: IO[bytes]) -> bool:
-    """Whether what begins at the present place of ``source`` was encrypted with a passphrase."""
-    start = source.tell()
-    head = source.read(len(INTRO) + len(_SCRYPT_STANZA))
-    source.seek(start)
-    return head.endswith(_SCRYPT_STANZA)
+def is_for_passphrase(source: io.BufferedReader) -> bool:
+    """Whether what begins at the present place of ``source`` was encrypted with a passphrase; it stays there."""
+    wanted = INTRO + _SCRYPT_STANZA
+    return source.peek(len(wanted))[: len(wanted)] == wanted
+
+
+def _peekable(source: IO[bytes]) -> io.BufferedReader:
+    return source if isinstance(source, io.BufferedReader) else io.BufferedReader(_Raw(source), _PIECE_BYTES)
+
+
+class _Raw(io.RawIOBase):
+    """What :class:`io.BufferedReader` reads from, over any file."""
+
+    def __init__(self, source: IO[bytes]) -> None:
+        self._source = source
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._source.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
 
 def _parse_recipient(text: str) -> Any:

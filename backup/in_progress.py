@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,27 +18,27 @@ def is_in_progress(root: Path) -> bool:
     return (root / IN_PROGRESS_FILE).exists()
 
 
-def was_begun_from(root: Path, source: Path) -> bool:
+def was_begun_from(root: Path, source: str) -> bool:
     """Whether the mark is there, and says that the directory is being made from ``source``."""
     try:
         note = json.loads((root / IN_PROGRESS_FILE).read_bytes())
     except (OSError, ValueError):
         return False
-    return isinstance(note, dict) and note.get("source") == os.fspath(source)
+    return isinstance(note, dict) and note.get("source") == source
 
 
 @contextlib.contextmanager
-def in_progress(root: Path, source: Path) -> Iterator[None]:
+def in_progress(root: Path, source: str) -> Iterator[None]:
     """Marks ``root`` until the block has ended well; all in it must be durable then.
 
     Args:
-        source: what it is made from, for people who find the mark.
+        source: what it is made from: a path, or a URL and an id.
 
     Raises:
         DiskFull, StorageFailed.
     """
     mark = root / IN_PROGRESS_FILE
-    note = {"source": os.fspath(source), "began": utc_text(time.time())}
+    note = {"source": source, "began": utc_text(time.time())}
     publish(mark, json.dumps(note).encode() + b"\n")
     yield
     sync_directory(root)

@@ -20,7 +20,7 @@ from understudy.backup.in_progress import in_progress, is_in_progress
 from understudy.backup.manifest import FileEntry, Manifest, read_manifest, write_manifest
 from understudy.backup.progress import Meter, OnProgress
 from understudy.backup.source import Source, open_source
-from understudy.backup.target_log import append_records, fold, log_files, open_log, read_head
+from understudy.backup.target_log import append_records, log_files, open_log, read_head, settle
 from understudy.backup.writing import describe_file, write_member
 from understudy.common.directory import DataDirectory, Role
 from understudy.common.errors import (
@@ -113,7 +113,7 @@ class _Making:
                 remedy="go on with --update, or give an absent or empty directory",
             )
         if self._target.is_new:
-            with in_progress(self._root, self._source.path):
+            with in_progress(self._root, str(self._source.path)):
                 self._describe(self._copy_all(self._root))
                 self._target.begin(Role.BACKUP, self._source.cluster)
             return
@@ -121,7 +121,7 @@ class _Making:
         head, epoch = self._head()
         relation = relate([head.position], epoch, self._source.history())
         self._check_one_history(relation, head.position.lsn)
-        with in_progress(self._root, self._source.path):
+        with in_progress(self._root, str(self._source.path)):
             self._describe(self._append(head) if relation is Relation.ON_LOG else self._replace())
 
     def _check_updatable(self, *, update: bool) -> None:
@@ -195,7 +195,7 @@ class _Making:
             folds = target.unfolded_bytes > FOLD_BYTES
         self.bytes_copied = meter.done
         if folds:
-            fold(self._target)
+            settle(self._target)
         # A store that nobody has written to is as the manifest says; reading all of it would take longer than all else.
         unread = [] if folds or self._was_cut_off else [STORE_FILE]
         known = [entry for entry in read_manifest(self._root).files if entry.path in unread] if unread else []

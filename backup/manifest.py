@@ -129,4 +129,4 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 def utc_text(time_s: float) -> str:
     """A time of the wall clock, seconds since 1970, as manifests have it."""
     moment = datetime.datetime.fromtimestamp(time_s, datetime.UTC)
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")

@@ -5,17 +5,16 @@ from __future__ import annotations
 import datetime
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
-from understudy.backup.manifest import Manifest, utc_text
+from understudy.backup.manifest import utc_text
+from understudy.common.directory import DataDirectory
 from understudy.common.entries import parse_entry
 from understudy.common.errors import UsageError
 from understudy.common.files import storage_errors, sync_directory
 from understudy.common.log_reader import LogPlace, records_from, segments_behind
 from understudy.common.segment import RECORDS_START, Segment, Watermark
-from understudy.common.state import State
 from understudy.common.store import Store
-from understudy.common.types import Epoch, Lsn
+from understudy.common.types import Digest, Lsn, Position
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,47 +53,29 @@ def parse_time(text: str) -> int:
         ) from None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reached:
-    """Where a copy stands that was brought back to a point."""
-
-    place: LogPlace
-    epoch: Epoch
-    time_us: int
-    realms: int  # without the system's own
-
-
-def cut_log(root: Path, manifest: Manifest, point: Point) -> Reached:
-    """Takes what is behind ``point`` out of the log of the copy in ``root``.
+def cut_log(directory: DataDirectory, point: Point) -> None:
+    """Takes what is behind ``point`` out of a copy's log. The directory must be marked as unfinished meanwhile.
 
     Raises:
-        UsageError: the copy's store is behind the point already, or it does not reach up to that LSN.
+        UsageError: the copy's store is behind the point already, or its log does not reach up to that LSN.
         CorruptionError, StorageFailed.
     """
-    if point.lsn is not None and point.lsn > manifest.lsn:
-        raise UsageError(f"the backup reaches up to LSN {manifest.lsn}, not to {point.lsn}")
-    with Store.open(root / "store") as store:
-        state = State(store)
-        if point.is_before(state.applied.lsn, state.time_us):
-            raise UsageError(
-                f"the backup's state is of LSN {state.applied.lsn} at {utc_text(state.time_us / 1e6)}, behind {point}",
-                remedy="use an older backup",
-            )
-        segments = segments_behind(root / "log", manifest.cluster_id, state.applied.lsn)
-        begin = LogPlace(state.applied, state.offset)
-        for record in records_from(segments, begin):
-            entry = parse_entry(record.payload, record.lsn)
-            if point.is_before(record.lsn, entry.time_us):
-                break
-            state.apply(record, entry)
-        reached = Reached(
-            place=LogPlace(state.applied, state.offset),
-            epoch=Epoch(state.epochs[-1].info.epoch if state.epochs else 0),
-            time_us=state.time_us,
-            realms=state.user_realm_count,
+    with Store.open(directory.store, cluster=directory.cluster) as store:
+        row = store.current.checkpoint
+    place, time_us = LogPlace(Position(Lsn(row.lsn), Digest(row.digest)), row.log_offset), row.time_us
+    if point.is_before(place.position.lsn, time_us):
+        raise UsageError(
+            f"the backup's state is of LSN {row.lsn} at {utc_text(time_us / 1e6)}, behind {point}",
+            remedy="use an older backup",
         )
-    _truncate(segments, reached.place)
-    return reached
+    segments = segments_behind(directory.log, directory.cluster, place.position.lsn)
+    for record in records_from(segments, place):
+        if point.is_before(record.lsn, parse_entry(record.payload, record.lsn).time_us):
+            break
+        place = LogPlace(record.position, place.offset + record.encoded_bytes)
+    if point.lsn is not None and point.lsn > place.position.lsn:
+        raise UsageError(f"the backup reaches up to LSN {place.position.lsn}, not to {point.lsn}")
+    _truncate(segments, place)
 
 
 def _truncate(segments: list[Segment], place: LogPlace) -> None:

@@ -8,82 +8,22 @@ being looked at, it is looked at again.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
+from understudy.backup.log_files import LogFiles, LogPart
 from understudy.common.directory import NODE_FILE, NodeFile, Role, check_finished
-from understudy.common.errors import (
-    CorruptionError,
-    NotADataDirectory,
-    StorageFailed,
-    UnderstudyError,
-    UsageError,
-)
+from understudy.common.errors import NotADataDirectory, StorageFailed, UnderstudyError
 from understudy.common.files import storage_errors
 from understudy.common.locator import History, lookup_in, span_of
-from understudy.common.log_reader import LogPlace, records_from, segments_behind
+from understudy.common.log_reader import LogPlace
 from understudy.common.pinned_snapshot import PinnedSnapshot, checkpoint_of
-from understudy.common.segment import RECORDS_START, Segment, SegmentHeader, Watermark, segment_name
 from understudy.common.state import State
 from understudy.common.store import Store
 from understudy.common.store_layout import DATA_FILE
 from understudy.common.types import ClusterId, Digest, Epoch, Lsn, Position
 
 _TRIES = 5
-_READ_BYTES = 1 << 20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LogPart:
-    """A stretch of records of one segment, as a segment of a copy."""
-
-    header: SegmentHeader  # of the copy's segment
-    end: LogPlace  # behind its last record
-    fd: int  # of the source's segment; closed with the source
-    start_byte: int  # of the first record, in the source's file
-
-    @property
-    def name(self) -> str:
-        """The copy's file name."""
-        return segment_name(self.header.first_lsn)
-
-    @property
-    def record_bytes(self) -> int:
-        """How many bytes of records."""
-        return self.end.offset - self.header.first_offset
-
-    @property
-    def file_bytes(self) -> int:
-        """The copy's length."""
-        return RECORDS_START + self.record_bytes
-
-    def content(self) -> Iterator[bytes]:
-        """The copy's file, in pieces.
-
-        Raises:
-            StorageFailed, CorruptionError: see :meth:`records`.
-        """
-        watermark = Watermark.settled(self.end.position.lsn, self.end.offset)
-        yield (self.header.encode() + watermark.encode()).ljust(RECORDS_START, b"\0")
-        yield from self.records()
-
-    def records(self) -> Iterator[bytes]:
-        """The record bytes, in pieces.
-
-        Raises:
-            StorageFailed, CorruptionError: the file can't be read, or has become shorter.
-        """
-        at, left = self.start_byte, self.record_bytes
-        while left:
-            with storage_errors("read", Path(self.name)):
-                data = os.pread(self.fd, min(_READ_BYTES, left), at)
-            if not data:
-                raise CorruptionError(f"{self.name} was cut off at byte {at}")
-            yield data
-            at, left = at + len(data), left - len(data)
 
 
 class Source:
@@ -96,7 +36,7 @@ class Source:
         self.state = state
         self.cluster: ClusterId = state.store.current.cluster()
         self.checkpoint = state.store.current.checkpoint
-        self._opened = contextlib.ExitStack()
+        self._log = LogFiles(path / "log", self.cluster)
 
     @property
     def end(self) -> LogPlace:
@@ -120,15 +60,8 @@ class Source:
         Raises:
             CorruptionError, StorageFailed.
         """
-        segments = self._segments_behind(self.begin.position.lsn)
-        for record in records_from(segments, self.begin):
+        for record in self._log.durable_records(self.begin):
             self.state.apply(record)
-        # Records can be read before they are durable. A copy must not hold what a power failure takes from its source.
-        with storage_errors("sync", segments[-1].path):
-            os.fdatasync(self._open(segments[-1]))
-
-    def _segments_behind(self, after: Lsn | None) -> list[Segment]:
-        return segments_behind(self.path / "log", self.cluster, after)
 
     def parts(self, after: LogPlace) -> list[LogPart]:
         """The log behind ``after``, which is on this history and not pruned, up to :attr:`end`.
@@ -137,71 +70,24 @@ class Source:
             UsageError: it is pruned.
             CorruptionError, StorageFailed.
         """
-        segments = self._segments_behind(after.position.lsn)
-        segments = [segment for segment in segments if segment.header.before.lsn <= self.end.position.lsn]
-        ends = [
-            LogPlace(following.header.before, following.header.first_offset)
-            for _, following in pairwise(segments)
-        ]
-        return [
-            self._part(segment, after if segment is segments[0] else None, end)
-            for segment, end in zip(segments, [*ends, self.end], strict=True)
-        ]
-
-    def _part(self, segment: Segment, after: LogPlace | None, end: LogPlace) -> LogPart:
-        header = segment.header
-        if after is not None and after.offset > header.first_offset:
-            header = SegmentHeader(
-                cluster=header.cluster,
-                epoch=header.epoch,
-                first_lsn=Lsn(after.position.lsn + 1),
-                first_offset=after.offset,
-                previous=after.position.digest,
-            )
-        return LogPart(
-            header=header,
-            end=end,
-            fd=self._open(segment),
-            start_byte=segment.byte_of(header.first_offset),
-        )
-
-    def _open(self, segment: Segment) -> int:
-        with storage_errors("read", segment.path):
-            fd = os.open(segment.path, os.O_RDONLY | os.O_CLOEXEC)
-        self._opened.callback(os.close, fd)
-        return fd
+        return self._log.parts(after, self.end)
 
     def history(self) -> History:
         """What is known here of this copy's history, to compare another copy with."""
         marks = {mark.lsn: mark.digest for mark in self.state.store.current.marks()}
-        marks[self.begin.position.lsn] = self.begin.position.digest
-        marks[self.end.position.lsn] = self.end.position.digest
         spans = [span_of(row.info) for row in self.state.epochs]
-        marks.update((span.fork.lsn, span.fork.digest) for span in spans)
-        first_held = self._segments_behind(None)[0].header.first_lsn
+        marks |= {span.fork.lsn: span.fork.digest for span in spans}
+        marks[self.end.position.lsn] = self.end.position.digest
         return History(
             head=self.end.position,
             epochs=spans,
-            first_held=first_held,
-            lookup=lookup_in(self._position_at, marks),
+            first_held=self._log.first_lsn,
+            lookup=lookup_in(self._log.position_at, marks),
         )
-
-    def _position_at(self, lsn: Lsn) -> Position | None:
-        """The position of an entry that the log holds."""
-        if lsn > self.end.position.lsn:
-            return None
-        with contextlib.suppress(UsageError):
-            segment = self._segments_behind(lsn)[0]
-            if segment.header.before.lsn == lsn:
-                return segment.header.before
-            fd = self._open(segment)
-            found, _ = segment.find(lsn, lambda at, length: os.pread(fd, length, segment.byte_of(at)))
-            return found
-        return None
 
     def close(self) -> None:
         """Closes the files of the log."""
-        self._opened.close()
+        self._log.close()
 
 
 @contextlib.contextmanager

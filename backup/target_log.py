@@ -104,8 +104,21 @@ def _append_whole(log: ChangeLog, data: bytes, epoch: Epoch) -> bytes:
     return data[scan.good_bytes :]
 
 
-def fold(directory: DataDirectory) -> None:
-    """Brings the store up to the last freeze mark in the log, and removes the segments that are no longer needed.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reached:
+    """Where a copy stands that was opened."""
+
+    place: LogPlace
+    epoch: Epoch
+    time_us: int  # of the last entry
+    realms: int  # without the system's own
+    checkpoint: CheckpointRow
+
+
+def settle(directory: DataDirectory) -> Reached:
+    """Opens a copy as a server would, which shows that it can be.
+
+    That brings the store up to the last freeze mark in the log; the segments that are not needed then are removed.
 
     Raises:
         CorruptionError, DiskFull, StorageFailed.
@@ -113,6 +126,13 @@ def fold(directory: DataDirectory) -> None:
     engine = Engine.open(directory)
     try:
         engine.log.prune(Lsn(engine.checkpoint.lsn + 1))
+        return Reached(
+            place=LogPlace(engine.durable, engine.log.end_offset),
+            epoch=engine.epoch,
+            time_us=engine.state.time_us,
+            realms=engine.state.user_realm_count,
+            checkpoint=engine.checkpoint,
+        )
     finally:
         engine.abandon()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ import click
 
 from understudy.cli.options import EPILOG, INTERRUPTED, byte_rate, json_option
 from understudy.cli.secrets import encryption_options
+from understudy.common.errors import ExitCode
 
 if TYPE_CHECKING:
     from understudy.backup.encryption import Encryption
@@ -19,12 +21,11 @@ if TYPE_CHECKING:
 _STANDARD_OUTPUT = Path("-")
 
 
-@click.command(epilog=EPILOG)
+@click.group(epilog=EPILOG, invoke_without_command=True)
 @click.option(
     "-f",
     "--from",
     "source",
-    required=True,
     metavar="SOURCE",
     type=click.Path(path_type=Path),
     help="The data directory: a primary's or a replica's, whether it runs or not, or a backup.",
@@ -33,7 +34,6 @@ _STANDARD_OUTPUT = Path("-")
     "-t",
     "--to",
     "target",
-    required=True,
     metavar="TARGET",
     type=click.Path(path_type=Path),
     help="A directory, absent or empty; FILE.tar.zst or FILE.tar.zst.age; - for standard output.",
@@ -49,9 +49,11 @@ _STANDARD_OUTPUT = Path("-")
     help="How hard zstd compresses an archive.",
 )
 @json_option
+@click.pass_context
 def backup(
-    source: Path,
-    target: Path,
+    context: click.Context,
+    source: Path | None,
+    target: Path | None,
     update: bool,
     rate: int | None,
     encryption: Encryption | None,
@@ -66,6 +68,8 @@ def backup(
     A TARGET that ends in .tar.zst is one archive, and in .tar.zst.age one that is encrypted, for --recipient or with
     the passphrase in --passphrase-file. age, zstd and tar open it too.
 
+    With a command, it works with the policies of a server's TOML file instead.
+
     While at work a directory holds the file BACKUP_IN_PROGRESS; what was cut off is finished with --update.
 
     \b
@@ -74,6 +78,10 @@ def backup(
       understudy backup -f /var/lib/understudy/data -t /backup/monday --update
       understudy backup -f /var/lib/understudy/data -t monday.tar.zst.age --recipient age1...
     """
+    if context.invoked_subcommand is not None:
+        return
+    if source is None or target is None:
+        raise click.UsageError("Give both -f and -t, or a command.")
     from understudy.cli.logs import QUIET, configure_logs
     from understudy.cli.output import Progress
 
@@ -87,8 +95,53 @@ def backup(
             + (f"; {target} is not finished: go on with --update, or remove it" if target.is_dir() else ""),
             err=True,
         )
-        click.get_current_context().exit(INTERRUPTED)
+        context.exit(INTERRUPTED)
     _tell(report, as_json=as_json, to_stderr=target == _STANDARD_OUTPUT)
+
+
+@backup.command(epilog=EPILOG)
+@click.argument("name")
+@click.option(
+    "--config",
+    required=True,
+    metavar="FILE.toml",
+    type=click.Path(path_type=Path),
+    help="Where the policy stands, in a table [[backup]].",
+)
+@click.option(
+    "--data-dir",
+    required=True,
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="The data directory: a primary's or a replica's, whether it runs or not.",
+)
+@json_option
+@click.pass_context
+def run(context: click.Context, name: str, config: Path, data_dir: Path, as_json: bool) -> None:
+    """Run a policy once, now: for cron and systemd timers.
+
+    Ends with 0 only if the backup is in all of the policy's repositories and all else went well.
+
+    \b
+    Example:
+      understudy backup run nightly --config understudy.toml --data-dir /var/lib/understudy/data
+    """
+    from understudy.backup.history import Result
+    from understudy.backup.policy import find_policy
+    from understudy.backup.run import run_policy
+    from understudy.cli.backup_tables import print_run
+    from understudy.cli.logs import configure_logs
+    from understudy.cli.output import Progress, print_json
+
+    configure_logs(level=logging.WARNING)
+    policy = find_policy(config, name)
+    with Progress("backing up", unit="bytes") as progress:
+        report = run_policy(policy, data_dir, progress=progress.update)
+    if as_json:
+        print_json(report.facts())
+    else:
+        print_run(report)
+    context.exit(ExitCode.DONE if report.result is Result.DONE else ExitCode.FAILED)
 
 
 def _make(

@@ -31,6 +31,7 @@ _MODULES = {
     "promote": "promote",
     "fence": "fence",
     "backup": "backup",
+    "backups": "backups",
     "restore": "restore",
     "rewind": "rewind",
     "salvage": "salvage",

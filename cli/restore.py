@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from understudy.cli.options import EPILOG, json_option
 from understudy.cli.secrets import unlocking_options
+from understudy.common.types import Lsn
+
+if TYPE_CHECKING:
+    from understudy.backup.encryption import Unlocking
+    from understudy.backup.point import Point
+    from understudy.backup.restore import RestoreReport
 
 
 @click.command(epilog=EPILOG)
-@click.argument("backup", metavar="BACKUP", type=click.Path(path_type=Path))
+@click.argument("backup", metavar="BACKUP|REPOSITORY")
+@click.argument("backup_id", metavar="[BACKUP]", required=False)
 @click.option(
     "--to",
     "target",
@@ -24,39 +32,103 @@ from understudy.cli.secrets import unlocking_options
 @click.option(
     "--at", "at", metavar="TIME", help="Go no further than this moment, such as 2026-05-01T14:30:00."
 )
+@click.option("--dry-run", is_flag=True, help="Only say what would be restored from a repository.")
 @unlocking_options
 @json_option
 def restore(
-    backup: Path, target: Path, lsn: int | None, at: str | None, unlocking: object, as_json: bool
+    backup: str,
+    backup_id: str | None,
+    target: Path,
+    lsn: int | None,
+    at: str | None,
+    dry_run: bool,
+    unlocking: Unlocking,
+    as_json: bool,
 ) -> None:
     """Make a data directory of a backup, checked as it is written.
 
-    BACKUP is a backup's directory or an archive. `understudy primary --data-dir DIR` then starts a server, with a new
-    epoch of the same cluster: clients who saw later things are told apart, and heal or reset.
+    From a backup's directory or archive; or from a REPOSITORY: the newest suitable backup and the log that was shipped
+    after it, up to the end or to --lsn or --at; a BACKUP that is named comes without log if neither is given.
+
+    `understudy primary --data-dir DIR` then starts a server, with a new epoch of the same cluster: clients who saw
+    later things are told apart, and heal or reset. Cut off, the same command goes on.
 
     \b
     Example:
-      understudy restore /backup/monday --to /var/lib/understudy/restored
-      understudy restore monday.tar.zst.age --identity key.txt --to restored --at 2026-05-01T14:30:00
+      understudy restore /backup/monday --to restored
+      understudy restore monday.tar.zst.age --identity key.txt --to restored
+      understudy restore s3://bucket/backups --to restored --at 2026-05-01T14:30:00
     """
-    if lsn is not None and at is not None:
-        raise click.UsageError("Give --lsn or --at, not both.")
-    from understudy.backup.encryption import Unlocking
     from understudy.backup.point import Point, parse_time
+    from understudy.backup.repository import is_repository
     from understudy.backup.restore import restore_backup
     from understudy.cli.logs import QUIET, configure_logs
-    from understudy.cli.output import Progress, counted, print_json, seconds_text, size_text
-    from understudy.common.types import Lsn
+    from understudy.cli.output import Progress
 
-    assert isinstance(unlocking, Unlocking)
     configure_logs(level=QUIET)
+    if lsn is not None and at is not None:
+        raise click.UsageError("Give --lsn or --at, not both.")
     point = None
-    if lsn is not None:
-        point = Point(lsn=Lsn(lsn))
-    elif at is not None:
-        point = Point(time_us=parse_time(at))
+    if lsn is not None or at is not None:
+        point = Point(
+            lsn=Lsn(lsn) if lsn is not None else None, time_us=parse_time(at) if at is not None else None
+        )
+    if is_repository(backup):
+        report = _restore_stored(backup, backup_id, target, point, unlocking, dry_run=dry_run)
+    elif backup_id is not None or dry_run:
+        raise click.UsageError(f"{backup} is no repository: give neither a second BACKUP nor --dry-run.")
+    else:
+        with Progress("restoring", unit="bytes") as progress:
+            report = restore_backup(
+                Path(backup), target, point=point, unlocking=unlocking, progress=progress.update
+            )
+    if report is not None:
+        _tell(report, target, as_json=as_json)
+
+
+def _restore_stored(
+    url: str,
+    backup_id: str | None,
+    target: Path,
+    point: Point | None,
+    unlocking: Unlocking,
+    *,
+    dry_run: bool,
+) -> RestoreReport | None:
+    from understudy.backup.catalog import read_catalog
+    from understudy.backup.choice import choose_backup
+    from understudy.backup.repository import open_repository
+    from understudy.backup.restore import restore_stored
+    from understudy.cli.output import Progress, plain
+
+    repository = open_repository(url)
+    catalog = read_catalog(repository)
+    for problem in catalog.problems:
+        click.echo(f"problem: {plain(problem)}", err=True)
+    backup = catalog.find(backup_id) if backup_id is not None else choose_backup(catalog, point, url)
+    with_log = point is not None or backup_id is None
+    click.echo(
+        f"from {backup.id}, which reaches LSN {backup.manifest.lsn} of {backup.manifest.time}"
+        + (f"; then the log, up to {point or 'its end'}" if with_log else ""),
+        err=True,
+    )
+    if dry_run:
+        return None
     with Progress("restoring", unit="bytes") as progress:
-        report = restore_backup(backup, target, point=point, unlocking=unlocking, progress=progress.update)
+        return restore_stored(
+            repository,
+            backup,
+            target,
+            with_log=with_log,
+            point=point,
+            unlocking=unlocking,
+            progress=progress.update,
+        )
+
+
+def _tell(report: RestoreReport, target: Path, *, as_json: bool) -> None:
+    from understudy.cli.output import counted, print_json, seconds_text, size_text
+
     manifest = report.manifest
     if as_json:
         print_json(

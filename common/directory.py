@@ -279,7 +279,9 @@ class DataDirectory:
             kept = _new_folder(self.set_aside, time.strftime("copy-%Y%m%dT%H%M%SZ", time.gmtime()))
             # Its place is noted in incoming/ so that a crash in between does not lose it.
             publish(self.incoming / _OLD_COPY_NOTE, os.fsencode(kept.name))
-        publish(self.incoming / _ROLE_NOTE, role.value.encode())
+        (self.incoming / _ROLE_NOTE).unlink(missing_ok=True)
+        if role is not Role.REPLICA:
+            publish(self.incoming / _ROLE_NOTE, role.value.encode())
         self._publish(replace(self._known, role=Role.INSTALLING, cluster=str(uuid.UUID(bytes=cluster))))
         self._finish_interrupted()
         return kept

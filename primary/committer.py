@@ -41,9 +41,12 @@ from understudy.v1 import data_pb2, log_pb2
 # Made, not yet committed: a bound on memory, and on what a failover can leave unacknowledged.
 PENDING_BYTES_MAX = 16 << 20
 PENDING_ENTRIES_MAX = 50_000
-# A memtable with changes in it is written out after this long even when it is small: recovery stays short, and a
-# checkpoint takes disk and processor from commits for tens of milliseconds, not for a second.
-CHECKPOINT_AGE_S = 5.0
+# A memtable with changes in it is written out after this long even when it is small, to keep recovery short.
+CHECKPOINT_AGE_S = 60.0
+# And with so many operations earlier: under load, checkpoints that are small take disk and processor from commits for
+# tens of milliseconds, not for a second.
+BUSY_CHECKPOINT_AGE_S = 5.0
+BUSY_OPERATIONS = 2_000
 # A degraded server returns to its level when its replicas are as close as this: under load none is ever quite at
 # the head, and what is missing is waited for.
 CAUGHT_UP_ENTRIES = 1_000
@@ -386,8 +389,10 @@ class Committer:
             self._active_since_s = None
         elif self._active_since_s is None:
             self._active_since_s = now_s
-        elif now_s - self._active_since_s >= CHECKPOINT_AGE_S:
-            self.freeze()
+        else:
+            is_busy = self._applier.state.active.operations >= BUSY_OPERATIONS
+            if now_s - self._active_since_s >= (BUSY_CHECKPOINT_AGE_S if is_busy else CHECKPOINT_AGE_S):
+                self.freeze()
         self.advance()
 
     def freeze(self) -> None:

@@ -34,7 +34,7 @@ from understudy.common.state import State
 from understudy.common.store import Store
 from understudy.common.types import START, TRANSACTION_BYTES_MAX, Durability, Epoch
 from understudy.primary import committer as committer_module
-from understudy.primary.committer import CHECKPOINT_AGE_S
+from understudy.primary.committer import BUSY_CHECKPOINT_AGE_S, CHECKPOINT_AGE_S
 from understudy.v1 import data_pb2, log_pb2
 from understudy.v1.store_pb2 import CheckpointRow
 
@@ -611,6 +611,19 @@ def test_an_old_memtable_is_frozen_and_an_empty_one_is_not(store: Store) -> None
     for _ in range(10):
         server.tick(CHECKPOINT_AGE_S)
     assert server.committer.take_batch() == b""
+
+
+def test_a_busy_memtable_is_frozen_after_a_few_seconds(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """G9: with enough operations in it a memtable does not wait for a minute; with one less it does."""
+    monkeypatch.setattr(committer_module, "BUSY_OPERATIONS", 3)
+    server = Server(store, policy(LOCAL))
+    for number in (1, 2, 3):
+        server.submit(number)
+        server.durable()
+        server.tick(BUSY_CHECKPOINT_AGE_S - 1)
+        server.tick(1.0)
+        server.durable()
+        assert server.kinds() == ["change"] * number + ["freeze"] * (number == 3)
 
 
 def test_a_mark_is_answered_as_a_transaction_is(store: Store) -> None:

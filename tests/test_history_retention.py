@@ -218,8 +218,10 @@ def test_nothing_young_goes_and_nothing_old_stays(steps: list[tuple[list[Edit], 
                 *[edit for edit in edits if edit.changes or edit.path in node.model.realms], later_us=later_us
             )
             check()
-        for _ in range(2 + 2 * sum(len(node.kept(path)) for path in node.model.realms)):
-            node.step(later_us=SECOND_US)  # of four realms two are looked at, and one change at least goes
+        for _ in range(4 * (1 + sum(len(node.kept(path)) for path in node.model.realms))):
+            node.step(
+                later_us=SECOND_US
+            )  # one of four realms at least is looked at, and one change of it goes
         check(old_us=11 * HOUR_US)  # times are noted that exactly
 
 

@@ -163,8 +163,8 @@ MUTANTS = (
     Mutant(
         name="a promotion does not write its epoch",
         guarantee="G7",
-        file="replica/promotion.py",
-        old="        engine.log.write_batch(data, Position(lsn, digest), epoch=epoch)\n",
+        file="common/reign.py",
+        old="    engine.log.write_batch(data, Position(lsn, digest), epoch=epoch)\n",
         new="",
         tests=("tests/test_stale_primary.py::test_a_promoted_directory_holds_the_start_of_its_epoch",),
     ),
@@ -179,7 +179,7 @@ MUTANTS = (
     Mutant(
         name="a promotion begins while its role is still replica",
         guarantee="G7",
-        file="replica/promotion.py",
+        file="common/reign.py",
         old="        directory.set_role(Role.PROMOTING)\n",
         new="        pass\n",
         tests=(

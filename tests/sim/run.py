@@ -27,6 +27,9 @@ from typing import Any, NoReturn
 
 _STORIES_A_PROCESS = 10
 _STORY_S_MAX = 120
+# For personality(2).
+_ADDR_NO_RANDOMIZE = 0x0040000
+_ASK = 0xFFFFFFFF
 _REAL_TIME = time.perf_counter  # a story changes what `time` says
 
 
@@ -54,6 +57,7 @@ def child(seeds: list[int], without: list[int]) -> NoReturn:
 
     So each begins with the same memory: where objects lie decides in which order sets of them are walked.
     """
+    begin_without_chance()
     import sim.story  # noqa: F401  # once for all
 
     gc.disable()  # what was killed must not run, and would: files that it had open would be closed, by number
@@ -80,7 +84,6 @@ def told(seeds: list[int], without: Iterable[int] = ()) -> Iterator[dict[str, An
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join([tests, *sys.path])},
-        preexec_fn=without_chance,
         process_group=0,  # so that its forks end with it
     )
     left = list(seeds)
@@ -105,10 +108,16 @@ def told(seeds: list[int], without: Iterable[int] = ()) -> Iterator[dict[str, An
         }
 
 
-def without_chance() -> None:
-    """The process's memory lies where it always does."""
-    addr_no_randomize = 0x0040000
-    ctypes.CDLL(None).personality(addr_no_randomize)
+def begin_without_chance() -> None:
+    """Begins this process anew, with its memory where it always lies, unless it lies there already.
+
+    Not between fork and exec: in a process that uses gRPC, what gRPC does there can end the child.
+    """
+    personality = ctypes.CDLL(None).personality
+    now = personality(_ASK)
+    if not now & _ADDR_NO_RANDOMIZE:
+        personality(now | _ADDR_NO_RANDOMIZE)
+        os.execv(sys.executable, sys.orig_argv)
 
 
 def shrunk(seed: int, count: int) -> list[int]:

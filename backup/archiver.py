@@ -1,0 +1,111 @@
+"""Ships the change-log to a repository while its server goes on: whole segments, and the last one as it grows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from understudy.backup.archive import DEFAULT_LEVEL
+from understudy.backup.encryption import Encryption
+from understudy.backup.log_archive import Stretch, list_stretches, ship, short_digest
+from understudy.backup.log_files import LogFiles, LogPart
+from understudy.backup.repository import Repository
+from understudy.common.entries import parse_epoch_start
+from understudy.common.log_reader import LogPlace
+from understudy.common.types import ClusterId, Epoch, Lsn
+
+
+class Archiver:
+    """Ships the log of one directory to one repository.
+
+    Args:
+        log: the directory ``log/`` of a data directory, whose server may run.
+        cluster: its cluster.
+        repository: claimed for that cluster.
+        encryption: as of the backups beside it.
+    """
+
+    def __init__(
+        self,
+        log: Path,
+        cluster: ClusterId,
+        repository: Repository,
+        *,
+        encryption: Encryption | None,
+        level: int = DEFAULT_LEVEL,
+    ) -> None:
+        self._log = log
+        self._cluster = cluster
+        self._repository = repository
+        self._encryption = encryption
+        self._level = level
+        self._shipped: LogPlace | None = None
+        self._epoch = Epoch(0)  # of the last entry shipped
+
+    @property
+    def shipped_lsn(self) -> Lsn | None:
+        """Up to where the log is in the repository; None as long as that was not looked for."""
+        return self._shipped.position.lsn if self._shipped is not None else None
+
+    def ship(self) -> Lsn:
+        """Ships what is durable and not in the repository yet; returns up to which LSN it reaches now.
+
+        Raises:
+            RepositoryError: what could not be shipped is shipped by the next call.
+            CorruptionError, StorageFailed: of the log.
+            UsageError: the log no longer holds what comes next; a new :class:`Archiver` begins where it can.
+        """
+        with LogFiles(self._log, self._cluster) as files:
+            if self._shipped is None:
+                self._shipped = self._find_shipped(files)
+            end, epochs = self._scan(files, self._shipped)
+            if end.position.lsn > self._shipped.position.lsn:
+                *sealed, last = files.parts(self._shipped, end)
+                for part in sealed:
+                    self._ship_whole(files, part, epochs)
+                if last.record_bytes:
+                    self._ship(last, epochs)
+        return self._shipped.position.lsn
+
+    def _find_shipped(self, files: LogFiles) -> LogPlace:
+        """Where the newest stretch of this log in the repository ends, or the place before all that the log holds."""
+        for stretch in sorted(list_stretches(self._repository), key=lambda one: one.last, reverse=True):
+            place = files.place_at(stretch.last)
+            if place is not None and short_digest(place.position.digest) == stretch.digest:
+                self._epoch = stretch.epoch
+                return place
+        return files.begin
+
+    def _ship_whole(self, files: LogFiles, part: LogPart, epochs: dict[Lsn, Epoch]) -> None:
+        """Ships the segment that ends with ``part``, and removes what of it was shipped while it was being written."""
+        begin = files.begin_of_segment(part.end.position.lsn)
+        whole = self._ship(files.parts(begin, part.end)[0], epochs)
+        for stretch in list_stretches(self._repository):
+            within = whole.first <= stretch.first and stretch.last <= whole.last and stretch != whole
+            if within and _is_of(stretch, files):
+                self._repository.delete(stretch.name)
+
+    def _ship(self, part: LogPart, epochs: dict[Lsn, Epoch]) -> Stretch:
+        end = part.end.position.lsn
+        self._epoch = max((epoch for lsn, epoch in epochs.items() if lsn <= end), default=self._epoch)
+        stretch = ship(
+            self._repository, part, epoch=self._epoch, encryption=self._encryption, level=self._level
+        )
+        self._shipped = part.end
+        return stretch
+
+    @staticmethod
+    def _scan(files: LogFiles, after: LogPlace) -> tuple[LogPlace, dict[Lsn, Epoch]]:
+        """How far the log is durable, and the epochs that begin on the way."""
+        place, epochs = after, {}
+        for record in files.durable_records(after):
+            place = LogPlace(record.position, place.offset + record.encoded_bytes)
+            started = parse_epoch_start(record.payload)
+            if started is not None:
+                epochs[record.lsn] = Epoch(started[0].epoch)
+        return place, epochs
+
+
+def _is_of(stretch: Stretch, files: LogFiles) -> bool:
+    """Whether a stretch ends with an entry that this log has."""
+    position = files.position_at(stretch.last)
+    return position is not None and short_digest(position.digest) == stretch.digest

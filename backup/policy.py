@@ -1,0 +1,205 @@
+"""Policies of scheduled backups: the tables ``[[backup]]`` of the TOML file that a server is started with."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from understudy.backup.encryption import Encryption
+from understudy.backup.retention import Retention
+from understudy.backup.schedule import Schedule
+from understudy.common.errors import UsageError
+from understudy.common.files import storage_errors
+from understudy.common.sizes import parse_size
+
+NAME_CHARACTERS_MAX = 60
+_LEVELS = range(1, 20)
+_RETENTION_KEYS = frozenset(field.name for field in fields(Retention)) - {"zone"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """What is backed up when, to where, and what is kept."""
+
+    name: str
+    schedule: Schedule | None  # None: only when asked for
+    repositories: tuple[str, ...]
+    recipients: tuple[str, ...] = ()
+    passphrase_file: Path | None = None
+    rate: int | None = None  # bytes a second
+    level: int = 3  # of zstd
+    retention: Retention = Retention()  # noqa: RUF009  # frozen
+    archive_log: bool = True  # ship the log too, so that restores go to any moment
+    drill: bool = False  # restore each backup after it was made
+    drill_warn_days: int = 7  # without a drill for so long, `status` warns
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    on_failure: tuple[str, ...] = ()
+    retries: int = 1
+    retry_wait_s: float = 60.0
+
+    def encryption(self) -> Encryption | None:
+        """What its backups are encrypted with, read anew each time: older backups keep theirs.
+
+        Raises:
+            UsageError: the file holds no passphrase.
+            StorageFailed: it can't be read.
+        """
+        if self.passphrase_file is None:
+            return Encryption("", self.recipients) if self.recipients else None
+        return Encryption(read_passphrase(self.passphrase_file))
+
+
+def read_passphrase(path: Path) -> str:
+    """The first line of a file.
+
+    Raises:
+        UsageError: it is empty.
+        StorageFailed: the file can't be read.
+    """
+    with storage_errors("read", path):
+        lines = path.read_text(errors="replace").splitlines()
+    if not lines or not lines[0]:
+        raise UsageError(f"{path} holds no passphrase", remedy="write it on the first line")
+    return lines[0]
+
+
+def read_policies(path: Path) -> dict[str, Policy]:
+    """The policies of a file, by name.
+
+    Raises:
+        UsageError: it can't be read, or says what can't be; with the policy's name and the key.
+    """
+    try:
+        content = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise UsageError(f"can't read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not TOML: {error}") from error
+    tables = content.get("backup", [])
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise UsageError(f"{path}: 'backup' is no list of tables", remedy="begin each policy with [[backup]]")
+    policies: dict[str, Policy] = {}
+    for table in tables:
+        policy = parse_policy(table, str(path))
+        if policy.name in policies:
+            raise UsageError(f"{path}: two policies are called {policy.name!r}")
+        policies[policy.name] = policy
+    return policies
+
+
+def find_policy(path: Path, name: str) -> Policy:
+    """The policy of that name.
+
+    Raises:
+        UsageError: the file has none, or can't be read.
+    """
+    policies = read_policies(path)
+    if name not in policies:
+        known = f"known: {', '.join(sorted(policies))}" if policies else "the file has none"
+        raise UsageError(f"{path} has no backup policy {name!r}", remedy=known)
+    return policies[name]
+
+
+def parse_policy(table: Mapping[str, Any], where: str) -> Policy:
+    """One table.
+
+    Args:
+        where: the file's name, for messages.
+
+    Raises:
+        UsageError: a key is unknown, or a value can't be.
+    """
+    name = table.get("name")
+    if not isinstance(name, str) or not name.isprintable() or not 1 <= len(name) <= NAME_CHARACTERS_MAX:
+        raise UsageError(
+            f"{where}: a policy's name is {name!r}",
+            remedy=f"give 1 to {NAME_CHARACTERS_MAX} printable characters",
+        )
+    return _Table(table, f"{where}, backup policy {name!r}").policy(name)
+
+
+class _Table:
+    """A policy's table while it is being read."""
+
+    def __init__(self, table: Mapping[str, Any], where: str) -> None:
+        self._left = {key: value for key, value in table.items() if key != "name"}
+        self._where = where
+
+    def policy(self, name: str) -> Policy:
+        zone = self._take("zone", str, "UTC")
+        expression = self._take("schedule", str, "")
+        policy = Policy(
+            name=name,
+            schedule=Schedule.parse(expression, zone) if expression else None,
+            repositories=self._words("repositories"),
+            recipients=self._words("recipients"),
+            passphrase_file=self._path("passphrase_file"),
+            rate=self._rate(),
+            level=self._take("level", int, 3),
+            retention=self._retention(zone),
+            archive_log=self._take("archive_log", bool, True),
+            drill=self._take("drill", bool, False),
+            drill_warn_days=self._take("drill_warn_days", int, 7),
+            before=self._words("before"),
+            after=self._words("after"),
+            on_failure=self._words("on_failure"),
+            retries=self._take("retries", int, 1),
+            retry_wait_s=float(self._take("retry_wait_s", (int, float), 60)),
+        )
+        self._check(policy)
+        return policy
+
+    def _check(self, policy: Policy) -> None:
+        if self._left:
+            known = [*sorted(field.name for field in fields(Policy)), "zone"]
+            raise self._wrong(f"unknown key {min(self._left)!r}", f"known: {', '.join(known)}")
+        if not policy.repositories:
+            raise self._wrong("no repositories", 'say where to: repositories = ["/backup"]')
+        if policy.level not in _LEVELS:
+            raise self._wrong(f"level is {policy.level}", "give 1 to 19")
+        if policy.retries < 0 or policy.retry_wait_s < 0 or policy.drill_warn_days < 1:
+            raise self._wrong(
+                "retries, retry_wait_s or drill_warn_days is too small", "give 0 or more; days from 1 on"
+            )
+        if policy.recipients and policy.passphrase_file is not None:
+            raise self._wrong("recipients and passphrase_file", "give one of them")
+        if policy.recipients:
+            Encryption("", policy.recipients).check()
+
+    def _take(self, key: str, kind: Any, default: Any) -> Any:
+        value = self._left.pop(key, default)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise self._wrong(f"{key} is {value!r}", "see the README's chapter on backups")
+        return value
+
+    def _words(self, key: str) -> tuple[str, ...]:
+        words = self._take(key, list, [])
+        if not all(isinstance(word, str) and word for word in words):
+            raise self._wrong(f"{key} is {words!r}", "give a list of texts")
+        return tuple(words)
+
+    def _path(self, key: str) -> Path | None:
+        text = self._take(key, str, "")
+        return Path(text) if text else None
+
+    def _rate(self) -> int | None:
+        rate = self._take("rate", (str, int), 0)
+        return (parse_size(rate.removesuffix("/s")) if isinstance(rate, str) else rate) or None
+
+    def _retention(self, zone: str) -> Retention:
+        table = self._take("retention", dict, {})
+        for key, value in table.items():
+            if key not in _RETENTION_KEYS:
+                raise self._wrong(
+                    f"unknown key {key!r} in retention", f"known: {', '.join(sorted(_RETENTION_KEYS))}"
+                )
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise self._wrong(f"{key} in retention is {value!r}", "give a number, 0 or more")
+        return Retention(**table, zone=zone)
+
+    def _wrong(self, what: str, remedy: str) -> UsageError:
+        return UsageError(f"{self._where}: {what}", remedy=remedy)

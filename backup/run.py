@@ -1,0 +1,246 @@
+"""One run of a policy: a backup in each of its repositories, the log behind it, old ones removed, and a report."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from understudy.backup.archiver import Archiver
+from understudy.backup.books import Books
+from understudy.backup.catalog import StoredBackup, read_catalog
+from understudy.backup.encryption import Encryption
+from understudy.backup.history import Result
+from understudy.backup.hooks import run_hook
+from understudy.backup.manifest import utc_text
+from understudy.backup.policy import Policy
+from understudy.backup.progress import OnProgress
+from understudy.backup.repository import Repository, claim, open_repository
+from understudy.backup.repository_lock import RepositoryLock, locked
+from understudy.backup.source import open_source
+from understudy.backup.store_backup import store_backup
+from understudy.backup.upkeep import prune
+from understudy.common.errors import UnderstudyError
+from understudy.common.events import log
+
+
+@dataclass(slots=True, kw_only=True)
+class Outcome:
+    """What came of one repository."""
+
+    url: str
+    backup: StoredBackup | None = None
+    pruned: int = 0
+    shipped_lsn: int | None = None
+    errors: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True, kw_only=True)
+class RunReport:
+    """What came of a run."""
+
+    number: int
+    policy: str
+    started_s: float  # since 1970
+    seconds: float = 0.0
+    outcomes: list[Outcome] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)  # of no single repository
+
+    @property
+    def backups(self) -> list[StoredBackup]:
+        """What was made."""
+        return [outcome.backup for outcome in self.outcomes if outcome.backup is not None]
+
+    @property
+    def all_errors(self) -> list[str]:
+        """Each with its repository."""
+        return self.errors + [f"{one.url}: {error}" for one in self.outcomes for error in one.errors]
+
+    @property
+    def result(self) -> Result:
+        """Done, partial (something was made, not all went well), or failed."""
+        if not self.backups:
+            return Result.FAILED
+        return Result.PARTIAL if self.all_errors else Result.DONE
+
+    def facts(self) -> dict[str, Any]:
+        """For hooks and ``--json``."""
+        return {
+            "number": self.number,
+            "policy": self.policy,
+            "started": utc_text(self.started_s),
+            "seconds": round(self.seconds, 3),
+            "result": self.result.value,
+            "realms": max((backup.manifest.realms for backup in self.backups), default=0),
+            "lsn": max((backup.manifest.lsn for backup in self.backups), default=0),
+            "repositories": [
+                {
+                    "url": outcome.url,
+                    "backup": outcome.backup.id if outcome.backup else None,
+                    "bytes": outcome.backup.size if outcome.backup else 0,
+                    "pruned": outcome.pruned,
+                    "shipped_lsn": outcome.shipped_lsn,
+                    "errors": outcome.errors,
+                }
+                for outcome in self.outcomes
+            ],
+            "errors": self.all_errors,
+        }
+
+
+def run_policy(
+    policy: Policy,
+    data_dir: Path,
+    *,
+    progress: OnProgress | None = None,
+    sleep: Callable[[float], None] = time.sleep,
+) -> RunReport:
+    """Runs a policy once, whatever its schedule says; what goes wrong is in the report.
+
+    Args:
+        data_dir: what is backed up, whose server may run; journal and history are kept there.
+        progress: told of bytes done and in all, of each repository anew.
+
+    Raises:
+        DiskFull, StorageFailed, NewerFormat: journal or history can't be kept.
+    """
+    books = Books.of(data_dir)
+    run = _Run(policy, data_dir, books, progress, sleep)
+    started_s = time.monotonic()
+    run.run()
+    run.report.seconds = time.monotonic() - started_s
+    run.tell_hooks()
+    run.write_down()
+    return run.report
+
+
+class _Run:
+    def __init__(
+        self,
+        policy: Policy,
+        data_dir: Path,
+        books: Books,
+        progress: OnProgress | None,
+        sleep: Callable[[float], None],
+    ) -> None:
+        self._policy = policy
+        self._data_dir = data_dir
+        self._books = books
+        self._progress = progress
+        self._sleep = sleep
+        self._floor = 0  # the highest number of a run that a backup bears
+        entries = books.history.entries()
+        self.report = RunReport(
+            number=entries[-1].number + 1 if entries else 1, policy=policy.name, started_s=time.time()
+        )
+
+    def run(self) -> None:
+        """Each repository, one after the other."""
+        try:
+            if self._policy.before:
+                run_hook(self._policy.before, self.report.facts())
+            encryption = self._policy.encryption()
+        except UnderstudyError as error:
+            self.report.errors.append(str(error))
+            return
+        for url in self._policy.repositories:
+            outcome = Outcome(url=url)
+            self.report.outcomes.append(outcome)
+            self._try_again_and_again(outcome, encryption)
+
+    def _try_again_and_again(self, outcome: Outcome, encryption: Encryption | None) -> None:
+        for left in reversed(range(self._policy.retries + 1)):
+            try:
+                self._back_up(outcome, encryption)
+                return
+            except UnderstudyError as error:
+                if not left:
+                    outcome.errors.append(str(error))
+                    return
+                log.warning("backup_retry", policy=self._policy.name, to=outcome.url, error=str(error))
+            self._sleep(self._policy.retry_wait_s)
+
+    def _back_up(self, outcome: Outcome, encryption: Encryption | None) -> None:
+        policy = self._policy
+        repository = open_repository(outcome.url)
+        with locked(repository, f"backup {policy.name}") as lock, open_source(self._data_dir) as source:
+            claim(repository, source.cluster)
+            self._count_from(repository)
+            outcome.backup = store_backup(
+                source,
+                repository,
+                lock,
+                policy=policy.name,
+                run=self.report.number,
+                encryption=encryption,
+                level=policy.level,
+                rate=policy.rate,
+                progress=self._progress,
+            )
+            cluster = source.cluster
+        # What comes now can fail without taking the backup back.
+        with _noting(outcome), locked(repository, f"prune {policy.name}") as lock:
+            if policy.archive_log:
+                archiver = Archiver(
+                    self._data_dir / "log", cluster, repository, encryption=encryption, level=policy.level
+                )
+                outcome.shipped_lsn = archiver.ship()
+            self._prune(repository, lock, outcome)
+
+    def _count_from(self, repository: Repository) -> None:
+        """Without a history, numbers go on behind those that backups bear: it was lost, or this is another node's."""
+        if self.report.number == 1:
+            self._floor = max((backup.run for backup in read_catalog(repository).backups), default=0)
+            self.report.number = self._floor + 1
+
+    def _prune(self, repository: Repository, lock: RepositoryLock, outcome: Outcome) -> None:
+        if not self._policy.retention.keeps_all:
+            outcome.pruned = len(prune(repository, lock, self._policy.retention).removed)
+
+    def tell_hooks(self) -> None:
+        """The report goes to the operator's programs."""
+        is_done = self.report.result is Result.DONE
+        program = self._policy.after if is_done else self._policy.on_failure
+        if program:
+            try:
+                run_hook(program, self.report.facts())
+            except UnderstudyError as error:
+                self.report.errors.append(str(error))
+
+    def write_down(self) -> None:
+        """Journal and history."""
+        report = self.report
+        entry = self._books.history.add(
+            policy=report.policy,
+            start_s=report.started_s,
+            seconds=report.seconds,
+            result=report.result,
+            realms=max((backup.manifest.realms for backup in report.backups), default=0),
+            bytes=sum(backup.size for backup in report.backups),
+            lsn=max((backup.manifest.lsn for backup in report.backups), default=0),
+            paths=[f"{outcome.url}/{outcome.backup.folder}" for outcome in report.outcomes if outcome.backup],
+            errors=report.all_errors,
+            floor=max(self._floor, report.number - 1),
+        )
+        self._books.journal.write(_line(report, entry.number))
+
+
+def _line(report: RunReport, number: int) -> str:
+    said = f"run {number} of {report.policy}: {report.result}"
+    if report.backups:
+        newest = max(report.backups, key=lambda backup: backup.manifest.lsn)
+        size = sum(backup.size for backup in report.backups)
+        said += f", {newest.manifest.realms} realms, {size:,} bytes, at LSN {newest.manifest.lsn}"
+    said += f", in {report.seconds:.1f} s"
+    return said + "".join(f"; {error}" for error in report.all_errors)
+
+
+@contextlib.contextmanager
+def _noting(outcome: Outcome) -> Iterator[None]:
+    try:
+        yield
+    except UnderstudyError as error:
+        outcome.errors.append(str(error))

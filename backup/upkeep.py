@@ -1,0 +1,263 @@
+"""What is done to the backups of a repository once they are there: checked, copied, and removed when they are old.
+
+Whoever removes something holds the repository's lock, and a backup that is to stay is looked at before any other is
+touched: so no repository is left without a backup that can be restored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass
+
+from understudy.backup.catalog import (
+    Catalog,
+    Finding,
+    StoredBackup,
+    manifest_name,
+    note_check,
+    publish_backup,
+    read_catalog,
+)
+from understudy.backup.log_archive import Stretch, list_stretches
+from understudy.backup.progress import Meter, OnProgress
+from understudy.backup.repository import Repository
+from understudy.backup.repository_lock import RepositoryLock
+from understudy.backup.retention import Kept, Retention, split
+from understudy.common.errors import AlreadyStored, CorruptionError, NotStored, UsageError
+
+_PIECE_BYTES = 1 << 20
+# What has no manifest after so long was cut off.
+ORPHAN_S = 24 * 3600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PruneReport:
+    """What was removed, or would be."""
+
+    kept: list[tuple[str, tuple[str, ...]]]  # ids, the newest first, and why
+    removed: list[str]  # ids
+    orphans: list[str]  # folders
+    stretches: list[str]  # objects of the log
+
+
+def prune(
+    repository: Repository,
+    lock: RepositoryLock,
+    retention: Retention,
+    *,
+    dry_run: bool = False,
+    now_s: float | None = None,
+) -> PruneReport:
+    """Removes the backups that the retention no longer keeps, the log before the oldest one kept, and leftovers.
+
+    Args:
+        lock: of the repository, held.
+        dry_run: only say what would be removed.
+        now_s: seconds since 1970; the clock's time if not given.
+
+    Raises:
+        CorruptionError: the newest backup that is to stay is not there as its manifest says; nothing was removed.
+        RepositoryError.
+    """
+    now_s = time.time() if now_s is None else now_s
+    catalog = read_catalog(repository)
+    known = {backup.id: backup for backup in catalog.backups}
+    backups = [
+        Kept(name=backup.id, made_s=backup.made_s, restorable=not backup.is_damaged)
+        for backup in known.values()
+    ]
+    told = split(backups, retention, now_s=now_s)
+    kept = [known[one.name] for one, _ in told.kept]
+    report = PruneReport(
+        kept=[(one.name, reasons) for one, reasons in told.kept],
+        removed=[one.name for one in told.removable],
+        orphans=_orphans(repository, catalog, now_s),
+        stretches=[stretch.name for stretch in _unneeded(repository, kept, catalog)],
+    )
+    if not dry_run and (report.removed or report.stretches):
+        _check_remains(repository, [backup for backup in kept if not backup.is_damaged])
+    if not dry_run:
+        _remove(repository, lock, report, known)
+    return report
+
+
+def _remove(
+    repository: Repository, lock: RepositoryLock, report: PruneReport, known: dict[str, StoredBackup]
+) -> None:
+    for backup_id in report.removed:
+        lock.check()
+        delete_backup(repository, known[backup_id])
+    for name in report.stretches:
+        lock.check()
+        repository.delete(name)
+    for folder in report.orphans:
+        lock.check()
+        _delete_folder(repository, folder)
+    repository.sweep(ORPHAN_S)
+
+
+def _check_remains(repository: Repository, restorable: list[StoredBackup]) -> None:
+    """What stays must be there: a listing may be old, and a manifest may have lost its archive."""
+    if not restorable:
+        raise CorruptionError(
+            f"no backup in {repository.url} that is to stay can be restored: nothing was removed",
+            remedy="make a new backup first",
+        )
+    newest = restorable[0]
+    repository.read(manifest_name(newest.folder))
+    sizes = [
+        stored.size for stored in repository.list(newest.archive_name) if stored.name == newest.archive_name
+    ]
+    if sizes != [newest.size]:
+        raise CorruptionError(
+            f"the archive of {newest.id}, the newest backup in {repository.url}, is not there as its manifest says: "
+            "nothing was removed",
+            remedy="run `understudy backups verify`, and make a new backup",
+        )
+
+
+def _orphans(repository: Repository, catalog: Catalog, now_s: float) -> list[str]:
+    """Folders that have no manifest, and have had none for a day."""
+    found = []
+    for folder in catalog.orphans:
+        newest_s = max(stored.modified_s for stored in repository.list(folder))
+        if now_s - newest_s > ORPHAN_S and not _has_manifest(repository, folder):
+            found.append(folder)
+    return found
+
+
+def _has_manifest(repository: Repository, folder: str) -> bool:
+    """Asked for by name: a listing may not show it yet."""
+    try:
+        repository.read(manifest_name(folder))
+    except NotStored:
+        return False
+    return True
+
+
+def _unneeded(repository: Repository, kept: list[StoredBackup], catalog: Catalog) -> list[Stretch]:
+    """The log before the oldest backup kept; all of it stays while there is a backup that can't be read."""
+    if not kept or catalog.problems:
+        return []
+    oldest = min(backup.manifest.lsn for backup in kept)
+    return [stretch for stretch in list_stretches(repository) if stretch.last <= oldest]
+
+
+def delete_backup(repository: Repository, backup: StoredBackup) -> None:
+    """Removes a backup: first its manifest, so that what is cut off is no backup any more.
+
+    Raises:
+        RepositoryError.
+    """
+    repository.delete(manifest_name(backup.folder))
+    _delete_folder(repository, backup.folder)
+
+
+def delete_chosen(repository: Repository, lock: RepositoryLock, backup_id: str, *, force: bool) -> None:
+    """Removes the backup that an operator names.
+
+    Args:
+        lock: of the repository, held.
+        force: though it is the last one that can be restored.
+
+    Raises:
+        UsageError: there is none of that id, or it is the last one.
+        RepositoryError.
+    """
+    catalog = read_catalog(repository)
+    backup = catalog.find(backup_id)
+    others = [other for other in catalog.backups if other.id != backup_id and not other.is_damaged]
+    if not force:
+        if not others and not backup.is_damaged:
+            raise UsageError(
+                f"{backup_id} is the only backup in {repository.url} that can be restored",
+                remedy="give --force",
+            )
+        if others:
+            _check_remains(repository, others[::-1])
+    lock.check()
+    delete_backup(repository, backup)
+
+
+def _delete_folder(repository: Repository, folder: str) -> None:
+    for stored in list(repository.list(folder)):
+        repository.delete(stored.name)
+
+
+def verify_stored(repository: Repository, backup: StoredBackup, *, progress: OnProgress | None = None) -> str:
+    """Reads a backup's archive, compares it with the manifest's digest, and remembers what came out.
+
+    Returns:
+        What is wrong; empty where it is intact.
+
+    Raises:
+        RepositoryError: it can't be read now, which says nothing about it.
+    """
+    problem = _archive_problem(repository, backup, Meter(backup.size, progress=progress))
+    finding = Finding.DAMAGED if problem else Finding.INTACT
+    note_check(repository, backup, finding, problem, time.time())
+    return problem
+
+
+def _archive_problem(repository: Repository, backup: StoredBackup, meter: Meter) -> str:
+    sha256, size = hashlib.sha256(), 0
+    try:
+        with repository.download(backup.archive_name) as file:
+            for piece in meter.metered(iter(lambda: file.read(_PIECE_BYTES), b"")):
+                sha256.update(piece)
+                size += len(piece)
+    except NotStored:
+        return f"{backup.archive_name} is missing"
+    if (size, sha256.hexdigest()) != (backup.size, backup.sha256):
+        return f"{backup.archive_name} has {size:,} bytes with SHA-256 {sha256.hexdigest()}, not what its manifest says"
+    return ""
+
+
+def by_need(backups: list[StoredBackup]) -> list[StoredBackup]:
+    """Those never checked first, then those whose last check is the longest ago; within each the oldest."""
+    return sorted(backups, key=lambda backup: (backup.last_check.at if backup.last_check else "", backup.id))
+
+
+def nearest_intact(backups: list[StoredBackup], damaged: StoredBackup) -> StoredBackup | None:
+    """The backup nearest in time to a damaged one that is not known to be damaged."""
+    others = [backup for backup in backups if backup.id != damaged.id and not backup.is_damaged]
+    return min(others, key=lambda backup: abs(backup.made_s - damaged.made_s), default=None)
+
+
+def copy_backup(
+    source: Repository,
+    target: Repository,
+    lock: RepositoryLock,
+    backup: StoredBackup,
+    *,
+    progress: OnProgress | None = None,
+) -> None:
+    """Copies a backup to another repository, checked on the way; one that is there already is fine.
+
+    Args:
+        lock: of the target, held.
+
+    Raises:
+        CorruptionError: it is damaged; nothing is visible at the target.
+        RepositoryError.
+    """
+    meter = Meter(backup.size, progress=progress)
+    sha256 = hashlib.sha256()
+    try:
+        with source.download(backup.archive_name) as file, target.upload(backup.archive_name) as out:
+            for piece in meter.metered(iter(lambda: file.read(_PIECE_BYTES), b"")):
+                sha256.update(piece)
+                out.write(piece)
+            if sha256.hexdigest() != backup.sha256:
+                raise CorruptionError(
+                    f"{backup.archive_name} in {source.url} is not what its manifest says",
+                    remedy="copy another backup",
+                )
+    except AlreadyStored:
+        pass  # of an attempt before, or complete
+    lock.check()
+    try:
+        publish_backup(target, backup)
+    except AlreadyStored:
+        return

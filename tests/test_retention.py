@@ -1,0 +1,246 @@
+"""Which backups are kept: periods as people expect them, and never fewer than can restore."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from zoneinfo import ZoneInfo
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from understudy.backup.retention import Kept, Retention, split
+from understudy.common.errors import UsageError
+
+HOUR_S, DAY_S = 3600.0, 86400.0
+NOW_S = datetime.datetime(2026, 11, 21, 18, 30, tzinfo=datetime.UTC).timestamp()
+
+
+def backup(made: str, *, restorable: bool = True, zone: str = "UTC", fold: int = 0) -> Kept:
+    """One that is called by the time at which it was made."""
+    moment = datetime.datetime.fromisoformat(made).replace(tzinfo=ZoneInfo(zone), fold=fold)
+    return Kept(name=made + "'" * fold, made_s=moment.timestamp(), restorable=restorable)
+
+
+def hourly_backups(count: int) -> list[Kept]:
+    """One each hour, the newest half an hour before now."""
+    times = [NOW_S - HOUR_S / 2 - number * HOUR_S for number in range(count)]
+    return [Kept(name=f"{time:.0f}", made_s=time, restorable=True) for time in times]
+
+
+def kept_times(backups: Sequence[Kept], retention: Retention) -> list[str]:
+    """When the backups that stay were made, UTC, the newest first."""
+    kept = [each for each, _ in split(backups, retention, now_s=NOW_S).kept]
+    return [f"{datetime.datetime.fromtimestamp(each.made_s, datetime.UTC):%Y-%m-%dT%H}" for each in kept]
+
+
+def names(backups: Sequence[Kept]) -> list[str]:
+    return [each.name for each in backups]
+
+
+# -- rules -------------------------------------------------------------------------------------------------
+
+
+def test_without_numbers_everything_is_kept() -> None:
+    """Who asks for nothing loses nothing, neither old nor damaged."""
+    backups = [backup("2026-11-20"), backup("1999-01-01"), backup("2026-11-19", restorable=False)]
+    result = split(backups, Retention(minimum=1), now_s=NOW_S)
+    assert result.removable == []
+    assert len(result.kept) == 3
+
+
+@pytest.mark.parametrize(
+    ("retention", "times"),
+    [
+        (Retention(last=3), ["2026-11-21T18", "2026-11-21T17", "2026-11-21T16"]),
+        (Retention(hourly=2), ["2026-11-21T18", "2026-11-21T17"]),
+        (Retention(daily=3), ["2026-11-21T18", "2026-11-20T23", "2026-11-19T23"]),
+        (Retention(weekly=3), ["2026-11-21T18", "2026-11-15T23", "2026-11-08T23"]),
+        (Retention(monthly=3), ["2026-11-21T18", "2026-10-31T23", "2026-09-30T23"]),
+        (
+            Retention(last=2, daily=2, monthly=2),
+            ["2026-11-21T18", "2026-11-21T17", "2026-11-20T23", "2026-10-31T23"],
+        ),
+    ],
+)
+def test_the_newest_of_each_period_is_kept(retention: Retention, times: list[str]) -> None:
+    """Of the newest hours, days, ISO weeks and months; what several rules keep counts for each of them."""
+    assert kept_times(hourly_backups(2000), retention) == times
+
+
+def test_periods_without_a_backup_do_not_count() -> None:
+    """Three days are the newest three that have a backup, not the last three of the calendar."""
+    backups = [backup("2026-11-20"), backup("2026-06-01"), backup("2025-01-01"), backup("2024-01-01")]
+    assert kept_times(backups, Retention(daily=3)) == ["2026-11-20T00", "2026-06-01T00", "2025-01-01T00"]
+
+
+def test_a_damaged_backup_does_not_stand_for_its_day() -> None:
+    """The newest restorable backup of the day does, and the damaged one may go."""
+    backups = [
+        backup("2026-11-20T12:00", restorable=False),
+        backup("2026-11-20T06:00"),
+        backup("2026-11-21T06:00"),
+    ]
+    result = split(backups, Retention(daily=7), now_s=NOW_S)
+    assert names([each for each, _ in result.kept]) == ["2026-11-21T06:00", "2026-11-20T06:00"]
+    assert names(result.removable) == ["2026-11-20T12:00"]
+
+
+def test_days_are_those_of_the_zone() -> None:
+    """23:30 and 00:30 UTC are two days there and one in New York."""
+    backups = [backup("2026-11-20T00:30"), backup("2026-11-19T23:30")]
+    assert len(kept_times(backups, Retention(daily=2))) == 2
+    assert kept_times(backups, Retention(daily=2, zone="America/New_York")) == ["2026-11-20T00"]
+
+
+def test_an_hour_that_comes_twice_is_two() -> None:
+    """In the night in which summer time ends, hourly backups are kept of both."""
+    twice = [backup("2026-10-25T02:30", zone="Europe/Berlin", fold=fold) for fold in (0, 1)]
+    result = split(twice, Retention(hourly=2, zone="Europe/Berlin"), now_s=NOW_S)
+    assert [why for _, why in result.kept] == [
+        ("hourly 2026-10-25 02:00+0100",),
+        ("hourly 2026-10-25 02:00+0200",),
+    ]
+
+
+def test_each_backup_is_kept_for_reasons_that_are_named() -> None:
+    """Every rule that keeps it says so."""
+    (newest, why), (_, why_older) = split(
+        [backup("2026-11-20T12:00"), backup("2026-11-19T12:00")],
+        Retention(last=1, hourly=1, daily=2, weekly=1, monthly=1),
+        now_s=NOW_S,
+    ).kept
+    assert newest.name == "2026-11-20T12:00"
+    assert why == (
+        "last",
+        "hourly 2026-11-20 12:00+0000",
+        "daily 2026-11-20",
+        "weekly 2026-W47",
+        "monthly 2026-11",
+    )
+    assert why_older == ("daily 2026-11-19",)
+
+
+@pytest.mark.parametrize("field", ["last", "hourly", "daily", "weekly", "monthly", "minimum"])
+def test_negative_numbers_are_refused(field: str) -> None:
+    """None of the numbers can be below 0."""
+    with pytest.raises(UsageError):
+        Retention(**{field: -1})
+
+
+def test_an_unknown_zone_is_refused() -> None:
+    """It shows when the retention is made, not when backups are removed."""
+    with pytest.raises(UsageError, match="Mars"):
+        Retention(zone="Mars/Olympus")
+
+
+# -- what stays whatever the rules say ---------------------------------------------------------------------
+
+
+def test_a_minimum_is_filled_up_with_the_newest() -> None:
+    """Where the rules keep fewer, the newest of the others stay, and no more than that."""
+    backups = hourly_backups(10)
+    result = split(backups, Retention(daily=1, minimum=3), now_s=NOW_S)
+    assert [each for each, _ in result.kept] == backups[:3]
+    assert [why for _, why in result.kept][1:] == [("minimum",), ("minimum",)]
+    assert len(split(backups, Retention(last=5, minimum=3), now_s=NOW_S).kept) == 5
+
+
+def test_nothing_is_removed_where_nothing_can_be_restored() -> None:
+    """Damaged backups are better than none."""
+    backups = [backup("2026-11-20", restorable=False), backup("2026-11-19", restorable=False)]
+    assert split(backups, Retention(last=1), now_s=NOW_S).removable == []
+
+
+def test_a_damaged_backup_stays_until_a_newer_one_is_restorable() -> None:
+    """What is newer than the newest restorable backup holds what is nowhere else, or is still being made."""
+    damaged, older = backup("2026-11-20", restorable=False), backup("2026-11-19")
+    assert split([damaged, older], Retention(last=1), now_s=NOW_S).removable == []
+    newer = backup("2026-11-21")
+    assert split([damaged, older, newer], Retention(last=2), now_s=NOW_S).removable == [damaged]
+
+
+def test_a_backup_from_the_future_is_kept_and_does_not_count() -> None:
+    """A clock that was wrong can make no backup look older or newer than those it replaces."""
+    future = [backup("2031-01-01"), backup("2030-01-01", restorable=False)]
+    past = [backup("2026-11-20"), backup("2026-11-19", restorable=False), backup("2026-11-18")]
+    result = split([*past, *future], Retention(last=1, minimum=2), now_s=NOW_S)
+    assert [each for each, _ in result.kept] == [*future, past[0], past[2]]
+    assert result.removable == [past[1]]
+
+
+# -- whatever happens --------------------------------------------------------------------------------------
+
+counts = st.integers(0, 4)
+retentions = st.builds(
+    Retention,
+    last=counts,
+    hourly=counts,
+    daily=counts,
+    weekly=counts,
+    monthly=counts,
+    minimum=counts,
+    zone=st.sampled_from(["UTC", "Europe/Berlin", "America/New_York"]),
+)
+# A step: how far the clock moves, back at times, then a backup, damage to one, or a removal of what may go.
+steps = st.lists(
+    st.tuples(
+        st.one_of(st.floats(-2 * DAY_S, 40 * DAY_S), st.sampled_from([0.0, 1.0, HOUR_S])),
+        st.sampled_from(["add", "add", "cut off", "damage", "prune"]),
+        st.integers(0, 1000),
+        retentions,
+    ),
+    max_size=40,
+)
+
+
+def restorable(backups: Sequence[Kept]) -> list[Kept]:
+    return [each for each in backups if each.restorable]
+
+
+@given(steps)
+def test_a_restorable_backup_remains_whatever_happens(
+    story: list[tuple[float, str, int, Retention]],
+) -> None:
+    """A removal leaves as many restorable backups as asked, the newest among them, and finds nothing more to remove."""
+    backups: list[Kept] = []
+    now_s = NOW_S
+    for number, (pause_s, step, choice, retention) in enumerate(story):
+        now_s += pause_s
+        if step in ("add", "cut off"):
+            backups.append(Kept(name=str(number), made_s=now_s, restorable=step == "add"))
+        elif step == "damage" and backups:
+            damaged = backups[choice % len(backups)]
+            backups = [each for each in backups if each != damaged]
+            backups.append(Kept(name=damaged.name, made_s=damaged.made_s, restorable=False))
+        elif step == "prune":
+            left = check_prune(backups, retention, now_s)
+            backups = left
+
+
+def check_prune(backups: list[Kept], retention: Retention, now_s: float) -> list[Kept]:
+    """What is left; with all that is promised of it."""
+    result = split(backups, retention, now_s=now_s)
+    left = [each for each, _ in result.kept]
+    assert sorted(names(left) + names(result.removable)) == sorted(names(backups))
+    good = sorted(restorable(backups), key=lambda each: each.made_s)
+    assert len(restorable(left)) >= min(len(good), max(retention.minimum, 1))
+    assert good[-1:] == [] or good[-1] in left
+    assert good or not result.removable
+    assert all(each.made_s <= now_s for each in result.removable)
+    for bad in (each for each in result.removable if not each.restorable):
+        assert any(each.made_s > bad.made_s for each in restorable(left))
+    assert split(left, retention, now_s=now_s).removable == []
+    return left
+
+
+@given(st.lists(st.tuples(st.integers(0, 10**7), st.booleans()), max_size=40), retentions)
+def test_the_order_in_which_backups_are_listed_does_not_matter(
+    made: list[tuple[int, bool]], retention: Retention
+) -> None:
+    """The same backups are split in the same way however a directory lists them."""
+    backups = [
+        Kept(name=str(number), made_s=NOW_S - age, restorable=good) for number, (age, good) in enumerate(made)
+    ]
+    assert split(backups, retention, now_s=NOW_S) == split(backups[::-1], retention, now_s=NOW_S)
