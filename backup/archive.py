@@ -18,7 +18,7 @@ from typing import IO, Any, cast
 import zstandard
 
 from understudy.backup.contents import Member, copy_members, describe, node_member, token_member
-from understudy.backup.encryption import Encryption, Unlocking
+from understudy.backup.encryption import Encryption, Unlocking, is_encrypted, peekable
 from understudy.backup.make import BackupReport
 from understudy.backup.manifest import FileEntry, Manifest
 from understudy.backup.progress import Meter, OnProgress
@@ -151,16 +151,17 @@ def opening(file: IO[bytes], name: str, unlocking: Unlocking) -> Iterator[Stream
 
     Args:
         file: at its beginning.
-        name: whose end says whether it is encrypted; also what error messages call it.
+        name: what error messages call it.
 
     Raises:
         NotPermitted: it is encrypted, and does not open with what is given.
         CorruptionError: it is damaged or cut off.
     """
     with contextlib.ExitStack() as opened:
-        source: Any = file
-        if name.endswith(".age"):
-            source = opened.enter_context(unlocking.decrypting(file, name))
+        begun = peekable(file)
+        source: Any = begun
+        if is_encrypted(begun):
+            source = opened.enter_context(unlocking.decrypting(begun, name))
         with _damage(name):
             yield zstandard.ZstdDecompressor().stream_reader(source, read_size=_PIECE_BYTES, closefd=False)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from understudy.backup.archive import DEFAULT_LEVEL
+from understudy.backup.catalog import read_catalog
 from understudy.backup.encryption import Encryption
-from understudy.backup.log_archive import Stretch, list_stretches, ship, short_digest
+from understudy.backup.log_archive import DIGEST_DIGITS, Stretch, list_stretches, ship, short_digest
 from understudy.backup.log_files import LogFiles, LogPart
 from understudy.backup.repository import Repository
 from understudy.common.entries import parse_epoch_start
@@ -67,11 +68,18 @@ class Archiver:
         return self._shipped.position.lsn
 
     def _find_shipped(self, files: LogFiles) -> LogPlace:
-        """Where the newest stretch of this log in the repository ends, or the place before all that the log holds."""
-        for stretch in sorted(list_stretches(self._repository), key=lambda one: one.last, reverse=True):
-            place = files.place_at(stretch.last)
-            if place is not None and short_digest(place.position.digest) == stretch.digest:
-                self._epoch = stretch.epoch
+        """Where the newest stretch or backup of this history in the repository ends.
+
+        Without any, the place before all that the log holds.
+        """
+        ends = [(one.last, one.digest, one.epoch) for one in list_stretches(self._repository)]
+        for backup in read_catalog(self._repository).backups:
+            manifest = backup.manifest
+            ends.append((Lsn(manifest.lsn), manifest.digest, Epoch(manifest.epoch)))
+        for lsn, digest, epoch in sorted(ends, reverse=True):
+            place = files.place_at(lsn)
+            if place is not None and short_digest(place.position.digest) == digest[:DIGEST_DIGITS]:
+                self._epoch = epoch
                 return place
         return files.begin
 

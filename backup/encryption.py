@@ -83,7 +83,7 @@ class Unlocking:
         return cls(passphrase, identities)
 
     @contextlib.contextmanager
-    def decrypting(self, source: IO[bytes], name: object) -> Iterator[Stream]:
+    def decrypting(self, source: io.BufferedReader, name: object) -> Iterator[Stream]:
         """A file to read the plaintext of ``source`` from.
 
         What was read counts only when the block ends without an error: only then was all of it authenticated.
@@ -96,8 +96,7 @@ class Unlocking:
             NotPermitted: it does not open with what is given.
             CorruptionError: it was changed or cut off.
         """
-        source = _peekable(source)
-        if is_for_passphrase(source):
+        if _is_for_passphrase(source):
             if not self.passphrase:
                 raise NotPermitted(f"{name} needs a passphrase", remedy="give it with --passphrase-file")
             yield PassphraseReader(source, self.passphrase, name)
@@ -114,13 +113,21 @@ class Unlocking:
             raise CorruptionError(f"{name} is damaged: {error}", remedy="use another backup") from error
 
 
-def is_for_passphrase(source: io.BufferedReader) -> bool:
-    """Whether what begins at the present place of ``source`` was encrypted with a passphrase; it stays there."""
-    wanted = INTRO + _SCRYPT_STANZA
+def is_encrypted(source: io.BufferedReader) -> bool:
+    """Whether what begins at the present place of ``source`` is a file of age's; it stays there."""
+    return _begins_with(source, INTRO)
+
+
+def _is_for_passphrase(source: io.BufferedReader) -> bool:
+    return _begins_with(source, INTRO + _SCRYPT_STANZA)
+
+
+def _begins_with(source: io.BufferedReader, wanted: bytes) -> bool:
     return source.peek(len(wanted))[: len(wanted)] == wanted
 
 
-def _peekable(source: IO[bytes]) -> io.BufferedReader:
+def peekable(source: IO[bytes]) -> io.BufferedReader:
+    """The same file, of which the beginning can be looked at."""
     return source if isinstance(source, io.BufferedReader) else io.BufferedReader(_Raw(source), _PIECE_BYTES)
 
 

@@ -35,11 +35,11 @@ from understudy.common.segment import RECORDS_START, SECTOR_BYTES, SegmentHeader
 from understudy.common.types import LSN_DIGITS, ClusterId, Epoch, Lsn, Position, format_lsn
 
 LOG = "log/"
-_DIGEST_DIGITS = 16
+DIGEST_DIGITS = 16
 _PIECE_BYTES = 1 << 20
 _NAME = re.compile(
     rf"log/(?P<epoch>[0-9]{{10}})-(?P<first>[0-9]{{{LSN_DIGITS}}})-(?P<last>[0-9]{{{LSN_DIGITS}}})"
-    rf"-(?P<before>[0-9a-f]{{{_DIGEST_DIGITS}}})-(?P<digest>[0-9a-f]{{{_DIGEST_DIGITS}}})"
+    rf"-(?P<before>[0-9a-f]{{{DIGEST_DIGITS}}})-(?P<digest>[0-9a-f]{{{DIGEST_DIGITS}}})"
     r"\.seg\.zst(?P<age>\.age)?\Z"
 )
 
@@ -86,7 +86,7 @@ class Stretch:
 
 def short_digest(digest: bytes) -> str:
     """As much of a digest as names have."""
-    return digest.hex()[:_DIGEST_DIGITS]
+    return digest.hex()[:DIGEST_DIGITS]
 
 
 def list_stretches(repository: Repository) -> list[Stretch]:

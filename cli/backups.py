@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from understudy.cli.options import EPILOG, json_option
+from understudy.cli.options import EPILOG, absolute_repository, json_option
 from understudy.common.errors import ExitCode
 
 if TYPE_CHECKING:
     from understudy.backup.catalog import Catalog
     from understudy.backup.repository import Repository
 
-_repository = click.argument("url", metavar="REPOSITORY")
+_repository = click.argument("url", metavar="REPOSITORY", callback=absolute_repository)
 _backup = click.argument("backup_id", metavar="BACKUP")
 
 
@@ -147,7 +147,14 @@ def delete(url: str, backup_id: str, force: bool) -> None:
 @backups.command(epilog=EPILOG)
 @_repository
 @_backup
-@click.option("--to", "target_url", required=True, metavar="REPOSITORY", help="Where it is copied to.")
+@click.option(
+    "--to",
+    "target_url",
+    required=True,
+    metavar="REPOSITORY",
+    callback=absolute_repository,
+    help="Where it is copied to.",
+)
 def copy(url: str, backup_id: str, target_url: str) -> None:
     """Copy a backup to another repository, checked on the way."""
     from understudy.backup.repository import claim

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -51,6 +52,11 @@ def byte_rate(text: str) -> int:
     if not rate:
         raise click.BadParameter("nothing would ever be done at a rate of 0.")
     return rate
+
+
+def absolute_repository(context: click.Context, parameter: click.Parameter, text: str) -> str:
+    """A callback: a folder's path as seen from here becomes one from the root; URLs stay as they are."""
+    return text if "://" in text else os.path.abspath(text)
 
 
 def data_dir_argument(function: _F) -> _F:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from understudy.cli.options import EPILOG, json_option
+from understudy.cli.options import EPILOG, absolute_repository, json_option
 from understudy.cli.secrets import unlocking_options
 from understudy.common.types import Lsn
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @click.command(epilog=EPILOG)
-@click.argument("backup", metavar="BACKUP|REPOSITORY")
+@click.argument("backup", metavar="BACKUP|REPOSITORY", callback=absolute_repository)
 @click.argument("backup_id", metavar="[BACKUP]", required=False)
 @click.option(
     "--to",

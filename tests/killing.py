@@ -37,9 +37,9 @@ from harness import Launch, Running
 KILLED = -signal.SIGKILL
 # Together they are all that the code under test changes files with, but for LMDB's own writes. Syncs are not among
 # them: kill -9 takes nothing from the kernel that was written.
-_STEPS = ("mkdir", "rename", "unlink", "rmdir", "ftruncate", "pwrite", "copy_file_range")
+_STEPS = ("mkdir", "link", "rename", "unlink", "rmdir", "ftruncate", "pwrite", "copy_file_range")
 _STEPS_AFTER_FAILURE = 5
-_NEEDING_SPACE = ("mkdir", "rename", "pwrite", "copy_file_range")
+_NEEDING_SPACE = ("mkdir", "link", "rename", "pwrite", "copy_file_range")
 # What the commands import only when they run.
 _MODULES = ("cli.node_status", "cli.output", "primary.server", "replica.server", "replica.rewind")
 _POLL_S = 0.005

@@ -78,9 +78,11 @@ class FaultyFront:
         self.unanswered_posts = 0
         self.cut_downloads = 0  # cut in the middle of the content
         self.cut_uploads = 0  # cut in the middle of the content
+        self.is_silent = False  # while it is, requests are taken, and then nothing happens
         self.requests = 0  # so far
         self._target = target
         self._lock = threading.Lock()
+        self._ended = threading.Event()
         front = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -107,6 +109,7 @@ class FaultyFront:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._ended.set()
         self._server.shutdown()
         self._thread.join()
         self._server.socket.close()
@@ -127,6 +130,10 @@ class FaultyFront:
             self._cut(request)
             return
         body = request.rfile.read(length)
+        if self.is_silent:
+            self._ended.wait()
+            self._cut(request)
+            return
         if self._is_next("refused"):
             self._send(request, 503, {}, _SLOW_DOWN)
             return

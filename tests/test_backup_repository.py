@@ -1,0 +1,447 @@
+"""Policies run once, and what their repositories give back: newest backups, moments between them, nothing half done."""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import json
+import shutil
+import sys
+import uuid
+from pathlib import Path
+
+import pytest
+from harness import Processes, complaint
+from killing import KILLED, Nursery
+from nodes import (
+    Load,
+    Pair,
+    assert_sound,
+    checkpoint,
+    offline_status,
+    pairs,
+    put,
+    status,
+    wait_until_caught_up,
+)
+
+from understudy.backup.archiver import Archiver
+from understudy.backup.catalog import StoredBackup, read_catalog
+from understudy.backup.encryption import Unlocking
+from understudy.backup.log_archive import list_stretches
+from understudy.backup.manifest import read_manifest
+from understudy.backup.policy import Policy
+from understudy.backup.repository import Repository, open_repository
+from understudy.backup.repository_lock import locked
+from understudy.backup.restore import restore_stored
+from understudy.backup.retention import Retention
+from understudy.backup.run import RunReport, run_policy
+from understudy.backup.upkeep import prune
+from understudy.common.directory import NODE_FILE, NodeFile
+from understudy.common.errors import CorruptionError
+from understudy.common.types import ClusterId
+
+FAILED, USAGE, CORRUPT = 1, 2, 4
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A repository in a folder."""
+    path = tmp_path / "repository"
+    path.mkdir()
+    return path
+
+
+def policy_to(*folders: Path, **values: object) -> Policy:
+    settings: dict[str, object] = {"retries": 0, **values}
+    return Policy(name="nightly", schedule=None, repositories=tuple(map(str, folders)), **settings)  # type: ignore[arg-type]
+
+
+def done(report: RunReport) -> StoredBackup:
+    """The one backup of a run in which nothing went wrong."""
+    assert report.all_errors == []
+    (backup,) = report.backups
+    return backup
+
+
+def write_config(path: Path, *folders: Path, more: str = "") -> Path:
+    repositories = json.dumps([str(folder) for folder in folders])
+    path.write_text(f'[[backup]]\nname = "nightly"\nrepositories = {repositories}\nretries = 0\n{more}')
+    return path
+
+
+def ship(data_dir: Path, repository: Repository) -> int:
+    """Ships what there is of a node's log."""
+    cluster = ClusterId(uuid.UUID(NodeFile.read(data_dir / NODE_FILE).cluster).bytes)
+    return Archiver(data_dir / "log", cluster, repository, encryption=None).ship()
+
+
+# -- runs ------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_makes_a_backup_in_each_repository_and_writes_it_down(
+    processes: Processes, tmp_path: Path, folder: Path
+) -> None:
+    """G8: `backup run` on a running server; list, history, journal and restored data agree."""
+    other = tmp_path / "other"
+    other.mkdir()
+    primary = processes.primary(tmp_path / "a")
+    put(primary.address, "/realm", (b"key", b"value"))
+    config = write_config(tmp_path / "u.toml", folder, other)
+    run = ("backup", "run", "nightly", "--config", config, "--data-dir", tmp_path / "a")
+    told = json.loads(processes.run(*run, "--json").stdout)
+    assert (told["number"], told["result"], told["realms"]) == (1, "done", 1)
+    assert "run 2 of nightly: done" in processes.run(*run).stdout.decode()
+    for url in (folder, other):
+        listed = json.loads(processes.run("backups", "list", url, "--json").stdout)["backups"]
+        assert [backup["run"] for backup in listed] == [1, 2]
+        assert [backup["state"] for backup in listed] == ["unchecked"] * 2
+        assert listed[0]["id"].encode() in processes.run("backups", "list", url).stdout
+    books = tmp_path / "a" / "backups"
+    entries = json.loads((books / "history.json").read_text())["entries"]
+    assert [(entry["number"], entry["result"]) for entry in entries] == [(1, "done"), (2, "done")]
+    assert len((books / "journal").read_text().splitlines()) == 2
+    processes.run("restore", other, "--to", tmp_path / "b")
+    assert_sound(tmp_path / "b")
+    assert pairs(processes.primary(tmp_path / "b").address, "/realm") == {b"key": b"value"}
+
+
+def test_numbers_go_on_though_the_history_was_lost(
+    processes: Processes, tmp_path: Path, folder: Path
+) -> None:
+    """A lost history.json does not let a number be given twice."""
+    processes.primary(tmp_path / "a")
+    for expected in (1, 2):
+        assert run_policy(policy_to(folder), tmp_path / "a").number == expected
+    (tmp_path / "a" / "backups" / "history.json").unlink()
+    assert run_policy(policy_to(folder), tmp_path / "a").number == 3
+
+
+def test_a_repository_that_fails_does_not_hold_up_the_others(
+    processes: Processes, tmp_path: Path, folder: Path
+) -> None:
+    """A run that reached some repositories only is partial, and says so by its exit code and to the operator's hook."""
+    processes.primary(tmp_path / "a")
+    hook = [sys.executable, "-c", "import sys; open(sys.argv[1], 'w').write(sys.stdin.read())"]
+    more = f"on_failure = {json.dumps([*hook, str(tmp_path / 'told')])}\n"
+    config = write_config(tmp_path / "u.toml", tmp_path / "not mounted", folder, more=more)
+    run = ("backup", "run", "nightly", "--config", config, "--data-dir", tmp_path / "a")
+    told = processes.run(*run, code=FAILED)
+    assert "run 1 of nightly: partial" in told.stdout.decode()
+    assert "not mounted" in told.stderr.decode()
+    report = json.loads((tmp_path / "told").read_text())
+    assert (report["result"], len(report["errors"])) == ("partial", 1)
+    assert len(read_catalog(open_repository(str(folder))).backups) == 1
+
+
+def test_a_failed_repository_is_tried_again(processes: Processes, tmp_path: Path, folder: Path) -> None:
+    """Retries come after a wait, and what then goes well is no failure."""
+    processes.primary(tmp_path / "a")
+    away = folder.rename(tmp_path / "away")
+    waits = []
+
+    def mount(seconds: float) -> None:
+        waits.append(seconds)
+        away.rename(folder)
+
+    done(run_policy(policy_to(folder, retries=2, retry_wait_s=60.0), tmp_path / "a", sleep=mount))
+    assert waits == [60.0]
+
+
+def test_a_hook_before_that_fails_is_no_backup(processes: Processes, tmp_path: Path, folder: Path) -> None:
+    """What has to be done before was not done: nothing is backed up."""
+    processes.primary(tmp_path / "a")
+    report = run_policy(policy_to(folder, before=("/bin/false",)), tmp_path / "a")
+    assert report.result == "failed"
+    assert "/bin/false" in report.all_errors[0]
+    assert list(folder.iterdir()) == []
+
+
+def test_encryption_that_can_not_be_is_no_backup(processes: Processes, tmp_path: Path, folder: Path) -> None:
+    """G10: a policy whose passphrase is gone makes no backup, rather than one in plaintext."""
+    processes.primary(tmp_path / "a")
+    report = run_policy(policy_to(folder, passphrase_file=tmp_path / "gone"), tmp_path / "a")
+    assert report.result == "failed"
+    assert list(folder.iterdir()) == []
+
+
+def test_a_repository_takes_one_cluster_only(processes: Processes, tmp_path: Path, folder: Path) -> None:
+    """G4: a second server's backups are refused where another's are kept."""
+    for name in ("a", "b"):
+        processes.primary(tmp_path / name)
+    done(run_policy(policy_to(folder), tmp_path / "a"))
+    report = run_policy(policy_to(folder), tmp_path / "b")
+    assert "of their own" in report.all_errors[0]
+    assert len(read_catalog(open_repository(str(folder))).backups) == 1
+
+
+def test_an_older_backup_keeps_its_passphrase(processes: Processes, tmp_path: Path, folder: Path) -> None:
+    """Changing the passphrase concerns backups to come; each opens with the one that it was made with."""
+    primary = processes.primary(tmp_path / "a")
+    made = []
+    for word in ("first", "second"):
+        (tmp_path / "secret").write_text(word)
+        put(primary.address, "/realm", (b"key", word.encode()))
+        made.append(done(run_policy(policy_to(folder, passphrase_file=tmp_path / "secret"), tmp_path / "a")))
+    for word, backup in zip(("first", "second"), made, strict=True):
+        target = tmp_path / f"restored-{word}"
+        restore_stored(
+            open_repository(str(folder)), backup, target, with_log=False, unlocking=Unlocking(word)
+        )
+        assert pairs(processes.primary(target).address, "/realm") == {b"key": word.encode()}
+
+
+# -- to any moment ---------------------------------------------------------------------------------------------
+
+
+def test_any_moment_between_backups_can_be_restored(
+    processes: Processes, tmp_path: Path, folder: Path
+) -> None:
+    """G1, G2: with the log behind a backup, each LSN and each moment after it comes back exactly as it was."""
+    primary = processes.primary(tmp_path / "a")
+    lsns = [put(primary.address, "/realm", (b"count", b"0")).lsn]
+    done(run_policy(policy_to(folder), tmp_path / "a"))
+    times = []
+    for number in range(1, 6):
+        lsns.append(put(primary.address, "/realm", (b"count", b"%d" % number)).lsn)
+        times.append(datetime.datetime.now(datetime.UTC).isoformat())
+        if number == 3:
+            ship(tmp_path / "a", open_repository(str(folder)))
+    ship(tmp_path / "a", open_repository(str(folder)))
+    for number, flags in (
+        (2, ("--lsn", str(lsns[2]))),
+        (4, ("--at", times[3])),
+        (5, ()),
+    ):
+        target = tmp_path / f"b{number}"
+        processes.run("restore", folder, "--to", target, *flags)
+        assert_sound(target)
+        server = processes.primary(target)
+        assert pairs(server.address, "/realm") == {b"count": b"%d" % number}
+        assert status(server.address).epoch == 2
+
+
+def test_the_log_of_whole_segments_takes_the_place_of_its_parts(
+    processes: Processes, tmp_path: Path, folder: Path
+) -> None:
+    """G9: what was shipped piece by piece is replaced once its segment is complete; the way from the backup stays."""
+    primary = processes.primary(tmp_path / "a")
+    put(primary.address, "/realm", (b"small", b"first"))
+    done(run_policy(policy_to(folder), tmp_path / "a"))
+    repository = open_repository(str(folder))
+    value = bytes(8 << 20)
+    for number in range(9):
+        put(primary.address, "/realm", (b"%d" % number, value))
+        ship(tmp_path / "a", repository)
+    stretches = list_stretches(repository)
+    assert len(stretches) < 5
+    assert any(stretch.first == 1 for stretch in stretches)
+    processes.run("restore", folder, "--to", tmp_path / "b")
+    assert offline_status(tmp_path / "b").lsn == status(primary.address).lsn
+    assert_sound(tmp_path / "b")
+
+
+def test_the_log_goes_on_behind_a_failover(processes: Processes, tmp_path: Path, folder: Path) -> None:
+    """G3: where the old primary and the promoted one have both shipped, a restore follows the one that reigns."""
+    pair = Pair(processes, tmp_path)
+    put(pair.primary.address, "/realm", (b"both", b"1"))
+    repository = open_repository(str(folder))
+    done(run_policy(policy_to(folder), pair.a))
+    wait_until_caught_up(pair.primary.address, pair.replica.address)
+    pair.replica.kill()
+    put(pair.primary.address, "/realm", (b"only", b"the old one"))
+    ship(pair.a, repository)
+    pair.primary.kill()
+    processes.run("promote", pair.b)
+    primary = processes.primary(pair.b)
+    put(primary.address, "/realm", (b"new", b"1"))
+    ship(pair.b, repository)
+    processes.run("restore", folder, "--to", tmp_path / "c")
+    assert_sound(tmp_path / "c")
+    manifest = read_manifest(tmp_path / "c")
+    assert manifest.epoch == 2
+    assert pairs(processes.primary(tmp_path / "c").address, "/realm") == {b"both": b"1", b"new": b"1"}
+
+
+def test_a_backup_under_load_and_its_log_lose_nothing_that_was_shipped(
+    processes: Processes, tmp_path: Path, folder: Path
+) -> None:
+    """G1, G6: what was acknowledged before the log was shipped is restored, and each transaction once."""
+    primary = processes.primary(tmp_path / "a")
+    with Load(primary.address) as load:
+        load.wait_for(200)
+        done(run_policy(policy_to(folder), tmp_path / "a"))
+        checkpoint(primary.address)
+        load.wait_for(200)
+        before = dict(load.acknowledged)
+        ship(tmp_path / "a", open_repository(str(folder)))
+        load.stop()
+    processes.run("restore", folder, "--to", tmp_path / "b")
+    assert_sound(tmp_path / "b")
+    server = processes.primary(tmp_path / "b")
+    assert before.keys() <= pairs(server.address, "/load").keys()
+    load.acknowledged = before
+    load.check(server.address)
+
+
+def test_a_damaged_stretch_ends_the_restore_with_its_name(
+    processes: Processes, tmp_path: Path, folder: Path
+) -> None:
+    """G11: a flipped bit in the shipped log is found; up to the entry before it, all can be restored."""
+    primary = processes.primary(tmp_path / "a")
+    put(primary.address, "/realm", (b"key", b"1"))
+    backup = done(run_policy(policy_to(folder), tmp_path / "a"))
+    put(primary.address, "/realm", (b"key", b"2"))
+    ship(tmp_path / "a", open_repository(str(folder)))
+    (stretch,) = (
+        path for path in (folder / "log").iterdir() if f"{backup.manifest.lsn + 1:020d}-" in path.name
+    )
+    data = bytearray(stretch.read_bytes())
+    data[len(data) // 2] ^= 1
+    stretch.write_bytes(data)
+    done_badly = processes.run("restore", folder, "--to", tmp_path / "b", code=CORRUPT)
+    assert stretch.name in done_badly.stderr.decode()
+    shutil.rmtree(tmp_path / "b")
+    processes.run("restore", folder, "--to", tmp_path / "b", "--lsn", str(backup.manifest.lsn))
+    assert_sound(tmp_path / "b")
+
+
+def test_what_no_backup_reaches_is_refused(processes: Processes, tmp_path: Path, folder: Path) -> None:
+    """A moment before the first backup, or an LSN behind the shipped log, is an error that says what there is."""
+    primary = processes.primary(tmp_path / "a")
+    put(primary.address, "/realm", (b"key", b"1"))
+    done(run_policy(policy_to(folder), tmp_path / "a"))
+    for flags, says in (
+        (("--at", "2001-01-01T00:00:00Z"), "no backup in"),
+        (("--lsn", "1000"), "reaches up to LSN"),
+    ):
+        refused = processes.run("restore", folder, "--to", tmp_path / "b", *flags, code=USAGE)
+        assert says in refused.stderr.decode()
+    assert "from 2" in processes.run("restore", folder, "--to", tmp_path / "c", "--dry-run").stderr.decode()
+    assert not (tmp_path / "c").exists()
+
+
+# -- upkeep ----------------------------------------------------------------------------------------------------
+
+
+def test_checks_are_remembered_and_a_damaged_backup_is_passed_over(
+    processes: Processes, tmp_path: Path, folder: Path
+) -> None:
+    """G11: `backups verify` names a damaged archive and the intact one nearest to it; restore takes the other."""
+    primary = processes.primary(tmp_path / "a")
+    made = []
+    for number in range(2):
+        put(primary.address, "/realm", (b"key", b"%d" % number))
+        made.append(done(run_policy(policy_to(folder, archive_log=False), tmp_path / "a")))
+    archive = folder / made[1].archive_name
+    data = bytearray(archive.read_bytes())
+    data[len(data) // 2] ^= 1
+    archive.write_bytes(data)
+    said = processes.run("backups", "verify", folder, "--all", code=CORRUPT).stdout.decode()
+    assert f"{made[0].id}: intact" in said
+    assert f"the nearest that is not known to be damaged is {made[0].id}" in said
+    states = [backup.state for backup in read_catalog(open_repository(str(folder))).backups]
+    assert states == ["intact", "damaged"]
+    processes.run("restore", folder, "--to", tmp_path / "b")
+    assert pairs(processes.primary(tmp_path / "b").address, "/realm") == {b"key": b"0"}
+
+
+def test_a_copied_backup_restores(processes: Processes, tmp_path: Path, folder: Path) -> None:
+    """`backups copy` takes a backup to another repository, once however often it is asked to."""
+    other = tmp_path / "other"
+    other.mkdir()
+    put(processes.primary(tmp_path / "a").address, "/realm", (b"key", b"1"))
+    backup = done(run_policy(policy_to(folder), tmp_path / "a"))
+    for _ in range(2):
+        processes.run("backups", "copy", folder, backup.id, "--to", other)
+    assert read_catalog(open_repository(str(other))).backups == [backup]
+    processes.run("restore", other, "--to", tmp_path / "b")
+    assert_sound(tmp_path / "b")
+
+
+def test_the_last_backup_is_not_deleted_without_force(
+    processes: Processes, tmp_path: Path, folder: Path
+) -> None:
+    """G4: the only backup that can be restored goes only on purpose."""
+    processes.primary(tmp_path / "a")
+    first, second = (done(run_policy(policy_to(folder), tmp_path / "a")) for _ in range(2))
+    processes.run("backups", "delete", folder, first.id)
+    assert "--force" in complaint(processes.run("backups", "delete", folder, second.id, code=USAGE))
+    processes.run("backups", "delete", folder, second.id, "--force")
+    assert read_catalog(open_repository(str(folder))).backups == []
+
+
+def test_retention_removes_old_backups_and_the_log_before_them(
+    processes: Processes, tmp_path: Path, folder: Path
+) -> None:
+    """G9: a policy keeps as many as it says, and all moments from the oldest kept on can still be restored."""
+    primary = processes.primary(tmp_path / "a")
+    for number in range(4):
+        put(primary.address, "/realm", (b"key", b"%d" % number))
+        done(run_policy(policy_to(folder, retention=Retention(last=2)), tmp_path / "a"))
+    repository = open_repository(str(folder))
+    backups = read_catalog(repository).backups
+    assert [backup.run for backup in backups] == [3, 4]
+    assert all(stretch.last > backups[0].manifest.lsn for stretch in list_stretches(repository))
+    processes.run("restore", folder, "--to", tmp_path / "b", "--lsn", str(backups[0].manifest.lsn + 1))
+    assert_sound(tmp_path / "b")
+
+
+def test_nothing_is_pruned_where_what_stays_is_not_there(
+    processes: Processes, tmp_path: Path, folder: Path
+) -> None:
+    """G8: if the newest backup has lost its archive, the older ones are not removed in its favour."""
+    processes.primary(tmp_path / "a")
+    made = [done(run_policy(policy_to(folder), tmp_path / "a")) for _ in range(3)]
+    (folder / made[-1].archive_name).unlink()
+    repository = open_repository(str(folder))
+    with locked(repository, "test") as lock, pytest.raises(CorruptionError, match="nothing was removed"):
+        prune(repository, lock, Retention(last=1))
+    assert len(read_catalog(repository).backups) == 3
+
+
+def test_a_run_killed_at_any_step_leaves_whole_backups_only(
+    processes: Processes, tmp_path: Path, folder: Path
+) -> None:
+    """G8: whatever step a kill comes before, each listed backup is whole, and the newest is restored with its log."""
+    primary = processes.primary(tmp_path / "a")
+    put(primary.address, "/realm", (b"key", b"1"))
+    retention = "retention = { last = 1 }\n"
+    config = write_config(tmp_path / "u.toml", folder, more=retention)
+    done(run_policy(policy_to(folder), tmp_path / "a"))
+    repository = open_repository(str(folder))
+    with Nursery(processes.environment) as nursery:
+        for step in itertools.count(1):
+            process = processes.start(
+                "backup", "run", "nightly", "--config", config, "--data-dir", tmp_path / "a",
+                launch=nursery.dying_at(step),
+            )  # fmt: skip
+            ended = process.wait()
+            assert ended in (0, KILLED), process.describe()
+            backups = read_catalog(repository).backups
+            assert backups
+            for backup in backups:
+                assert (folder / backup.archive_name).stat().st_size == backup.size
+            target = tmp_path / f"b{step}"
+            restore_stored(repository, backups[-1], target, with_log=True)
+            assert_sound(target)
+            (folder / "lock.json").unlink(missing_ok=True)  # instead of waiting until it is taken over
+            shutil.rmtree(target)
+            if ended == 0:
+                break
+    assert step > 15
+
+
+def test_a_manifest_that_can_not_be_read_hides_no_other_backup(
+    processes: Processes, tmp_path: Path, folder: Path
+) -> None:
+    """G11: it is reported, and the backups beside it are listed and restored."""
+    processes.primary(tmp_path / "a")
+    first = done(run_policy(policy_to(folder), tmp_path / "a"))
+    second = done(run_policy(policy_to(folder), tmp_path / "a"))
+    (folder / f"{second.folder}manifest.json").write_text("{")
+    listed = processes.run("backups", "list", folder)
+    assert first.id.encode() in listed.stdout
+    assert second.id.encode() in listed.stderr
+    processes.run("restore", folder, "--to", tmp_path / "b")
+    assert_sound(tmp_path / "b")
