@@ -27,6 +27,10 @@ from understudy.common.errors import UnderstudyError
 from understudy.common.events import log
 
 
+class Cancelled(Exception):
+    """Whoever watches a run wants it to end."""
+
+
 @dataclass(slots=True, kw_only=True)
 class Outcome:
     """What came of one repository."""
@@ -48,6 +52,7 @@ class RunReport:
     seconds: float = 0.0
     outcomes: list[Outcome] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)  # of no single repository
+    is_cancelled: bool = False
 
     @property
     def backups(self) -> list[StoredBackup]:
@@ -61,7 +66,9 @@ class RunReport:
 
     @property
     def result(self) -> Result:
-        """Done, partial (something was made, not all went well), or failed."""
+        """Done, partial (something was made, not all went well), failed, or cancelled."""
+        if self.is_cancelled:
+            return Result.CANCELLED
         if not self.backups:
             return Result.FAILED
         return Result.PARTIAL if self.all_errors else Result.DONE
@@ -96,19 +103,21 @@ def run_policy(
     data_dir: Path,
     *,
     progress: OnProgress | None = None,
-    sleep: Callable[[float], None] = time.sleep,
+    clock: Callable[[], float] = time.time,
+    sleep: Callable[[float], object] = time.sleep,
 ) -> RunReport:
     """Runs a policy once, whatever its schedule says; what goes wrong is in the report.
 
     Args:
         data_dir: what is backed up, whose server may run; journal and history are kept there.
-        progress: told of bytes done and in all, of each repository anew.
+        progress: told of bytes done and in all, of each repository anew; it may raise :class:`Cancelled`.
+        clock: seconds since 1970.
 
     Raises:
         DiskFull, StorageFailed, NewerFormat: journal or history can't be kept.
     """
     books = Books.of(data_dir)
-    run = _Run(policy, data_dir, books, progress, sleep)
+    run = _Run(policy, data_dir, books, progress, sleep, started_s=clock())
     started_s = time.monotonic()
     run.run()
     run.report.seconds = time.monotonic() - started_s
@@ -124,7 +133,9 @@ class _Run:
         data_dir: Path,
         books: Books,
         progress: OnProgress | None,
-        sleep: Callable[[float], None],
+        sleep: Callable[[float], object],
+        *,
+        started_s: float,
     ) -> None:
         self._policy = policy
         self._data_dir = data_dir
@@ -134,7 +145,7 @@ class _Run:
         self._floor = 0  # the highest number of a run that a backup bears
         entries = books.history.entries()
         self.report = RunReport(
-            number=entries[-1].number + 1 if entries else 1, policy=policy.name, started_s=time.time()
+            number=entries[-1].number + 1 if entries else 1, policy=policy.name, started_s=started_s
         )
 
     def run(self) -> None:
@@ -146,10 +157,14 @@ class _Run:
         except UnderstudyError as error:
             self.report.errors.append(str(error))
             return
-        for url in self._policy.repositories:
-            outcome = Outcome(url=url)
-            self.report.outcomes.append(outcome)
-            self._try_again_and_again(outcome, encryption)
+        try:
+            for url in self._policy.repositories:
+                outcome = Outcome(url=url)
+                self.report.outcomes.append(outcome)
+                self._try_again_and_again(outcome, encryption)
+        except Cancelled as error:
+            self.report.is_cancelled = True
+            self.report.errors.append(str(error))
 
     def _try_again_and_again(self, outcome: Outcome, encryption: Encryption | None) -> None:
         for left in reversed(range(self._policy.retries + 1)):
@@ -157,7 +172,7 @@ class _Run:
                 self._back_up(outcome, encryption)
                 return
             except UnderstudyError as error:
-                if not left:
+                if not left or outcome.backup is not None:
                     outcome.errors.append(str(error))
                     return
                 log.warning("backup_retry", policy=self._policy.name, to=outcome.url, error=str(error))

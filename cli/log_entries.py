@@ -34,16 +34,26 @@ def directory_records(path: Path, from_lsn: int | None, to_lsn: int | None) -> I
         UsageError: the log does not go back to ``from_lsn``.
         CorruptionError: with file, byte and LSN.
     """
+    cluster = directory_cluster(path)
+    after = None if from_lsn is None else Lsn(from_lsn - 1)
+    for record in read_records(path / "log", cluster, after):
+        if to_lsn is not None and record.lsn > to_lsn:
+            return
+        yield record
+
+
+def directory_cluster(path: Path) -> ClusterId:
+    """Whose log a data directory holds.
+
+    Raises:
+        NotADataDirectory, NewerFormat: there is nothing to read.
+    """
     if not (path / NODE_FILE).is_file():
         raise NotADataDirectory(f"{path} is not a data directory of Understudy: it has no {NODE_FILE}")
     cluster = NodeFile.read(path / NODE_FILE).cluster
     if not cluster:
         raise NotADataDirectory(f"{path} has no copy yet: its replica has not finished its bootstrap")
-    after = None if from_lsn is None else Lsn(from_lsn - 1)
-    for record in read_records(path / "log", ClusterId(UUID(cluster).bytes), after):
-        if to_lsn is not None and record.lsn > to_lsn:
-            return
-        yield record
+    return ClusterId(UUID(cluster).bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +86,16 @@ class LogEntry:
         return self.change.realm if self.change else self.entry.realm_dropped.realm
 
     @property
+    def time_us(self) -> int:
+        """When it was taken in, microseconds since 1970."""
+        return self.entry.time_us
+
+    @property
+    def origin(self) -> str:
+        """The client that made the change; ``-`` for what the server did itself."""
+        return format_id(self.change.client) if self.change else "-"
+
+    @property
     def is_secret(self) -> bool:
         """Whether its values must not be shown: one is the key that changes are signed with."""
         return is_system_realm(self.realm)
@@ -87,7 +107,7 @@ class LogEntry:
         return {
             "lsn": self.record.lsn,
             "digest": self.record.digest.hex(),
-            "time_us": self.entry.time_us,
+            "time_us": self.time_us,
             "kind": self.kind,
             **self._body_facts(),
         }
@@ -112,7 +132,7 @@ class LogEntry:
         return {
             "realm": change.realm,
             "version": change.version,
-            "client": format_id(change.client),
+            "client": self.origin,
             "number": change.number,
             "operations": [self._operation_facts(operation) for operation in change.operations],
         }
@@ -126,7 +146,7 @@ class LogEntry:
 
     def line(self) -> str:
         """The entry on one line: LSN, time, digest, and what it does."""
-        time = _shown_time(self.entry.time_us)
+        time = shown_time(self.time_us)
         return f"{self.record.lsn:>8}  {time}  {self.record.digest.hex()[:12]}  {self._words()}"
 
     def _words(self) -> str:
@@ -170,7 +190,8 @@ def _epoch_start(entry: log_pb2.Entry) -> log_pb2.EpochStart:
         raise CorruptionError(f"the start of an epoch can't be decoded: {error}") from error
 
 
-def _shown_time(time_us: int) -> str:
+def shown_time(time_us: int) -> str:
+    """A time of the log, microseconds since 1970, as people read it."""
     try:
         return datetime.fromtimestamp(time_us / 1e6, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
     except (ValueError, OverflowError, OSError):  # a damaged clock, in a year that has five digits

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from understudy.cli.options import EPILOG, byte_size, process_options, setting
+from understudy.cli.policies import check_policies
 
 
 @click.command(epilog=EPILOG)
@@ -74,6 +75,7 @@ def primary(config: Path | None, log_format: str, **flags: Any) -> None:
     from understudy.primary.server import serving_primary
 
     settings = load_settings(PrimarySettings, flags, file=config)
+    check_policies(settings.backup_policies)
     serve(
         "primary",
         lambda: serving_primary(settings),

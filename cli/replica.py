@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from understudy.cli.options import EPILOG, byte_size, credential_settings, process_options, setting
+from understudy.cli.policies import check_policies
 
 
 @click.command(epilog=EPILOG)
@@ -66,6 +67,7 @@ def replica(config: Path | None, log_format: str, **flags: Any) -> None:
     from understudy.replica.server import serving_replica
 
     settings = load_settings(ReplicaSettings, flags, file=config)
+    check_policies(settings.backup_policies)
     succeeding = succession(settings, config)
     ended_by_itself = serve(
         "replica",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +32,7 @@ _FOR_OPERATORS = (
     "upstream",
     "warnings",
     "healing",
+    "backups",
 )
 
 
@@ -100,6 +102,7 @@ def _facts(found: admin_pb2.StatusResponse, *, is_running: bool) -> dict[str, ob
         "running": is_running,
         "access": found.access or None,
         "healing": _healing_facts(found.healing),
+        "backups": [_backup_facts(policy) for policy in found.backups],
     }
     return facts if _is_all(found) else facts | dict.fromkeys(_FOR_OPERATORS)
 
@@ -145,6 +148,52 @@ def _upstream_facts(upstream: admin_pb2.UpstreamStatus) -> dict[str, object]:
     }
 
 
+def _backup_facts(policy: admin_pb2.BackupStatus) -> dict[str, object]:
+    return {
+        "policy": policy.policy,
+        "running": policy.running,
+        "next": _moment(policy.next_s),
+        "last_success": _moment(policy.last_success_s),
+        "last_failure": _moment(policy.last_failure_s),
+        "last_error": policy.last_error or None,
+        "last_proven": _moment(policy.last_proven_s),
+        "repositories": [
+            {
+                "url": repository.url,
+                "shipped_lsn": repository.shipped_lsn,
+                "problem": repository.problem or None,
+            }
+            for repository in policy.repositories
+        ],
+    }
+
+
+def _moment(time_s: float) -> str | None:
+    """UTC, to the second; None for never."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time_s)) if time_s else None
+
+
+def _tell_backups(policies: Iterable[admin_pb2.BackupStatus], lsn: int) -> None:
+    from understudy.cli.output import print_table
+
+    print_table(
+        ("backup", "last success", "last failure", "next", "log shipped to", "entries behind"),
+        [
+            (
+                policy.policy + (" (running)" if policy.running else ""),
+                _moment(policy.last_success_s) or "never",
+                _moment(policy.last_failure_s) or "never",
+                _moment(policy.next_s) or "when asked for",
+                repository.url,
+                f"{max(lsn - repository.shipped_lsn, 0):,}",
+            )
+            for policy in policies
+            for repository in policy.repositories or [admin_pb2.RepositoryStatus(url="-", shipped_lsn=lsn)]
+        ],
+        right=("entries behind",),
+    )
+
+
 def _tell(found: admin_pb2.StatusResponse, *, is_running: bool) -> None:
     from understudy.cli.output import plain, print_facts
     from understudy.common.types import format_id
@@ -175,6 +224,8 @@ def _tell(found: admin_pb2.StatusResponse, *, is_running: bool) -> None:
     print_facts(facts)
     if found.replicas:
         _tell_replicas(found.replicas)
+    if found.backups:
+        _tell_backups(found.backups, found.durable_lsn)
     for warning in found.warnings:
         click.echo(f"warning: {plain(warning)}")
 

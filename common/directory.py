@@ -35,6 +35,7 @@ import time
 import uuid
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from understudy.common.errors import (
     RESTORE,
@@ -48,6 +49,9 @@ from understudy.common.errors import (
 )
 from understudy.common.files import NO_SPACE, publish, storage_errors, sync_directory
 from understudy.common.types import ClusterId, NodeId, new_id
+
+if TYPE_CHECKING:
+    from understudy.common.backup_worker import BackupWorker
 
 FORMAT_VERSION = 1
 NODE_FILE = "node.json"
@@ -109,6 +113,7 @@ class DataDirectory:
     def __init__(self, path: Path, lock_fd: int, node: NodeFile | None) -> None:
         self.path = path
         self.lock_fd = lock_fd
+        self.backup_worker: BackupWorker | None = None  # set by who starts one
         self._node = node
 
     # -- opening -------------------------------------------------------------------------------------------

@@ -236,6 +236,12 @@ class Engine:
         held = [segment.first_lsn for segment in self.log.segments() if segment.first_offset <= from_offset]
         return held[-1] if held else self.log.first_lsn
 
+    def archived_from(self, ceiling_bytes: int) -> Lsn:
+        """The first LSN that is still to be shipped to backup repositories, unless that would keep too much log."""
+        worker = self.directory.backup_worker
+        needed = worker.keep_from if worker is not None else Lsn(self.durable.lsn + 1)
+        return max(needed, self.first_lsn_within(ceiling_bytes))
+
     # -- entries -------------------------------------------------------------------------------------------
 
     def submit(self, data: bytes, last: Position, epoch: Epoch) -> None:

@@ -131,6 +131,7 @@ class StatusCollector(Collector):
         ):
             yield GaugeMetricFamily(name, text, value)
         yield from _replica_gauges(status)
+        yield from _backup_gauges(status)
         if status.HasField("upstream"):
             yield from _upstream_gauges(status.upstream)
 
@@ -162,6 +163,31 @@ def _replica_gauges(status: admin_pb2.StatusResponse) -> Iterable[Metric]:
         size.add_metric([replica.id], replica.lag_bytes)
         seconds.add_metric([replica.id], replica.lag_seconds)
     return (connected, entries, size, seconds)
+
+
+def _backup_gauges(status: admin_pb2.StatusResponse) -> Iterable[Metric]:
+    success = GaugeMetricFamily(
+        "understudy_backup_last_success_timestamp_seconds",
+        "Start of a policy's last run in which all went well, since 1970; 0 for never.",
+        labels=["policy"],
+    )
+    failure = GaugeMetricFamily(
+        "understudy_backup_last_failure_timestamp_seconds",
+        "Start of a policy's last run in which something did not; 0 for never.",
+        labels=["policy"],
+    )
+    behind = GaugeMetricFamily(
+        "understudy_backup_log_behind_entries",
+        "Entries not shipped to the repository.",
+        labels=["policy", "repository"],
+    )
+    for policy in status.backups:
+        success.add_metric([policy.policy], policy.last_success_s)
+        failure.add_metric([policy.policy], policy.last_failure_s)
+        for repository in policy.repositories:
+            entries = max(status.durable_lsn - repository.shipped_lsn, 0)
+            behind.add_metric([policy.policy, repository.url], entries)
+    return (success, failure, behind)
 
 
 def _upstream_gauges(upstream: admin_pb2.UpstreamStatus) -> Iterable[Metric]:

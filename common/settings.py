@@ -44,6 +44,9 @@ class PrimarySettings:
     log_floor_bytes: int = LOG_FLOOR_BYTES
     log_ceiling_bytes: int = LOG_CEILING_BYTES
     metrics: str | None = None
+    backup_policies: Path | None = (
+        None  # a TOML file with tables [[backup]]; the one of these settings, if it has any
+    )
     tls_cert: Path | None = None
     tls_key: Path | None = None
     tls_ca: Path | None = None  # signs clients' certificates
@@ -82,6 +85,9 @@ class ReplicaSettings:
     bootstrap_rate: int | None = None  # bytes a second; None: as fast as it goes
     log_floor_bytes: int = LOG_FLOOR_BYTES
     metrics: str | None = None
+    backup_policies: Path | None = (
+        None  # a TOML file with tables [[backup]]; the one of these settings, if it has any
+    )
     tls_cert: Path | None = None
     tls_key: Path | None = None
     tls_ca: Path | None = None  # signs clients' certificates
@@ -204,7 +210,7 @@ def _from_environment(environment: Mapping[str, str], known: set[str]) -> dict[s
         if name.startswith(ENVIRONMENT_PREFIX)
     }
     for name in found:
-        if name not in ours:
+        if name not in ours and name != "passphrase":  # of backups, for commands
             raise UsageError(
                 f"unknown variable {ENVIRONMENT_PREFIX}{name.upper()}",
                 remedy=f"known: {', '.join(ENVIRONMENT_PREFIX + name.upper() for name in sorted(known))}",
@@ -220,9 +226,10 @@ def _from_file(path: Path, section: str, known: set[str]) -> Mapping[str, Any]:
     except (ValueError, RecursionError) as error:  # not TOML, not text, a number or a depth without end
         raise UsageError(f"{path} is not TOML: {error}") from error
     for name in content:
-        if name not in ("primary", "replica"):
+        if name not in ("primary", "replica", "backup"):
             raise UsageError(
-                f"{path}: unknown table or key {name!r}", remedy="known are [primary] and [replica]"
+                f"{path}: unknown table or key {name!r}",
+                remedy="known are [primary], [replica] and [[backup]]",
             )
     table = content.get(section, {})
     if not isinstance(table, dict):
@@ -232,7 +239,8 @@ def _from_file(path: Path, section: str, known: set[str]) -> Mapping[str, Any]:
             raise UsageError(
                 f"{path}: unknown key {name!r} in [{section}]", remedy=f"known: {', '.join(sorted(known))}"
             )
-    return typing.cast(Mapping[str, Any], table)
+    policies = {"backup_policies": str(path)} if "backup" in content else {}
+    return policies | table
 
 
 def _convert(name: str, value: Any, hint: Any) -> Any:

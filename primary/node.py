@@ -305,9 +305,12 @@ class PrimaryNode:
         self._after_progress()
 
     def retain_from(self) -> Lsn:
-        """What slots need, or what the floor keeps, whichever is older."""
-        needed = self.slots.retain_from(self.engine.durable.lsn)
-        return min(needed, self.engine.first_lsn_within(self.settings.log_floor_bytes))
+        """What slots or the archive need, or what the floor keeps, whichever is older."""
+        return min(
+            self.slots.retain_from(self.engine.durable.lsn),
+            self.engine.archived_from(self.settings.log_ceiling_bytes),
+            self.engine.first_lsn_within(self.settings.log_floor_bytes),
+        )
 
     def _enforce_ceiling(self) -> None:
         """Gives slots up that would keep more than the ceiling."""

@@ -22,6 +22,7 @@ _STREAMING_ENTRIES = 10_000  # a replica that is no further behind than this is 
 def tell_status(node: PrimaryNode) -> admin_pb2.StatusResponse:
     """What ``understudy status`` shows, but for how peers get in."""
     engine, committer = node.engine, node.committer
+    worker = engine.directory.backup_worker
     return admin_pb2.StatusResponse(
         role=(Role.FENCED if node.is_fenced else engine.directory.role).value,
         cluster=engine.directory.cluster,
@@ -39,6 +40,7 @@ def tell_status(node: PrimaryNode) -> admin_pb2.StatusResponse:
         version=VERSION,
         proof=node.epoch_proof,
         healing=node.heal_window.status(time.monotonic()),
+        backups=worker.statuses() if worker is not None else (),
     )
 
 
@@ -105,7 +107,8 @@ def _warnings(node: PrimaryNode) -> list[str]:
         for slot in node.slots
         if slot.lost
     ]
-    return found
+    worker = node.engine.directory.backup_worker
+    return found + (worker.warnings() if worker is not None else [])
 
 
 def _now_us() -> int:

@@ -11,6 +11,7 @@ import grpc.aio
 from understudy.common.access_interceptor import AccessInterceptor
 from understudy.common.addresses import check_free
 from understudy.common.authority import Authority
+from understudy.common.backup_worker import backing_up
 from understudy.common.directory import DataDirectory
 from understudy.common.engine import Engine
 from understudy.common.errors import UnderstudyError
@@ -86,6 +87,7 @@ async def serving_primary(settings: PrimarySettings) -> AsyncIterator[PrimarySer
         if settings.metrics is not None:
             metrics.registry.register(StatusCollector(node.status))
             stack.enter_context(serve_metrics(settings.metrics, metrics.registry, node.tls))
+        await stack.enter_async_context(backing_up(directory, settings.backup_policies))
         log.info("serving", role="primary", address=listener.address, lsn=node.engine.durable.lsn)
         yield PrimaryServer(node, authority, listener)
         log.info("stopping")

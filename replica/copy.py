@@ -16,6 +16,7 @@ from understudy.common.engine import Engine
 from understudy.common.errors import Unavailable, UnderstudyError
 from understudy.common.metrics import EngineMetrics
 from understudy.common.records import Record
+from understudy.common.settings import LOG_CEILING_BYTES
 from understudy.common.tasks import Signal, spawn
 from understudy.common.types import ClusterId, Epoch, Lsn, Position
 from understudy.v1 import store_pb2
@@ -238,5 +239,7 @@ class Copy:
         self._progressed.notify()
 
     def retain_from(self) -> Lsn:
-        """The newest ``log_floor_bytes``, so that others can follow us after a promotion."""
-        return self.engine.first_lsn_within(self._log_floor_bytes)
+        """What the archive needs, and the newest ``log_floor_bytes``: others can follow us then after a promotion."""
+        return min(
+            self.engine.first_lsn_within(self._log_floor_bytes), self.engine.archived_from(LOG_CEILING_BYTES)
+        )

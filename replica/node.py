@@ -105,6 +105,7 @@ class ReplicaNode:
 
     def status(self) -> admin_pb2.StatusResponse:
         """All that ``understudy status`` shows."""
+        worker = self.directory.backup_worker
         response = admin_pb2.StatusResponse(
             role=self.directory.role.value,
             cluster=self.directory.cluster,
@@ -112,6 +113,7 @@ class ReplicaNode:
             upstream=self._follower.status(),
             warnings=self._warnings(),
             version=VERSION,
+            backups=worker.statuses() if worker is not None else (),
         )
         engine = self._copy.opened
         if engine is not None:
@@ -139,7 +141,8 @@ class ReplicaNode:
         if follower.bootstrap_progress is not None:
             done, total = follower.bootstrap_progress
             found.append(f"bootstrapping: {done:,} of {total:,} bytes fetched")
-        return found
+        worker = self.directory.backup_worker
+        return found + (worker.warnings() if worker is not None else [])
 
 
 def _check_role(directory: DataDirectory) -> None:

@@ -13,6 +13,7 @@ from understudy.common.access_interceptor import AccessInterceptor
 from understudy.common.addresses import check_free
 from understudy.common.admin_service import AdminService
 from understudy.common.authority import Authority
+from understudy.common.backup_worker import backing_up
 from understudy.common.directory import DataDirectory
 from understudy.common.engine import Engine
 from understudy.common.errors import NotPrimary, UnderstudyError, WrongRole
@@ -180,6 +181,7 @@ async def serving_replica(
             metrics.registry.register(StatusCollector(server.status))
             stack.enter_context(serve_metrics(settings.metrics, metrics.registry, node.tls))
         node.start()
+        await stack.enter_async_context(backing_up(directory, settings.backup_policies))
         log.info("serving", role="replica", address=listener.address, primary=settings.primary)
         yield server
         log.info("stopping")

@@ -187,7 +187,7 @@ def test_a_large_object_is_there_when_its_upload_has_ended(repository: Repositor
         assert file.read(10) == data[:10]  # the rest is not asked for
 
 
-@pytest.mark.parametrize("size", [10, 40 * MIB])
+@pytest.mark.parametrize("size", [10, 20 * MIB])
 def test_an_upload_that_fails_leaves_nothing(
     repository: Repository, s3: S3Server, tmp_path: Path, size: int
 ) -> None:
@@ -633,12 +633,12 @@ def test_an_upload_that_is_cut_is_stored_whole_or_not_at_all(
     behind: Repository, impatient: Repository, front: FaultyFront
 ) -> None:
     """G8: parts whose connection is cut in the middle are sent again; cut for good, nothing is left."""
-    data = content(40 * MIB)
+    data = content(20 * MIB)
     front.cut_uploads = 3
     upload(behind, "large", data)
     assert download(behind, "large") == data
     front.cut_uploads = 10_000
-    for size in (100, 40 * MIB):
+    for size in (100, 20 * MIB):
         with pytest.raises(RepositoryError):
             upload(impatient, "cut", data[:size])
     front.cut_uploads = 0
@@ -886,11 +886,11 @@ def _stream(url: str) -> None:
     piece = 64 * content(MIB)
     before = _peak_bytes()
     with repository.upload("large") as out:
-        for _ in range(3):
+        for _ in range(2):
             out.write(piece)
     with repository.download("large") as file:
         count = sum(len(piece) for piece in iter(lambda: file.read(MIB), b""))
-    assert count == 3 * len(piece)
+    assert count == 2 * len(piece)
     print(json.dumps([before, _peak_bytes()]))
 
 

@@ -58,6 +58,7 @@ class StatusResponse(_message.Message):
     PROOF_FIELD_NUMBER: _builtins.int
     ACCESS_FIELD_NUMBER: _builtins.int
     HEALING_FIELD_NUMBER: _builtins.int
+    BACKUPS_FIELD_NUMBER: _builtins.int
     role: _builtins.str
     cluster: _builtins.bytes
     node: _builtins.bytes
@@ -87,6 +88,10 @@ class StatusResponse(_message.Message):
     def healing(self) -> Global___Healing:
         """primaries only"""
 
+    @_builtins.property
+    def backups(self) -> _containers.RepeatedCompositeFieldContainer[Global___BackupStatus]:
+        """of each policy of scheduled backups on this node"""
+
     def __init__(
         self,
         *,
@@ -108,14 +113,119 @@ class StatusResponse(_message.Message):
         proof: _replication_pb2.EpochProof | None = ...,
         access: _builtins.str = ...,
         healing: Global___Healing | None = ...,
+        backups: _abc.Iterable[Global___BackupStatus] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["healing", b"healing", "proof", b"proof", "upstream", b"upstream"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["access", b"access", "checkpoint_lsn", b"checkpoint_lsn", "cluster", b"cluster", "committed_lsn", b"committed_lsn", "digest", b"digest", "durability", b"durability", "durable_lsn", b"durable_lsn", "epoch", b"epoch", "healing", b"healing", "lsn", b"lsn", "node", b"node", "proof", b"proof", "realms", b"realms", "replicas", b"replicas", "role", b"role", "upstream", b"upstream", "version", b"version", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["access", b"access", "backups", b"backups", "checkpoint_lsn", b"checkpoint_lsn", "cluster", b"cluster", "committed_lsn", b"committed_lsn", "digest", b"digest", "durability", b"durability", "durable_lsn", b"durable_lsn", "epoch", b"epoch", "healing", b"healing", "lsn", b"lsn", "node", b"node", "proof", b"proof", "realms", b"realms", "replicas", b"replicas", "role", b"role", "upstream", b"upstream", "version", b"version", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StatusResponse: _TypeAlias = StatusResponse  # noqa: Y015
+
+@_typing.final
+class BackupStatus(_message.Message):
+    """A policy of scheduled backups. Times are seconds since 1970, 0 for never."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICY_FIELD_NUMBER: _builtins.int
+    NEXT_S_FIELD_NUMBER: _builtins.int
+    RUNNING_FIELD_NUMBER: _builtins.int
+    LAST_SUCCESS_S_FIELD_NUMBER: _builtins.int
+    LAST_FAILURE_S_FIELD_NUMBER: _builtins.int
+    LAST_ERROR_FIELD_NUMBER: _builtins.int
+    LAST_PROVEN_S_FIELD_NUMBER: _builtins.int
+    DRILL_WARN_DAYS_FIELD_NUMBER: _builtins.int
+    REPOSITORIES_FIELD_NUMBER: _builtins.int
+    policy: _builtins.str
+    next_s: _builtins.float
+    """when it is planned"""
+    running: _builtins.bool
+    last_success_s: _builtins.float
+    """start of the last run in which all went well"""
+    last_failure_s: _builtins.float
+    """and of the last in which something did not"""
+    last_error: _builtins.str
+    last_proven_s: _builtins.float
+    """the last drill that proved a backup"""
+    drill_warn_days: _builtins.int
+    """without one for so long, there is a warning"""
+    @_builtins.property
+    def repositories(self) -> _containers.RepeatedCompositeFieldContainer[Global___RepositoryStatus]: ...
+    def __init__(
+        self,
+        *,
+        policy: _builtins.str = ...,
+        next_s: _builtins.float = ...,
+        running: _builtins.bool = ...,
+        last_success_s: _builtins.float = ...,
+        last_failure_s: _builtins.float = ...,
+        last_error: _builtins.str = ...,
+        last_proven_s: _builtins.float = ...,
+        drill_warn_days: _builtins.int = ...,
+        repositories: _abc.Iterable[Global___RepositoryStatus] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drill_warn_days", b"drill_warn_days", "last_error", b"last_error", "last_failure_s", b"last_failure_s", "last_proven_s", b"last_proven_s", "last_success_s", b"last_success_s", "next_s", b"next_s", "policy", b"policy", "repositories", b"repositories", "running", b"running"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BackupStatus: _TypeAlias = BackupStatus  # noqa: Y015
+
+@_typing.final
+class RepositoryStatus(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    URL_FIELD_NUMBER: _builtins.int
+    SHIPPED_LSN_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    url: _builtins.str
+    shipped_lsn: _builtins.int
+    """up to where the log is there"""
+    problem: _builtins.str
+    """why it is not there further; empty: it will be in seconds"""
+    def __init__(
+        self,
+        *,
+        url: _builtins.str = ...,
+        shipped_lsn: _builtins.int = ...,
+        problem: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["problem", b"problem", "shipped_lsn", b"shipped_lsn", "url", b"url"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RepositoryStatus: _TypeAlias = RepositoryStatus  # noqa: Y015
+
+@_typing.final
+class BackupReport(_message.Message):
+    """What the process that makes a node's backups tells it, now and then."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICIES_FIELD_NUMBER: _builtins.int
+    KEEP_FROM_LSN_FIELD_NUMBER: _builtins.int
+    keep_from_lsn: _builtins.int
+    """the log before it is in all repositories that want it"""
+    @_builtins.property
+    def policies(self) -> _containers.RepeatedCompositeFieldContainer[Global___BackupStatus]: ...
+    def __init__(
+        self,
+        *,
+        policies: _abc.Iterable[Global___BackupStatus] | None = ...,
+        keep_from_lsn: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keep_from_lsn", b"keep_from_lsn", "policies", b"policies"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BackupReport: _TypeAlias = BackupReport  # noqa: Y015
 
 @_typing.final
 class Healing(_message.Message):
