@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from harness import DEADLINE_S, Processes, wait_until
-from nodes import Pair, pairs
+from nodes import Pair, checkpoint, pairs, put
 from reset_helpers import (
     QUEUED,
     READ_HERE,
@@ -65,7 +65,8 @@ SYNCED = Example(README, "Synced realms", 0)
 FROM_PYTHON = Example(README, "From Python", 0)
 EMBEDDED = Example(README, "From Python", 1)
 UNKNOWN = Example(README, "From Python", 2)
-RUN = {TEN_LINES, CALLBACKS, DECIDING, KEPT, SYNCED, FROM_PYTHON, EMBEDDED, UNKNOWN}
+READ_STORE = Example("docs/recovery-without-understudy.md", "Read the store", 0)
+RUN = {TEN_LINES, CALLBACKS, DECIDING, KEPT, SYNCED, FROM_PYTHON, EMBEDDED, UNKNOWN, READ_STORE}
 NOT_RUN: dict[Example, str] = {}  # and why
 
 
@@ -204,3 +205,21 @@ def test_what_no_answer_means(server: str) -> None:
         space = _run(UNKNOWN, server=Late(connected), Add=Add, OutcomeUnknown=OutcomeUnknown)
         assert space["receipt"].version == 1
     assert pairs(server, "/inventory") == {b"sold": b"1"}
+
+
+# -- recovery without Understudy -------------------------------------------------------------------------------
+
+
+def test_a_store_is_read_with_lmdb_alone(
+    processes: Processes, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The example prints each pair with its realm, as it was put."""
+    primary = processes.primary(tmp_path / "a")
+    put(primary.address, "/inventory", (b"apple", b"3"), (b"pear", b"4"))
+    checkpoint(primary.address)
+    primary.terminate()
+    processes.run("backup", "-f", tmp_path / "a", "-t", tmp_path / "b")
+    monkeypatch.chdir(tmp_path / "b")
+    _run(READ_STORE)
+    found = [line for line in capsys.readouterr().out.splitlines() if line.startswith("/inventory")]
+    assert found == ["/inventory b'apple' b'3'", "/inventory b'pear' b'4'"]
