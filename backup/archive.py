@@ -1,20 +1,21 @@
 """A backup as one file or stream: ``tar``, compressed with zstd, encrypted with age; each opens with its own tool.
 
-The tar file is the data directory that a backup into a directory would be. Its manifest comes last, since only then
-are all digests known.
+The tar file is the directory that a backup into a directory would be. Its manifest comes last, since only then are all
+digests known.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import re
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, cast
 
+import xxhash
 import zstandard
 
 from understudy.backup.contents import Member, copy_members, describe, node_member, token_member
@@ -22,6 +23,8 @@ from understudy.backup.encryption import Encryption, Unlocking, is_encrypted, pe
 from understudy.backup.make import BackupReport
 from understudy.backup.manifest import FileEntry, Manifest
 from understudy.backup.progress import Meter, OnProgress
+from understudy.backup.records import Records
+from understudy.backup.selection import EVERYTHING, Selection
 from understudy.backup.sinks import Sink, Stream
 from understudy.backup.source import Source, open_source
 from understudy.common.directory import MANIFEST_FILE
@@ -36,7 +39,9 @@ _BLOCK_BYTES = 512  # tar's
 _PIECE_BYTES = 1 << 20
 _MANIFEST_BYTES_MAX = 64 << 20
 # Anything else has no business in a data directory, and is not written anywhere.
-_KNOWN_NAMES = re.compile(r"(node\.json|backup\.json|admin-token|store/data\.mdb|log/[0-9]{20}\.seg)\Z")
+_KNOWN_NAMES = re.compile(
+    r"(node\.json|backup\.json|admin-token|store/data\.mdb|log/[0-9]{20}\.seg|records/[a-z]+-[0-9]{6}\.rows)\Z"
+)
 _OTHER_BACKUP = "use another backup"
 
 
@@ -49,6 +54,7 @@ def write_archive(
     source: Path,
     target: Path,
     *,
+    selection: Selection = EVERYTHING,
     encryption: Encryption | None = None,
     level: int = DEFAULT_LEVEL,
     rate: int | None = None,
@@ -58,6 +64,7 @@ def write_archive(
 
     Args:
         target: ends in ``.tar.zst.age`` with ``encryption``, else in ``.tar.zst``; must not be there yet.
+        selection: what of the source, and in which form.
         level: of zstd.
         rate: bytes a second at the most that are read.
         progress: told of bytes done and in all.
@@ -70,7 +77,15 @@ def write_archive(
     if target.exists():
         raise UsageError(f"{target} is there already", remedy="give another name, or remove it")
     with open_source(source) as pinned, publishing(target) as file:
-        return stream_archive(pinned, file, encryption=encryption, level=level, rate=rate, progress=progress)
+        return stream_archive(
+            pinned,
+            file,
+            selection=selection,
+            encryption=encryption,
+            level=level,
+            rate=rate,
+            progress=progress,
+        )
 
 
 def _check_name(target: Path, encryption: Encryption | None) -> None:
@@ -87,6 +102,7 @@ def stream_archive(
     source: Source,
     out: Sink,
     *,
+    selection: Selection = EVERYTHING,
     encryption: Encryption | None,
     level: int = DEFAULT_LEVEL,
     rate: int | None = None,
@@ -99,21 +115,39 @@ def stream_archive(
         CorruptionError, StorageFailed, UsageError.
     """
     started_s = time.monotonic()
-    members = [*copy_members(source), *token_member(source)]
-    meter = Meter(sum(member.size for member in members), rate=rate, progress=progress)
+    contents = Records(source, selection) if selection.needs_records else _Pages(source)
+    meter = Meter(contents.total_bytes, rate=rate, progress=progress)
     compressor = zstandard.ZstdCompressor(level=level, threads=_THREADS, write_checksum=True)
     with (
         encryption.encrypting(out) if encryption is not None else contextlib.nullcontext(out) as encrypted,
         compressor.stream_writer(cast(IO[bytes], encrypted), closefd=False) as compressed,
     ):
         tar = _TarWriter(compressed)
-        tar.add(node_member(source), meter=None)
-        entries = [tar.add(member, meter=meter) for member in members]
-        manifest = describe(source, entries, checkpoint=source.checkpoint)
+        if isinstance(contents, _Pages):  # only they are a directory that a server starts on
+            tar.add(node_member(source), meter=None)
+        members = chain(contents.members(), token_member(source))
+        manifest = contents.describe([tar.add(member, meter=meter) for member in members])
         data = manifest.encode()
         tar.add(Member(MANIFEST_FILE, len(data), [data]), meter=None)
         tar.finish()
     return BackupReport(manifest=manifest, bytes_copied=meter.done, seconds=time.monotonic() - started_s)
+
+
+class _Pages:
+    """What a backup of pages consists of."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._members = copy_members(source)
+        self.total_bytes = sum(member.size for member in self._members)
+
+    def members(self) -> Iterable[Member]:
+        """The files."""
+        return self._members
+
+    def describe(self, entries: Iterable[FileEntry]) -> Manifest:
+        """The manifest."""
+        return describe(self._source, entries, checkpoint=self._source.checkpoint)
 
 
 class _TarWriter:
@@ -128,12 +162,12 @@ class _TarWriter:
         info = tarfile.TarInfo(member.name)
         info.size, info.mode, info.mtime = member.size, 0o600, self._made_s
         self._out.write(info.tobuf(tarfile.PAX_FORMAT))
-        sha256 = hashlib.sha256()
+        digest = xxhash.xxh3_128()
         for piece in member.pieces if meter is None else meter.metered(member.pieces):
-            sha256.update(piece)
+            digest.update(piece)
             self._out.write(piece)
         self._out.write(bytes(-member.size % _BLOCK_BYTES))
-        return FileEntry(path=member.name, bytes=member.size, sha256=sha256.hexdigest())
+        return FileEntry(path=member.name, bytes=member.size, xxh3=digest.hexdigest())
 
     def finish(self) -> None:
         """The end that tar looks for."""

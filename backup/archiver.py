@@ -68,15 +68,15 @@ class Archiver:
         return self._shipped.position.lsn
 
     def _find_shipped(self, files: LogFiles) -> LogPlace:
-        """Where the newest stretch or backup of this history in the repository ends.
+        """Where the newest stretch of this history in the repository ends.
 
-        Without any, the place before all that the log holds.
+        Without any, the place of the oldest backup of this history that the log still reaches: from there on, all
+        moments can be restored. Without that, the place before all that the log holds.
         """
-        ends = [(one.last, one.digest, one.epoch) for one in list_stretches(self._repository)]
-        for backup in read_catalog(self._repository).backups:
-            manifest = backup.manifest
-            ends.append((Lsn(manifest.lsn), manifest.digest, Epoch(manifest.epoch)))
-        for lsn, digest, epoch in sorted(ends, reverse=True):
+        stretches = [(one.last, one.digest, one.epoch) for one in list_stretches(self._repository)]
+        manifests = [backup.manifest for backup in read_catalog(self._repository).backups]
+        backups = [(Lsn(one.lsn), one.digest, Epoch(one.epoch)) for one in manifests]
+        for lsn, digest, epoch in [*sorted(stretches, reverse=True), *sorted(backups)]:
             place = files.place_at(lsn)
             if place is not None and short_digest(place.position.digest) == digest[:DIGEST_DIGITS]:
                 self._epoch = epoch

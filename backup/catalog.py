@@ -200,7 +200,20 @@ def read_catalog(repository: Repository) -> Catalog:
             catalog.backups.append(_read_backup(repository, folder, names))
         except (CorruptionError, NewerFormat) as error:
             catalog.problems.append(str(error))
+    # Ids of one second sort by chance.
+    catalog.backups.sort(key=lambda backup: (backup.manifest.made, backup.run))
     return catalog
+
+
+def last_proven_s(catalog: Catalog) -> float:
+    """When a drill last proved a backup, seconds since 1970; 0 for never."""
+    proofs = (
+        datetime.datetime.fromisoformat(check.at).timestamp()
+        for backup in catalog.backups
+        for check in backup.checks
+        if check.finding is Finding.PROVEN
+    )
+    return max(proofs, default=0.0)
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""What a backup of a pinned source consists of, whatever it is written to."""
+"""What a backup of a pinned source consists of, whatever it is written to: its pages, and what all backups have."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 
-from understudy.backup.manifest import FileEntry, Manifest, utc_text
+from understudy.backup.manifest import FileEntry, Manifest, read_manifest, utc_text
 from understudy.backup.source import Source
-from understudy.common.directory import NodeFile, Role
+from understudy.common.directory import MANIFEST_FILE, NodeFile, Role
 from understudy.common.files import storage_errors
 from understudy.common.store_layout import DATA_FILE
 from understudy.common.types import new_id
@@ -65,6 +65,7 @@ def describe(source: Source, entries: Iterable[FileEntry], *, checkpoint: Checkp
         checkpoint: where the backup's store stands.
     """
     end = source.end
+    origin = origin_of(source)
     return Manifest(
         cluster=source.node.cluster,
         node=source.node.node,
@@ -82,4 +83,18 @@ def describe(source: Source, entries: Iterable[FileEntry], *, checkpoint: Checkp
         byte_order=sys.byteorder,
         page_bytes=source.snapshot.page_bytes,
         files=list(entries),
+        realms_chosen=origin.realms_chosen if origin is not None else [],
+        realms_excluded=origin.realms_excluded if origin is not None else [],
+        failed=origin.failed if origin is not None else [],
     )
+
+
+def origin_of(source: Source) -> Manifest | None:
+    """Where the source is a backup itself, its manifest: it may not hold all realms.
+
+    Raises:
+        CorruptionError, NewerFormat, StorageFailed.
+    """
+    if source.node.role is not Role.BACKUP or not (source.path / MANIFEST_FILE).exists():
+        return None
+    return read_manifest(source.path)

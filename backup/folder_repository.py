@@ -46,7 +46,7 @@ class FolderRepository:
         if not self._root.is_dir():
             raise RepositoryError(
                 f"there is no folder {self._root}",
-                remedy="if it is on another disk or machine, mount that; a new repository has to be created first",
+                remedy="if it is on another disk or machine, mount that; for a new repository, make the folder",
             )
 
     def make_root(self) -> None:

@@ -20,25 +20,35 @@ def is_in_progress(root: Path) -> bool:
 
 def was_begun_from(root: Path, source: str) -> bool:
     """Whether the mark is there, and says that the directory is being made from ``source``."""
+    return _note(root).get("source") == source
+
+
+def must_begin_anew(root: Path) -> bool:
+    """Whether the mark is there, and says that what is being made can't be brought up to date."""
+    return _note(root).get("anew") is True
+
+
+def _note(root: Path) -> dict[str, object]:
     try:
         note = json.loads((root / IN_PROGRESS_FILE).read_bytes())
     except (OSError, ValueError):
-        return False
-    return isinstance(note, dict) and note.get("source") == source
+        return {}
+    return note if isinstance(note, dict) else {}
 
 
 @contextlib.contextmanager
-def in_progress(root: Path, source: str) -> Iterator[None]:
+def in_progress(root: Path, source: str, *, anew: bool = False) -> Iterator[None]:
     """Marks ``root`` until the block has ended well; all in it must be durable then.
 
     Args:
         source: what it is made from: a path, or a URL and an id.
+        anew: what is cut off can't be gone on with: it may not hold all that its place in the log says.
 
     Raises:
         DiskFull, StorageFailed.
     """
     mark = root / IN_PROGRESS_FILE
-    note = {"source": source, "began": utc_text(time.time())}
+    note = {"source": source, "began": utc_text(time.time()), "anew": anew}
     publish(mark, json.dumps(note).encode() + b"\n")
     yield
     sync_directory(root)

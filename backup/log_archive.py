@@ -13,6 +13,7 @@ takes the place of those that were shipped while it was being written.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,9 @@ def append_archived(
     repository: Repository,
     directory: DataDirectory,
     *,
+    epoch: int,
     point: Point | None,
+    known: Iterable[Lsn] = (),
     unlocking: Unlocking,
     progress: OnProgress | None,
 ) -> None:
@@ -159,10 +162,12 @@ def append_archived(
     Where histories have forked, the one of the highest epoch is followed.
 
     Args:
+        epoch: of the copy's last entry.
         point: what lies behind it may be left out.
+        known: entries that there are, since backups reach up to them.
 
     Raises:
-        CorruptionError: what is needed is damaged.
+        CorruptionError: what is needed is damaged, or not there though entries behind it are.
         NotPermitted: it does not open.
         RepositoryError, DiskFull, StorageFailed.
     """
@@ -172,8 +177,22 @@ def append_archived(
         while not (point is not None and _reaches(target.log, point)):
             candidates = [stretch for stretch in stretches if stretch.may_follow(target.log.end)]
             if not candidates:
+                later = (stretch.last for stretch in stretches if stretch.epoch >= epoch)
+                _check_gap(target.log.end.lsn, [*known, *later], repository.url)
                 return
-            _append_best(repository, candidates, target.log, directory.cluster, unlocking, meter)
+            appended = _append_best(repository, candidates, target.log, directory.cluster, unlocking, meter)
+            epoch = max(epoch, appended.epoch)
+
+
+def _check_gap(end: Lsn, known: Iterable[Lsn], url: str) -> None:
+    """Nothing follows: is that the end, or is something missing?"""
+    beyond = [lsn for lsn in known if lsn > end]
+    if beyond:
+        raise CorruptionError(
+            f"the log in {url} ends with LSN {end}, but there were entries up to LSN {max(beyond)}: what comes between "
+            "was not shipped, or belongs to a history that was given up",
+            remedy=f"restore up to --lsn {end}, or a backup that reaches further by its id",
+        )
 
 
 def _append_best(
@@ -183,8 +202,8 @@ def _append_best(
     cluster: ClusterId,
     unlocking: Unlocking,
     meter: Meter,
-) -> None:
-    """Appends one of the stretches; only their content tells for sure whether they go on behind this very log.
+) -> Stretch:
+    """Appends one of the stretches, and returns it; only their content tells for sure whether it goes on here.
 
     Raises:
         CorruptionError: none of them does.
@@ -198,7 +217,7 @@ def _append_best(
                 opening(file, stretch.name, unlocking) as plain,
             ):
                 _append(log, plain, cluster, f"{stretch.name} in {repository.url}", meter)
-            return
+            return stretch
         except CorruptionError as error:
             if log.end != before:
                 raise

@@ -4,6 +4,9 @@ Made anew, it is the source's snapshot and the log behind it. Brought up to date
 as a replica would; its own store follows once that is more than a server should have to replay. Only where the source
 no longer has that log is all copied again, beside what is there, which is replaced when the new copy is whole.
 
+Of chosen realms it is a data directory, too, made of records; a portable one is the records themselves. Neither can be
+brought up to date.
+
 While at work the directory holds the file ``BACKUP_IN_PROGRESS``, and nobody else opens it. What was cut off is taken
 up by the next ``--update``.
 """
@@ -13,16 +16,26 @@ from __future__ import annotations
 import shutil
 import time
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
-from understudy.backup.contents import STORE_FILE, copy_members, describe, token_member
-from understudy.backup.in_progress import in_progress, is_in_progress
-from understudy.backup.manifest import FileEntry, Manifest, read_manifest, write_manifest
+from understudy.backup.contents import STORE_FILE, copy_members, describe, origin_of, token_member
+from understudy.backup.in_progress import (
+    in_progress,
+    is_in_progress,
+    must_begin_anew,
+    was_begun_from,
+)
+from understudy.backup.load_records import load_selected
+from understudy.backup.manifest import FailedRealm, FileEntry, Form, Manifest, read_manifest, write_manifest
 from understudy.backup.progress import Meter, OnProgress
+from understudy.backup.records import Records
+from understudy.backup.rows import FOLDER
+from understudy.backup.selection import EVERYTHING, Selection
 from understudy.backup.source import Source, open_source
 from understudy.backup.target_log import append_records, log_files, open_log, read_head, settle
 from understudy.backup.writing import describe_file, write_member
-from understudy.common.directory import DataDirectory, Role
+from understudy.common.directory import MANIFEST_FILE, DataDirectory, Role
 from understudy.common.errors import (
     AheadOfPrimary,
     Diverged,
@@ -40,6 +53,7 @@ from understudy.common.types import Digest, Epoch, Lsn, Position
 
 # So much log behind its store is replayed in a few seconds when a server starts on the backup.
 FOLD_BYTES = 64 << 20
+_ANEW = "make it anew: give an absent or empty directory"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,12 +64,18 @@ class BackupReport:
     bytes_copied: int
     seconds: float
 
+    @property
+    def failed(self) -> list[FailedRealm]:
+        """Realms that are damaged in the source and were left out."""
+        return self.manifest.failed
+
 
 def make_backup(
     source: Path,
     target: Path,
     *,
     update: bool = False,
+    selection: Selection = EVERYTHING,
     rate: int | None = None,
     progress: OnProgress | None = None,
 ) -> BackupReport:
@@ -65,6 +85,7 @@ def make_backup(
         source: a primary's, a replica's, or a backup.
         target: absent or empty; with ``update``, also a backup of the same cluster, finished or not.
         update: bring it up to date.
+        selection: what of the source, and in which form.
         rate: bytes a second at the most that are read.
         progress: told of bytes done and in all.
 
@@ -74,10 +95,14 @@ def make_backup(
         CorruptionError, DiskFull, StorageFailed, UsageError.
     """
     _check_apart(source, target)
+    _check_form(target, selection, update=update)
     started_s = time.monotonic()
     with open_source(source) as pinned, DataDirectory.open_unfinished(target) as directory:
         making = _Making(pinned, directory, rate, progress)
-        making.run(update=update)
+        if selection.needs_records:
+            making.run_selected(selection)
+        else:
+            making.run(update=update)
         return BackupReport(
             manifest=read_manifest(target),
             bytes_copied=making.bytes_copied,
@@ -90,6 +115,15 @@ def _check_apart(source: Path, target: Path) -> None:
     one, other = source.resolve(), target.resolve()
     if one == other or one in other.parents or other in one.parents:
         raise UsageError(f"{target} and {source} lie within each other", remedy="back up to another place")
+
+
+def _check_form(target: Path, selection: Selection, *, update: bool) -> None:
+    """Records are not brought up to date, neither by records nor by anything else."""
+    if update and selection.needs_records:
+        raise UsageError(f"a backup with {selection} is always made anew", remedy="leave --update out")
+    is_finished = (target / MANIFEST_FILE).exists() and not is_in_progress(target)
+    if is_finished and read_manifest(target).form is Form.RECORDS:
+        raise WrongRole(f"{target} holds a backup of records already", remedy=_ANEW)
 
 
 class _Making:
@@ -112,12 +146,18 @@ class _Making:
                 f"{self._root} holds a backup that is not finished",
                 remedy="go on with --update, or give an absent or empty directory",
             )
+        if must_begin_anew(self._root):
+            raise UnfinishedBackup(
+                f"{self._root} holds a backup of chosen realms or of records that is not finished",
+                remedy="give the command again that has begun it, or remove it",
+            )
         if self._target.is_new:
             with in_progress(self._root, str(self._source.path)):
                 self._describe(self._copy_all(self._root))
                 self._target.begin(Role.BACKUP, self._source.cluster)
             return
         self._check_updatable(update=update)
+        self._check_whole()
         head, epoch = self._head()
         relation = relate([head.position], epoch, self._source.history())
         self._check_one_history(relation, head.position.lsn)
@@ -141,6 +181,16 @@ class _Making:
                 remedy="back up to another directory",
             )
 
+    def _check_whole(self) -> None:
+        """What lacks realms can't be gone on with, and never takes the place of what has them."""
+        origin = origin_of(self._source)
+        if origin is not None and not origin.is_whole:
+            raise UsageError(f"{self._source.path} does not hold all realms", remedy=_ANEW)
+        if not self._was_cut_off and not read_manifest(self._root).is_whole:
+            raise UsageError(
+                f"{self._root} does not hold all realms, so it can't be brought up to date", remedy=_ANEW
+            )
+
     def _head(self) -> tuple[LogPlace, Epoch]:
         """How far the target reaches, and the epoch of its last entry."""
         if self._was_cut_off:
@@ -160,6 +210,31 @@ class _Making:
             raise Diverged(
                 f"{self._root} holds entries up to LSN {lsn} that {source.path} does not have", remedy=remedy
             )
+
+    # -- chosen realms, and records -------------------------------------------------------------------------
+
+    def run_selected(self, selection: Selection) -> None:
+        origin = f"{self._source.path} {selection}"
+        if self._was_cut_off and not was_begun_from(self._root, origin):
+            raise UnfinishedBackup(f"{self._root} holds another backup that is not finished", remedy=_ANEW)
+        if not self._was_cut_off and not self._target.is_new:
+            raise WrongRole(
+                f"{self._root} holds data already, its role is {self._target.role.value}", remedy=_ANEW
+            )
+        meter = Meter(None, rate=self._rate, progress=self._progress)
+        with in_progress(self._root, origin, anew=True):
+            if selection.portable:
+                manifest = self._write_records(Records(self._source, selection), meter)
+            else:
+                manifest = load_selected(self._target, self._source, selection, meter)
+            sync_tree(self._root)
+            write_manifest(self._root, manifest)
+        self.bytes_copied = meter.done
+
+    def _write_records(self, records: Records, meter: Meter) -> Manifest:
+        shutil.rmtree(self._root / FOLDER, ignore_errors=True)
+        members = chain(records.members(), token_member(self._source))
+        return records.describe([write_member(self._root, member, meter) for member in members])
 
     # -- all anew ------------------------------------------------------------------------------------------
 

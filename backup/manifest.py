@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import enum
 import json
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,14 @@ from understudy.common.types import ClusterId
 FORMAT_VERSION = 1
 # Beyond it, what is read is no manifest: one lists a few files for each 64 MiB of log.
 _MANIFEST_BYTES_MAX = 64 << 20
+_PROBLEMS_MAX = 20  # where there are so many, more say nothing new
+
+
+class Form(enum.StrEnum):
+    """What a backup consists of."""
+
+    PAGES = "pages"  # a data directory
+    RECORDS = "records"  # what any machine can make a data directory of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +34,15 @@ class FileEntry:
 
     path: str  # relative to the backup, with slashes
     bytes: int
-    sha256: str  # hexadecimal
+    xxh3: str  # XXH3-128, hexadecimal, as `xxhsum -H2` prints it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FailedRealm:
+    """A realm that is damaged in the source and was left out."""
+
+    realm: str  # its path, as far as that can be read; empty where it can't be told which
+    error: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +66,30 @@ class Manifest:
     byte_order: str
     page_bytes: int
     files: list[FileEntry]
+    form: Form = Form.PAGES
+    realms_chosen: list[str] = field(default_factory=list)  # patterns; none: all realms
+    realms_excluded: list[str] = field(default_factory=list)  # patterns
+    failed: list[FailedRealm] = field(default_factory=list)
+
+    @property
+    def is_filtered(self) -> bool:
+        """Whether realms were left out because nobody wanted them in it."""
+        return bool(self.realms_chosen or self.realms_excluded)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it holds all that the source held."""
+        return not self.is_filtered and not self.failed
+
+    @property
+    def problems(self) -> list[str]:
+        """What is missing that should be in it, a line each."""
+        lines = [
+            f"realm {one.realm} was left out: {one.error}" if one.realm else one.error
+            for one in self.failed[:_PROBLEMS_MAX]
+        ]
+        more = len(self.failed) - len(lines)
+        return [*lines, f"{more} more realms were left out"] if more else lines
 
     @property
     def cluster_id(self) -> ClusterId:
@@ -83,7 +124,9 @@ class Manifest:
                     remedy=f"this version reads format {FORMAT_VERSION}; upgrade it",
                 )
             files = [FileEntry(**file) for file in raw.pop("files")]
-            manifest = cls(files=files, **raw)
+            failed = [FailedRealm(**one) for one in raw.pop("failed", [])]
+            form = Form(raw.pop("form", Form.PAGES))
+            manifest = cls(files=files, failed=failed, form=form, **raw)
             manifest._check()
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CorruptionError(f"{name} can't be read: {error}", remedy=RESTORE) from error
@@ -92,13 +135,17 @@ class Manifest:
     def _check(self) -> None:
         for file in self.files:
             parts = Path(file.path).parts
-            if not parts or file.path.startswith("/") or ".." in parts or len(file.sha256) != 64:
+            if not parts or file.path.startswith("/") or ".." in parts or len(file.xxh3) != 32:
                 raise ValueError(f"it names a file {file.path!r}")
         uuid.UUID(self.cluster)
         bytes.fromhex(self.digest)
         numbers = (self.epoch, self.lsn, self.log_offset, self.checkpoint_lsn, self.realms)
         if not all(isinstance(number, int) and number >= 0 for number in numbers):
             raise ValueError("a number is none")
+        texts = [*self.realms_chosen, *self.realms_excluded]
+        texts += [text for one in self.failed for text in (one.realm, one.error)]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("a pattern or a realm is no text")
 
 
 def read_manifest(directory: Path) -> Manifest:

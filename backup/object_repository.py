@@ -13,10 +13,10 @@ import os
 import random
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, cast
+from typing import IO, TYPE_CHECKING, TypeVar, cast
 from urllib.parse import urlsplit
 
 import obstore
@@ -58,6 +58,7 @@ _CREDENTIALS = {
     "gs": "GOOGLE_APPLICATION_CREDENTIALS",
     "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
 }
+_T = TypeVar("_T")
 _REFUSED = (PermissionDeniedError, UnauthenticatedError)
 _NOT_AS_EXPECTED = (AlreadyExistsError, PreconditionError)
 _NO_CONTAINER = re.compile("NoSuchBucket|ContainerNotFound|bucket does not exist", re.IGNORECASE)
@@ -155,9 +156,8 @@ class ObjectRepository:
     def list(self, prefix: str = "") -> Iterator[StoredObject]:
         """The objects, as the storage lists them, sorted."""
         folder = check_prefix(prefix).rpartition("/")[0]
-        with self.errors("list"):
-            # The library's prefixes are whole parts of names.
-            pages = list(obstore.list(self._store, folder or None, chunk_size=1000))
+        # The library's prefixes are whole parts of names.
+        pages = self._again("list", lambda: list(obstore.list(self._store, folder or None, chunk_size=1000)))
         found = [
             StoredObject(about["path"], about["size"], about["last_modified"].timestamp())
             for page in pages
@@ -212,6 +212,18 @@ class ObjectRepository:
             # Not even where it was told that something is there: it may just have been going.
             time.sleep(pause_s)
         raise self._failed("write", name, failure) from failure
+
+    def _again(self, action: str, work: Callable[[], _T]) -> _T:
+        """What ``work`` returns, tried again: the library does not where an answer is cut off after it has begun."""
+        for pause_s in self._pauses():
+            try:
+                return work()
+            except (FileNotFoundError, *_REFUSED) as error:
+                raise self._failed(action, "", error) from error
+            except (BaseError, OSError) as error:
+                failure: Exception = error
+            time.sleep(pause_s)
+        raise self._failed(action, "", failure) from failure
 
     def _pauses(self) -> Iterator[float]:
         """Seconds to wait after each attempt; it ends when nothing is to be tried again."""

@@ -14,7 +14,7 @@ from understudy.common.files import storage_errors, sync_directory
 from understudy.common.log_reader import LogPlace, records_from, segments_behind
 from understudy.common.segment import RECORDS_START, Segment, Watermark
 from understudy.common.store import Store
-from understudy.common.types import Digest, Lsn, Position
+from understudy.common.types import NO_LSN, Digest, Lsn, Position
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +75,8 @@ def cut_log(directory: DataDirectory, point: Point) -> None:
         place = LogPlace(record.position, place.offset + record.encoded_bytes)
     if point.lsn is not None and point.lsn > place.position.lsn:
         raise UsageError(f"the backup reaches up to LSN {place.position.lsn}, not to {point.lsn}")
+    if place.position.lsn == NO_LSN:
+        raise UsageError(f"{point} lies before the first entry of all")
     _truncate(segments, place)
 
 

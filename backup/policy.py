@@ -8,11 +8,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from understudy.backup.encryption import Encryption
+from understudy.backup.encryption import Encryption, Unlocking
+from understudy.backup.repository import check_url
 from understudy.backup.retention import Retention
 from understudy.backup.schedule import Schedule
+from understudy.backup.selection import Selection
 from understudy.common.errors import UsageError
-from understudy.common.files import storage_errors
+from understudy.common.secret_files import read_private
 from understudy.common.sizes import parse_size
 
 NAME_CHARACTERS_MAX = 60
@@ -27,6 +29,9 @@ class Policy:
     name: str
     schedule: Schedule | None  # None: only when asked for
     repositories: tuple[str, ...]
+    realms: tuple[str, ...] = ()  # patterns; none: all
+    exclude: tuple[str, ...] = ()
+    portable: bool = False
     recipients: tuple[str, ...] = ()
     passphrase_file: Path | None = None
     rate: int | None = None  # bytes a second
@@ -34,6 +39,8 @@ class Policy:
     retention: Retention = Retention()  # noqa: RUF009  # frozen
     archive_log: bool = True  # ship the log too, so that restores go to any moment
     drill: bool = False  # restore each backup after it was made
+    identity_file: Path | None = None  # opens for drills what is encrypted for recipients
+    staging: Path | None = None  # where the last proven backup is kept as a data directory
     drill_warn_days: int = 7  # without a drill for so long, `status` warns
     before: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
@@ -41,27 +48,48 @@ class Policy:
     retries: int = 1
     retry_wait_s: float = 60.0
 
+    @property
+    def selection(self) -> Selection:
+        """What of the source its backups hold, and in which form."""
+        return Selection(realms=self.realms, exclude=self.exclude, portable=self.portable)
+
     def encryption(self) -> Encryption | None:
         """What its backups are encrypted with, read anew each time: older backups keep theirs.
 
         Raises:
             UsageError: the file holds no passphrase.
-            StorageFailed: it can't be read.
+            NotPermitted: others may read it.
         """
         if self.passphrase_file is None:
             return Encryption("", self.recipients) if self.recipients else None
         return Encryption(read_passphrase(self.passphrase_file))
 
+    def unlocking(self) -> Unlocking:
+        """What opens its backups again, for drills.
+
+        Raises:
+            UsageError: there is nothing that does.
+            StorageFailed: a file can't be read.
+        """
+        if self.recipients and self.identity_file is None:
+            raise UsageError(
+                f"the backups of {self.name} are encrypted for recipients, and the policy has no key that opens them",
+                remedy='set identity_file = "FILE" in the policy',
+            )
+        return Unlocking.given(
+            passphrase=read_passphrase(self.passphrase_file) if self.passphrase_file else "",
+            identity_files=[self.identity_file] if self.identity_file else [],
+        )
+
 
 def read_passphrase(path: Path) -> str:
-    """The first line of a file.
+    """The first line of a file that nobody else may read.
 
     Raises:
-        UsageError: it is empty.
-        StorageFailed: the file can't be read.
+        NotPermitted: others may read it.
+        UsageError: it can't be read, or is empty.
     """
-    with storage_errors("read", path):
-        lines = path.read_text(errors="replace").splitlines()
+    lines = read_private(path).decode(errors="replace").splitlines()
     if not lines or not lines[0]:
         raise UsageError(f"{path} holds no passphrase", remedy="write it on the first line")
     return lines[0]
@@ -132,8 +160,12 @@ class _Table:
     def policy(self, name: str) -> Policy:
         zone = self._take("zone", str, "UTC")
         expression = self._take("schedule", str, "")
+        realms, exclude = self._words("realms"), self._words("exclude")
         policy = Policy(
             name=name,
+            realms=realms,
+            exclude=exclude,
+            portable=self._take("portable", bool, False),
             schedule=Schedule.parse(expression, zone) if expression else None,
             repositories=self._words("repositories"),
             recipients=self._words("recipients"),
@@ -141,8 +173,10 @@ class _Table:
             rate=self._rate(),
             level=self._take("level", int, 3),
             retention=self._retention(zone),
-            archive_log=self._take("archive_log", bool, True),
+            archive_log=self._take("archive_log", bool, not (realms or exclude)),
             drill=self._take("drill", bool, False),
+            identity_file=self._path("identity_file"),
+            staging=self._path("staging"),
             drill_warn_days=self._take("drill_warn_days", int, 7),
             before=self._words("before"),
             after=self._words("after"),
@@ -159,6 +193,8 @@ class _Table:
             raise self._wrong(f"unknown key {min(self._left)!r}", f"known: {', '.join(known)}")
         if not policy.repositories:
             raise self._wrong("no repositories", 'say where to: repositories = ["/backup"]')
+        for url in policy.repositories:
+            check_url(url)
         if policy.level not in _LEVELS:
             raise self._wrong(f"level is {policy.level}", "give 1 to 19")
         if policy.retries < 0 or policy.retry_wait_s < 0 or policy.drill_warn_days < 1:
@@ -167,6 +203,17 @@ class _Table:
             )
         if policy.recipients and policy.passphrase_file is not None:
             raise self._wrong("recipients and passphrase_file", "give one of them")
+        policy.selection.check()
+        if policy.archive_log and policy.selection.is_filtered:
+            raise self._wrong(
+                "archive_log with realms or exclude: the log holds all realms",
+                "leave it out, or leave it to a policy without them",
+            )
+        if policy.drill and policy.recipients and policy.identity_file is None:
+            raise self._wrong(
+                "drill, and recipients without identity_file: nothing here opens the backups",
+                'set identity_file = "FILE" to a key of one of the recipients',
+            )
         if policy.recipients:
             Encryption("", policy.recipients).check()
 

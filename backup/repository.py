@@ -155,6 +155,15 @@ def create_repository(url: str) -> Repository:
     return open_repository(url)
 
 
+def check_url(url: str) -> None:
+    """Refuses what can't be a repository's URL, without looking for it.
+
+    Raises:
+        UsageError.
+    """
+    _folder(url)
+
+
 def is_repository(text: str) -> bool:
     """Whether ``text`` names a repository: by its scheme, or as a folder that was claimed by a cluster."""
     if urlsplit(text).scheme in (*OBJECT_SCHEMES, "file"):

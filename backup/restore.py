@@ -10,31 +10,36 @@ import shutil
 import struct
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Self
 
 from understudy.backup.archive import decode_manifest, reading_archive
 from understudy.backup.catalog import StoredBackup
-from understudy.backup.contents import STORE_FILE, Member
+from understudy.backup.contents import Member
 from understudy.backup.encryption import Unlocking
 from understudy.backup.in_progress import in_progress, was_begun_from
+from understudy.backup.load_records import Loading, load_selected
 from understudy.backup.log_archive import append_archived
-from understudy.backup.manifest import FileEntry, Manifest, read_manifest, utc_text, write_manifest
+from understudy.backup.manifest import FileEntry, Form, Manifest, read_manifest, write_manifest
 from understudy.backup.point import Point, cut_log
 from understudy.backup.progress import Meter, OnProgress
 from understudy.backup.repository import Repository
-from understudy.backup.target_log import log_files, settle
-from understudy.backup.writing import describe_file, read_blocks, write_member
+from understudy.backup.rows import FOLDER
+from understudy.backup.selection import EVERYTHING, Selection
+from understudy.backup.source import open_source
+from understudy.backup.target_log import describe_settled
+from understudy.backup.writing import read_blocks, write_member
 from understudy.common.directory import MANIFEST_FILE, NODE_FILE, DataDirectory, Role, check_finished
-from understudy.common.errors import CorruptionError, DirectoryError, NotADataDirectory, WrongRole
+from understudy.common.errors import CorruptionError, DirectoryError, NotADataDirectory, UsageError, WrongRole
 from understudy.common.files import storage_errors, sync_tree
+from understudy.common.types import Lsn
 
 _OTHER_BACKUP = "use another backup"
 
-# Writes a backup's files below a directory and returns what its manifest says.
-Fill = Callable[[Path], Manifest]
+# Writes a backup's files into a directory and returns what its manifest says.
+Fill = Callable[[DataDirectory], Manifest]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +55,7 @@ def restore_backup(
     target: Path,
     *,
     point: Point | None = None,
+    selection: Selection = EVERYTHING,
     unlocking: Unlocking | None = None,
     progress: OnProgress | None = None,
 ) -> RestoreReport:
@@ -59,6 +65,7 @@ def restore_backup(
         backup: a backup's directory, or an archive.
         target: absent, empty, or what an attempt before has left.
         point: how far to go; all of it if not given.
+        selection: which realms.
         unlocking: what opens an archive that is encrypted.
         progress: told of bytes done, and in all.
 
@@ -74,15 +81,18 @@ def restore_backup(
     if not backup.exists():
         raise NotADataDirectory(f"there is no backup {backup}")
 
-    def fill(root: Path) -> Manifest:
+    def fill(directory: DataDirectory) -> Manifest:
         if backup.is_dir():
-            return _copy_files(backup, root, progress)
+            return _copy_files(backup, directory, progress)
         with storage_errors("read", backup):
             file = backup.open("rb")
         with file:
-            return _extract(file, str(backup), root, unlocking or Unlocking(), progress)
+            return _extract(file, str(backup), directory, unlocking or Unlocking(), progress)
 
-    return _restore(target, str(backup), fill, None, point)
+    def restore(target: Path) -> RestoreReport:
+        return _restore(target, str(backup), fill, None, point)
+
+    return _chosen(target, str(backup), restore, selection, progress)
 
 
 def restore_stored(
@@ -92,6 +102,8 @@ def restore_stored(
     *,
     with_log: bool,
     point: Point | None = None,
+    known: Iterable[Lsn] = (),
+    selection: Selection = EVERYTHING,
     unlocking: Unlocking | None = None,
     progress: OnProgress | None = None,
 ) -> RestoreReport:
@@ -100,6 +112,7 @@ def restore_stored(
     Args:
         with_log: go on behind the backup, as far as the log in the repository reaches or to ``point``.
         point: how far to go.
+        known: entries that there are, since other backups reach up to them: without the log up to there, it has a gap.
         and the others: as of :func:`restore_backup`.
 
     Raises:
@@ -109,17 +122,69 @@ def restore_stored(
     unlocking = unlocking or Unlocking()
     name = f"{backup.archive_name} in {repository.url}"
 
-    def fill(root: Path) -> Manifest:
+    def fill(directory: DataDirectory) -> Manifest:
         with repository.download(backup.archive_name) as file:
-            manifest = _extract(file, name, root, unlocking, progress)
+            manifest = _extract(file, name, directory, unlocking, progress)
         if manifest != backup.manifest:
             raise CorruptionError(f"{name} holds another backup than its manifest says", remedy=_OTHER_BACKUP)
         return manifest
 
     def follow(directory: DataDirectory) -> None:
-        append_archived(repository, directory, point=point, unlocking=unlocking, progress=progress)
+        append_archived(
+            repository,
+            directory,
+            epoch=backup.manifest.epoch,
+            point=point,
+            known=known,
+            unlocking=unlocking,
+            progress=progress,
+        )
 
-    return _restore(target, f"{repository.url} {backup.id}", fill, follow if with_log else None, point)
+    if with_log and not backup.manifest.is_whole:
+        raise UsageError(
+            f"{name} does not hold all realms, so the log does not go on behind it",
+            remedy="restore it as it is: name it, and give neither --lsn nor --at",
+        )
+    origin = f"{repository.url} {backup.id}"
+
+    def restore(target: Path) -> RestoreReport:
+        return _restore(target, origin, fill, follow if with_log else None, point)
+
+    return _chosen(target, origin, restore, selection, progress)
+
+
+def _chosen(
+    target: Path,
+    origin: str,
+    restore: Callable[[Path], RestoreReport],
+    selection: Selection,
+    progress: OnProgress | None,
+) -> RestoreReport:
+    """Restores all, and where that is not wanted, takes the chosen realms out of it."""
+    if not selection.is_filtered:
+        return restore(target)
+    started_s = time.monotonic()
+    origin = f"{origin} {selection}"
+    with DataDirectory.open_unfinished(target) as directory:
+        _check_free(directory, origin)
+        with in_progress(target, origin, anew=True):
+            shutil.rmtree(directory.incoming, ignore_errors=True)
+            whole = restore(directory.incoming).manifest
+            with open_source(directory.incoming) as source:
+                manifest = load_selected(directory, source, selection, Meter(None, progress=progress))
+            shutil.rmtree(directory.incoming)
+            sync_tree(target)
+            manifest = replace(manifest, node=whole.node)
+            write_manifest(target, manifest)
+    return RestoreReport(manifest=manifest, seconds=time.monotonic() - started_s)
+
+
+def _check_free(directory: DataDirectory, origin: str) -> None:
+    if not directory.is_new and not was_begun_from(directory.path, origin):
+        raise WrongRole(
+            f"{directory.path} holds data already, its role is {directory.role.value}",
+            remedy="restore into an absent or empty directory",
+        )
 
 
 def _restore(
@@ -131,41 +196,72 @@ def _restore(
 ) -> RestoreReport:
     started_s = time.monotonic()
     with DataDirectory.open_unfinished(target) as directory:
-        if not directory.is_new and not was_begun_from(target, origin):
-            raise WrongRole(
-                f"{target} holds data already, its role is {directory.role.value}",
-                remedy="restore into an absent or empty directory",
-            )
-        with in_progress(target, origin):
+        _check_free(directory, origin)
+        with in_progress(target, origin, anew=True):
             # Of an attempt before, which may have been of another backup.
-            shutil.rmtree(target / "log", ignore_errors=True)
-            manifest = fill(target)
+            shutil.rmtree(directory.log, ignore_errors=True)
+            manifest = fill(directory)
             directory.begin(Role.BACKUP, manifest.cluster_id)
             if follow is not None:
                 follow(directory)
             if point is not None:
                 cut_log(directory, point)
-            if follow is not None or point is not None:
-                manifest = _described(directory, manifest)
+            if follow is not None or point is not None or manifest.form is Form.RECORDS:
+                manifest = describe_settled(directory, manifest)
             sync_tree(target)
             write_manifest(target, manifest)
     return RestoreReport(manifest=manifest, seconds=time.monotonic() - started_s)
 
 
-def _copy_files(backup: Path, root: Path, progress: OnProgress | None) -> Manifest:
+class _Unpacking:
+    """The files of a backup on their way into a directory: pages as they are, records as rows."""
+
+    def __init__(self, directory: DataDirectory, meter: Meter) -> None:
+        self._directory = directory
+        self._meter = meter
+        self._loading: Loading | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *of_error: object) -> None:
+        if self._loading is not None:
+            self._loading.__exit__(*of_error)
+
+    def take(self, member: Member) -> FileEntry:
+        """One file; says what it was."""
+        if not member.name.startswith(FOLDER):
+            return write_member(self._directory.path, member, self._meter)
+        self._loading = self._loading or Loading(self._directory)
+        return self._loading.take(member, self._meter)
+
+    def finish(self, manifest: Manifest) -> None:
+        """All were taken, and are what the manifest says."""
+        if manifest.form is Form.RECORDS:
+            (self._loading or Loading(self._directory)).finish(manifest)
+
+
+def _copy_files(backup: Path, directory: DataDirectory, progress: OnProgress | None) -> Manifest:
     manifest = read_manifest(backup)
     _check_readable(manifest, str(backup))
-    meter = Meter(manifest.total_bytes, progress=progress)
-    for entry in manifest.files:
-        member = Member(entry.path, entry.bytes, read_blocks(backup / entry.path))
-        _check_entry(write_member(root, member, meter), entry, str(backup))
+    with _Unpacking(directory, Meter(manifest.total_bytes, progress=progress)) as unpacking:
+        for entry in manifest.files:
+            member = Member(entry.path, entry.bytes, read_blocks(backup / entry.path))
+            _check_entry(unpacking.take(member), entry, str(backup))
+        unpacking.finish(manifest)
     return manifest
 
 
 def _extract(
-    file: IO[bytes], name: str, root: Path, unlocking: Unlocking, progress: OnProgress | None
+    file: IO[bytes], name: str, directory: DataDirectory, unlocking: Unlocking, progress: OnProgress | None
 ) -> Manifest:
-    meter = Meter(None, progress=progress)
+    with _Unpacking(directory, Meter(None, progress=progress)) as unpacking:
+        manifest = _unpack(file, name, unpacking, unlocking)
+        unpacking.finish(manifest)
+    return manifest
+
+
+def _unpack(file: IO[bytes], name: str, unpacking: _Unpacking, unlocking: Unlocking) -> Manifest:
     found: dict[str, FileEntry] = {}
     manifest = None
     with reading_archive(file, name, unlocking) as members:
@@ -176,7 +272,7 @@ def _extract(
                 for _ in member.pieces:  # what is restored gets one of its own
                     pass
             else:
-                found[member.name] = write_member(root, member, meter)
+                found[member.name] = unpacking.take(member)
     if manifest is None:
         raise CorruptionError(f"{name} has no manifest: it was cut off", remedy=_OTHER_BACKUP)
     _check_readable(manifest, name)
@@ -193,34 +289,17 @@ def _check_entry(found: FileEntry | None, expected: FileEntry, name: str) -> Non
     if found != expected:
         raise CorruptionError(
             f"{expected.path} of {name} is not what its manifest says: "
-            + ("it is missing" if found is None else f"{found.bytes:,} bytes, SHA-256 {found.sha256}"),
+            + ("it is missing" if found is None else f"{found.bytes:,} bytes, XXH3 {found.xxh3}"),
             remedy=_OTHER_BACKUP,
         )
 
 
 def _check_readable(manifest: Manifest, name: str) -> None:
     """Pages of LMDB are as the machine's memory is: its byte order, and 64 bits."""
+    if manifest.form is Form.RECORDS:
+        return
     if manifest.byte_order != sys.byteorder or struct.calcsize("P") != 8:
         raise DirectoryError(
             f"{name} was made by a machine of another kind ({manifest.machine}, {manifest.byte_order} endian)",
-            remedy="restore it on such a machine",
+            remedy="restore it on such a machine; a backup that was made with --portable is restored on any",
         )
-
-
-def _described(directory: DataDirectory, manifest: Manifest) -> Manifest:
-    """The manifest of what is in the directory now, once that was found to open."""
-    reached = settle(directory)
-    known = [entry for entry in manifest.files if not entry.path.startswith(("log/", STORE_FILE))]
-    names = [STORE_FILE, *log_files(directory.path)]
-    return replace(
-        manifest,
-        epoch=reached.epoch,
-        lsn=reached.place.position.lsn,
-        digest=reached.place.position.digest.hex(),
-        log_offset=reached.place.offset,
-        time=utc_text(reached.time_us / 1e6),
-        checkpoint_lsn=reached.checkpoint.lsn,
-        state_digest=reached.checkpoint.state_digest.hex(),
-        realms=reached.realms,
-        files=known + [describe_file(directory.path, name) for name in names],
-    )

@@ -12,6 +12,8 @@ from typing import Any
 from understudy.backup.archiver import Archiver
 from understudy.backup.books import Books
 from understudy.backup.catalog import StoredBackup, read_catalog
+from understudy.backup.drill import Drill, drill_backup, scratch_parent
+from understudy.backup.drill_server import ReadAll, read_all
 from understudy.backup.encryption import Encryption
 from understudy.backup.history import Result
 from understudy.backup.hooks import run_hook
@@ -23,7 +25,7 @@ from understudy.backup.repository_lock import RepositoryLock, locked
 from understudy.backup.source import open_source
 from understudy.backup.store_backup import store_backup
 from understudy.backup.upkeep import prune
-from understudy.common.errors import UnderstudyError
+from understudy.common.errors import UnderstudyError, UsageError
 from understudy.common.events import log
 
 
@@ -37,9 +39,15 @@ class Outcome:
 
     url: str
     backup: StoredBackup | None = None
+    drill: Drill | None = None  # of the backup, if the policy wants one
     pruned: int = 0
     shipped_lsn: int | None = None
     errors: list[str] = field(default_factory=list)
+
+    @property
+    def problems(self) -> list[str]:
+        """What went wrong, and what the backup lacks."""
+        return self.errors + (self.backup.manifest.problems if self.backup is not None else [])
 
 
 @dataclass(slots=True, kw_only=True)
@@ -62,7 +70,7 @@ class RunReport:
     @property
     def all_errors(self) -> list[str]:
         """Each with its repository."""
-        return self.errors + [f"{one.url}: {error}" for one in self.outcomes for error in one.errors]
+        return self.errors + [f"{one.url}: {error}" for one in self.outcomes for error in one.problems]
 
     @property
     def result(self) -> Result:
@@ -88,9 +96,10 @@ class RunReport:
                     "url": outcome.url,
                     "backup": outcome.backup.id if outcome.backup else None,
                     "bytes": outcome.backup.size if outcome.backup else 0,
+                    "proven": outcome.drill.is_proven if outcome.drill else None,
                     "pruned": outcome.pruned,
                     "shipped_lsn": outcome.shipped_lsn,
-                    "errors": outcome.errors,
+                    "errors": outcome.problems,
                 }
                 for outcome in self.outcomes
             ],
@@ -105,6 +114,7 @@ def run_policy(
     progress: OnProgress | None = None,
     clock: Callable[[], float] = time.time,
     sleep: Callable[[float], object] = time.sleep,
+    read_all: ReadAll = read_all,
 ) -> RunReport:
     """Runs a policy once, whatever its schedule says; what goes wrong is in the report.
 
@@ -112,12 +122,13 @@ def run_policy(
         data_dir: what is backed up, whose server may run; journal and history are kept there.
         progress: told of bytes done and in all, of each repository anew; it may raise :class:`Cancelled`.
         clock: seconds since 1970.
+        read_all: what drills read restored backups with.
 
     Raises:
         DiskFull, StorageFailed, NewerFormat: journal or history can't be kept.
     """
     books = Books.of(data_dir)
-    run = _Run(policy, data_dir, books, progress, sleep, started_s=clock())
+    run = _Run(policy, data_dir, books, progress, sleep, read_all, started_s=clock())
     started_s = time.monotonic()
     run.run()
     run.report.seconds = time.monotonic() - started_s
@@ -134,6 +145,7 @@ class _Run:
         books: Books,
         progress: OnProgress | None,
         sleep: Callable[[float], object],
+        read_all: ReadAll,
         *,
         started_s: float,
     ) -> None:
@@ -142,6 +154,7 @@ class _Run:
         self._books = books
         self._progress = progress
         self._sleep = sleep
+        self._read_all = read_all
         self._floor = 0  # the highest number of a run that a backup bears
         entries = books.history.entries()
         self.report = RunReport(
@@ -172,7 +185,7 @@ class _Run:
                 self._back_up(outcome, encryption)
                 return
             except UnderstudyError as error:
-                if not left or outcome.backup is not None:
+                if not left or outcome.backup is not None or isinstance(error, UsageError):
                     outcome.errors.append(str(error))
                     return
                 log.warning("backup_retry", policy=self._policy.name, to=outcome.url, error=str(error))
@@ -190,13 +203,16 @@ class _Run:
                 lock,
                 policy=policy.name,
                 run=self.report.number,
+                selection=policy.selection,
                 encryption=encryption,
                 level=policy.level,
                 rate=policy.rate,
                 progress=self._progress,
             )
             cluster = source.cluster
-        # What comes now can fail without taking the backup back.
+        # What comes now can fail without taking the backup back. Proven first: if it is not good, older ones stay.
+        if policy.drill:
+            self._drill(outcome)
         with _noting(outcome), locked(repository, f"prune {policy.name}") as lock:
             if policy.archive_log:
                 archiver = Archiver(
@@ -210,6 +226,21 @@ class _Run:
         if self.report.number == 1:
             self._floor = max((backup.run for backup in read_catalog(repository).backups), default=0)
             self.report.number = self._floor + 1
+
+    def _drill(self, outcome: Outcome) -> None:
+        assert outcome.backup is not None, "it was made just now"
+        with _noting(outcome):
+            outcome.drill = drill_backup(
+                self._policy,
+                outcome.url,
+                outcome.backup,
+                scratch_parent(self._policy, self._data_dir),
+                read_all=self._read_all,
+                journal=self._books.journal,
+                progress=self._progress,
+            )
+            if outcome.drill.problem:
+                outcome.errors.append(f"the drill of {outcome.backup.id}: {outcome.drill.problem}")
 
     def _prune(self, repository: Repository, lock: RepositoryLock, outcome: Outcome) -> None:
         if not self._policy.retention.keeps_all:

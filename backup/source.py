@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from understudy.backup.log_files import LogFiles, LogPart
-from understudy.common.directory import NODE_FILE, NodeFile, Role, check_finished
+from understudy.common.directory import NODE_FILE, NodeFile, Role, check_finished, check_restored
 from understudy.common.errors import NotADataDirectory, StorageFailed, UnderstudyError
 from understudy.common.files import storage_errors
 from understudy.common.locator import History, lookup_in, span_of
@@ -131,6 +131,7 @@ def _identity(path: Path) -> tuple[object, ...]:
 
 def _open(path: Path, opened: contextlib.ExitStack) -> Source:
     check_finished(path)
+    check_restored(path)
     if not (path / NODE_FILE).is_file():
         raise NotADataDirectory(
             f"{path} is not a data directory of Understudy: it has no {NODE_FILE}",

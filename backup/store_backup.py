@@ -12,6 +12,7 @@ from understudy.backup.encryption import Encryption
 from understudy.backup.progress import OnProgress
 from understudy.backup.repository import Repository
 from understudy.backup.repository_lock import RepositoryLock
+from understudy.backup.selection import EVERYTHING, Selection
 from understudy.backup.source import Source
 
 _ARCHIVE = "backup"
@@ -24,6 +25,7 @@ def store_backup(
     *,
     policy: str,
     run: int,
+    selection: Selection = EVERYTHING,
     encryption: Encryption | None,
     level: int,
     rate: int | None = None,
@@ -35,6 +37,7 @@ def store_backup(
         lock: of the repository, held.
         policy: whose backup it is; empty for none.
         run: the number of the run.
+        selection: what of the source, and in which form.
         level: of zstd.
         rate: bytes a second at the most that are read.
 
@@ -47,7 +50,13 @@ def store_backup(
     with repository.upload(folder_of(backup_id) + archive) as out:
         counted = _Counted(out)
         made = stream_archive(
-            source, counted, encryption=encryption, level=level, rate=rate, progress=progress
+            source,
+            counted,
+            selection=selection,
+            encryption=encryption,
+            level=level,
+            rate=rate,
+            progress=progress,
         )
     backup = StoredBackup(
         id=backup_id,

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
+import platform
+import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from understudy.backup.contents import STORE_FILE
+from understudy.backup.manifest import Form, Manifest, utc_text
+from understudy.backup.writing import describe_file
 from understudy.common.changelog import ChangeLog
 from understudy.common.directory import DataDirectory
 from understudy.common.engine import Engine
@@ -140,3 +146,34 @@ def settle(directory: DataDirectory) -> Reached:
 def log_files(directory: Path) -> list[str]:
     """The names of all segments, as a manifest has them."""
     return sorted(f"log/{path.name}" for path in (directory / "log").iterdir())
+
+
+def describe_settled(directory: DataDirectory, manifest: Manifest) -> Manifest:
+    """The manifest of what is in a copy's directory now, once that was found to open; see :func:`settle`.
+
+    Args:
+        manifest: says the rest of it.
+    """
+    reached = settle(directory)
+    if manifest.form is Form.RECORDS:  # whose pages this machine has made
+        manifest = replace(
+            manifest,
+            form=Form.PAGES,
+            machine=platform.machine(),
+            byte_order=sys.byteorder,
+            page_bytes=mmap.PAGESIZE,
+        )
+    known = [entry for entry in manifest.files if not entry.path.startswith(("log/", "records/", STORE_FILE))]
+    names = [STORE_FILE, *log_files(directory.path)]
+    return replace(
+        manifest,
+        epoch=reached.epoch,
+        lsn=reached.place.position.lsn,
+        digest=reached.place.position.digest.hex(),
+        log_offset=reached.place.offset,
+        time=utc_text(reached.time_us / 1e6),
+        checkpoint_lsn=reached.checkpoint.lsn,
+        state_digest=reached.checkpoint.state_digest.hex(),
+        realms=reached.realms,
+        files=known + [describe_file(directory.path, name) for name in names],
+    )

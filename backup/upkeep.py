@@ -194,13 +194,21 @@ def verify_stored(repository: Repository, backup: StoredBackup, *, progress: OnP
     Raises:
         RepositoryError: it can't be read now, which says nothing about it.
     """
-    problem = _archive_problem(repository, backup, Meter(backup.size, progress=progress))
+    problem = archive_problem(repository, backup, progress=progress)
     finding = Finding.DAMAGED if problem else Finding.INTACT
     note_check(repository, backup, finding, problem, time.time())
     return problem
 
 
-def _archive_problem(repository: Repository, backup: StoredBackup, meter: Meter) -> str:
+def archive_problem(
+    repository: Repository, backup: StoredBackup, *, progress: OnProgress | None = None
+) -> str:
+    """What is wrong with a backup's archive; empty where it has the digest that the manifest says.
+
+    Raises:
+        RepositoryError: it can't be read now, which says nothing about it.
+    """
+    meter = Meter(backup.size, progress=progress)
     sha256, size = hashlib.sha256(), 0
     try:
         with repository.download(backup.archive_name) as file:

@@ -20,6 +20,7 @@ from google.protobuf import json_format
 
 from understudy.backup.archiver import Archiver
 from understudy.backup.books import FOLDER, Books
+from understudy.backup.catalog import last_proven_s, read_catalog
 from understudy.backup.history import Result
 from understudy.backup.policy import Policy, read_policies
 from understudy.backup.repository import claim, open_repository
@@ -33,6 +34,7 @@ from understudy.v1 import admin_pb2
 
 NICENESS = 10  # commits go first
 SHIP_EVERY_S = 5.0
+PROOFS_EVERY_S = 3600.0  # every manifest is read for them
 _LOOK_EVERY_S = 1.0
 _KEEP_NOTHING = Lsn((1 << 63) - 1)
 _SEEN_FILE = "first-seen.json"
@@ -84,6 +86,7 @@ class _Planned:
     policy: Policy
     first_seen_s: float
     running: bool = False
+    proven_s: float = 0.0  # when a drill last proved one of its backups, since 1970; 0 for never
     shippings: list[Shipping] = field(default_factory=list)
 
 
@@ -177,6 +180,14 @@ class Worker:
             planned.running = False
         self.report()
 
+    def _look_for_proofs(self, planned: _Planned) -> None:
+        """What drills have found out, those included that were run by hand."""
+        for url in planned.policy.repositories:
+            try:
+                planned.proven_s = max(planned.proven_s, last_proven_s(read_catalog(open_repository(url))))
+            except (UnderstudyError, OSError) as error:
+                log.warning("catalog_not_read", policy=planned.policy.name, of=url, error=str(error))
+
     def _check_stopping(self, done: int, total: int | None) -> None:
         if self._stopping.is_set():
             raise Cancelled("the server ends")
@@ -185,7 +196,12 @@ class Worker:
 
     def ship_forever(self) -> None:
         """Ships the log of each policy to its repositories until :meth:`stop`."""
+        looked_s = 0.0
         while True:
+            if self._clock() - looked_s >= PROOFS_EVERY_S:
+                looked_s = self._clock()
+                for planned in self._planned:
+                    self._look_for_proofs(planned)
             for planned in self._planned:
                 for shipping in planned.shippings:
                     shipping.ship(self._data_dir)
@@ -219,6 +235,8 @@ class Worker:
             last_success_s=success.start_s if success else 0.0,
             last_failure_s=failure.start_s if failure else 0.0,
             last_error=failure.errors[0] if failure and failure.errors else "",
+            last_proven_s=planned.proven_s,
+            drill_warn_days=policy.drill_warn_days,
             repositories=[
                 admin_pb2.RepositoryStatus(
                     url=shipping.url, shipped_lsn=shipping.shipped_lsn, problem=shipping.problem

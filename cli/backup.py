@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from understudy.cli.backup_drill import drill
 from understudy.cli.options import EPILOG, INTERRUPTED, byte_rate, json_option
+from understudy.cli.realm_choice import exclude_option, print_problems, realm_option
 from understudy.cli.secrets import encryption_options
 from understudy.common.errors import ExitCode
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from understudy.backup.encryption import Encryption
     from understudy.backup.make import BackupReport
     from understudy.backup.progress import OnProgress
+    from understudy.backup.selection import Selection
 
 _STANDARD_OUTPUT = Path("-")
 
@@ -39,6 +42,13 @@ _STANDARD_OUTPUT = Path("-")
     help="A directory, absent or empty; FILE.tar.zst or FILE.tar.zst.age; - for standard output.",
 )
 @click.option("--update", is_flag=True, help="Bring TARGET up to date, or finish what was cut off there.")
+@realm_option
+@exclude_option
+@click.option(
+    "--portable",
+    is_flag=True,
+    help="For a machine of another kind: TARGET is not started on, but restored on any machine.",
+)
 @click.option("--rate", type=byte_rate, metavar="SIZE/s", help="Read no faster than this, such as 50MB/s.")
 @encryption_options
 @click.option(
@@ -55,6 +65,9 @@ def backup(
     source: Path | None,
     target: Path | None,
     update: bool,
+    realms: tuple[str, ...],
+    exclude: tuple[str, ...],
+    portable: bool,
     rate: int | None,
     encryption: Encryption | None,
     level: int,
@@ -67,6 +80,8 @@ def backup(
 
     A TARGET that ends in .tar.zst is one archive, and in .tar.zst.age one that is encrypted, for --recipient or with
     the passphrase in --passphrase-file. age, zstd and tar open it too.
+
+    A realm that is damaged is left out of a backup with --realm, --exclude or --portable, and the exit code is 1 then.
 
     With a command, it works with the policies of a server's TOML file instead.
 
@@ -82,21 +97,27 @@ def backup(
         return
     if source is None or target is None:
         raise click.UsageError("Give both -f and -t, or a command.")
+    from understudy.backup.selection import Selection
     from understudy.cli.logs import QUIET, configure_logs
     from understudy.cli.output import Progress
 
     configure_logs(level=QUIET)
+    selection = Selection(realms=realms, exclude=exclude, portable=portable)
+    selection.check()
     try:
         with Progress("backing up", unit="bytes") as progress:
-            report = _make(source, target, update, rate, encryption, level, progress.update)
+            report = _make(source, target, update, selection, rate, encryption, level, progress.update)
     except KeyboardInterrupt:
+        how_on = "give the same command again" if selection.needs_records else "go on with --update"
         click.echo(
             "understudy: interrupted"
-            + (f"; {target} is not finished: go on with --update, or remove it" if target.is_dir() else ""),
+            + (f"; {target} is not finished: {how_on}, or remove it" if target.is_dir() else ""),
             err=True,
         )
         context.exit(INTERRUPTED)
     _tell(report, as_json=as_json, to_stderr=target == _STANDARD_OUTPUT)
+    if print_problems(report.manifest):
+        context.exit(ExitCode.FAILED)
 
 
 @backup.command(epilog=EPILOG)
@@ -144,10 +165,14 @@ def run(context: click.Context, name: str, config: Path, data_dir: Path, as_json
     context.exit(ExitCode.DONE if report.result is Result.DONE else ExitCode.FAILED)
 
 
+backup.add_command(drill)
+
+
 def _make(
     source: Path,
     target: Path,
     update: bool,
+    selection: Selection,
     rate: int | None,
     encryption: Encryption | None,
     level: int,
@@ -165,11 +190,25 @@ def _make(
     if target == _STANDARD_OUTPUT:
         with open_source(source) as pinned:
             return stream_archive(
-                pinned, sys.stdout.buffer, encryption=encryption, level=level, rate=rate, progress=progress
+                pinned,
+                sys.stdout.buffer,
+                selection=selection,
+                encryption=encryption,
+                level=level,
+                rate=rate,
+                progress=progress,
             )
     if is_archive:
-        return write_archive(source, target, encryption=encryption, level=level, rate=rate, progress=progress)
-    return make_backup(source, target, update=update, rate=rate, progress=progress)
+        return write_archive(
+            source,
+            target,
+            selection=selection,
+            encryption=encryption,
+            level=level,
+            rate=rate,
+            progress=progress,
+        )
+    return make_backup(source, target, update=update, selection=selection, rate=rate, progress=progress)
 
 
 def _tell(report: BackupReport, *, as_json: bool, to_stderr: bool) -> None:
@@ -187,6 +226,8 @@ def _tell(report: BackupReport, *, as_json: bool, to_stderr: bool) -> None:
                     "lsn": manifest.lsn,
                     "digest": manifest.digest,
                     "time": manifest.time,
+                    "form": manifest.form,
+                    "problems": manifest.problems,
                     "seconds": round(report.seconds, 3),
                 }
             ),

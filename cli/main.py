@@ -30,6 +30,8 @@ _MODULES = {
     "replica": "replica",
     "promote": "promote",
     "fence": "fence",
+    "freeze": "freeze",
+    "thaw": "freeze",
     "backup": "backup",
     "backups": "backups",
     "restore": "restore",

@@ -11,7 +11,6 @@ from typing import Any
 import click
 
 PASSPHRASE_VARIABLE = "UNDERSTUDY_PASSPHRASE"
-_PASSPHRASE_BYTES_MAX = 1 << 16
 
 _passphrase_option = click.option(
     "--passphrase-file",
@@ -70,11 +69,6 @@ def unlocking_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _passphrase(path: Path | None) -> str:
     """The passphrase; empty where none is given."""
-    if path is None:
-        return os.environ.get(PASSPHRASE_VARIABLE, "")
-    with path.open("rb") as file:
-        first = file.read(_PASSPHRASE_BYTES_MAX).splitlines()[:1]
-    passphrase = first[0].decode(errors="replace") if first else ""
-    if not passphrase:
-        raise click.UsageError(f"{path} holds no passphrase.")
-    return passphrase
+    from understudy.backup.policy import read_passphrase
+
+    return read_passphrase(path) if path is not None else os.environ.get(PASSPHRASE_VARIABLE, "")

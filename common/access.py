@@ -158,6 +158,8 @@ REQUIRES: Mapping[str, Requires] = {
     "/understudy.v1.Admin/Status": Requires.ANY,
     "/understudy.v1.Admin/Promote": Requires.ADMIN,
     "/understudy.v1.Admin/Fence": Requires.ADMIN,
+    "/understudy.v1.Admin/Freeze": Requires.ADMIN,
+    "/understudy.v1.Admin/Thaw": Requires.ADMIN,
     "/understudy.v1.Admin/Forget": Requires.ADMIN,
     "/understudy.v1.Admin/StateDigests": Requires.ADMIN,
     "/understudy.v1.Accounts/Login": Requires.NOTHING,

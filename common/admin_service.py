@@ -81,6 +81,18 @@ class AdminService(admin_pb2_grpc.AdminServicer):
             raise WrongRole("this node is not a primary")
         raise AssertionError("aborted")
 
+    async def Freeze(self, request: admin_pb2.FreezeRequest, context: Context) -> admin_pb2.FreezeResponse:
+        """Primaries only."""
+        async with answering_errors(context):
+            raise WrongRole("this node is not a primary", remedy="give the address of the primary")
+        raise AssertionError("aborted")
+
+    async def Thaw(self, request: admin_pb2.ThawRequest, context: Context) -> admin_pb2.ThawResponse:
+        """Primaries only."""
+        async with answering_errors(context):
+            raise WrongRole("this node is not a primary", remedy="give the address of the primary")
+        raise AssertionError("aborted")
+
     async def Forget(self, request: admin_pb2.ForgetRequest, context: Context) -> admin_pb2.ForgetResponse:
         """Primaries only."""
         async with answering_errors(context):

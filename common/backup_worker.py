@@ -34,7 +34,7 @@ class BackupWorker:
 
     def __init__(self, data_dir: Path, policies: Path) -> None:
         self._command = [sys.executable, "-m", MODULE, str(data_dir), str(policies)]
-        self._report = admin_pb2.BackupReport()
+        self.report = admin_pb2.BackupReport()
         self._started_s = time.time()
         self._problem = ""
         self._process: asyncio.subprocess.Process | None = None
@@ -42,16 +42,16 @@ class BackupWorker:
     @property
     def keep_from(self) -> Lsn:
         """The first LSN that is still to be shipped; before it has been said, all that is there."""
-        return Lsn(self._report.keep_from_lsn)
+        return Lsn(self.report.keep_from_lsn)
 
     def statuses(self) -> list[admin_pb2.BackupStatus]:
         """How the policies stand."""
-        return list(self._report.policies)
+        return list(self.report.policies)
 
     def warnings(self) -> list[str]:
         """What an operator should look at."""
         found = [self._problem] if self._problem else []
-        for policy in self._report.policies:
+        for policy in self.report.policies:
             name = policy.policy
             if policy.last_failure_s > policy.last_success_s:
                 found.append(f"backup {name}: the last run did not go well: {policy.last_error}")
@@ -89,7 +89,7 @@ class BackupWorker:
         assert process.stdout is not None, "it is a pipe"
         async for line in process.stdout:
             try:
-                self._report = json_format.Parse(line, admin_pb2.BackupReport())
+                self.report = json_format.Parse(line, admin_pb2.BackupReport())
             except json_format.ParseError as error:
                 log.error("backup_worker_unclear", error=str(error))
                 return

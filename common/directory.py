@@ -136,6 +136,7 @@ class DataDirectory:
             node_file = path / NODE_FILE
             known = node_file.exists() or (path / IN_PROGRESS_FILE).exists()
             if not known and _foreign(path):
+                check_restored(path)
                 raise NotADataDirectory(
                     f"{path} is not empty and not a data directory of Understudy",
                     remedy="give an empty or absent directory",
@@ -163,6 +164,7 @@ class DataDirectory:
             NotADataDirectory: it holds none.
         """
         check_finished(path)
+        check_restored(path)
         if not (path / NODE_FILE).is_file():
             raise NotADataDirectory(
                 f"{path} is not a data directory of Understudy: it has no {NODE_FILE}",
@@ -343,7 +345,21 @@ def check_finished(path: Path) -> None:
     if (path / IN_PROGRESS_FILE).exists():
         raise UnfinishedBackup(
             f"{path} is a backup that is not finished: there is a file {IN_PROGRESS_FILE}",
-            remedy=f"finish it with `understudy backup -f SOURCE -t {path} --update`, or use another backup",
+            remedy="finish it with the command that began it, and --update if that was a backup of all realms, or use "
+            "another backup",
+        )
+
+
+def check_restored(path: Path) -> None:
+    """Refuses a backup that is no data directory yet.
+
+    Raises:
+        NotADataDirectory.
+    """
+    if (path / MANIFEST_FILE).is_file() and not (path / NODE_FILE).exists():
+        raise NotADataDirectory(
+            f"{path} is a portable backup, which no server runs on",
+            remedy=f"make a data directory of it: understudy restore {path} --to DIR",
         )
 
 

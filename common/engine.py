@@ -79,6 +79,7 @@ class Engine:
         self._owner: EngineOwner | None = None
         self._frozen = asyncio.Event()
         self._checkpointed = Signal()
+        self.checkpointing = asyncio.Lock()  # whoever has it keeps the store as it is
         self._task: asyncio.Task[None] | None = None
         self._own_digests: collections.OrderedDict[int, bytes] = collections.OrderedDict()
         self._marked_digests: collections.OrderedDict[int, log_pb2.DigestMark] = collections.OrderedDict()
@@ -297,7 +298,8 @@ class Engine:
             self._frozen.clear()
             while self.state.frozen:
                 try:
-                    await self._checkpoint_oldest()
+                    async with self.checkpointing:
+                        await self._checkpoint_oldest()
                 except DiskFull:
                     self._on_disk_full(True, "checkpoint")
                     await asyncio.sleep(_CHECKPOINT_RETRY_S)

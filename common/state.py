@@ -150,6 +150,16 @@ class State(RealmHistory):
             self.active.dropped_ids.append(head.id)
         self.active.realms[path] = None
 
+    def skip(self, position: Position, offset: int, time_us: int) -> None:
+        """Goes on behind entries that are not at hand; they concern nothing that this state is to hold.
+
+        Args:
+            offset: of the log, behind them.
+            time_us: of the last of them.
+        """
+        self._applied = position.lsn, position.digest
+        self.offset, self.time_us = offset, time_us
+
     def checkpointed(self) -> Memtable:
         """Called when the oldest frozen memtable is in the store: reads go there from now on.
 

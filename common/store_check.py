@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from hashlib import sha256
-from itertools import groupby
+from itertools import chain, groupby
 
 import lmdb
 from google.protobuf.message import DecodeError
@@ -30,8 +30,11 @@ from understudy.common.store_layout import (
     Environment,
     decode_history_row,
     history_key,
+    prefix_end,
+    realm_prefix,
     row_errors,
 )
+from understudy.common.store_rows import rows_between
 from understudy.common.types import ID_BYTES, KEY_BYTES_MAX, Digest, Lsn
 from understudy.v1.log_pb2 import Change
 from understudy.v1.store_pb2 import CheckpointRow, ClientRow, RealmRow
@@ -82,6 +85,17 @@ def check_state(store: Store, *, progress: Callable[[int], None] | None = None) 
         return _Check(store.environment, txn, progress or (lambda _: None)).run()
 
 
+def check_realm(store: Environment, txn: lmdb.Transaction[bytes], path: str, row: RealmRow) -> list[str]:
+    """What is wrong with the rows of one realm, as :func:`check_state` finds it for all; empty if nothing is.
+
+    Args:
+        txn: a snapshot of ``store``.
+        row: the realm's, in that snapshot.
+    """
+    with row_errors(store.path):
+        return _Check(store, txn, lambda _: None).run_for(path, row)
+
+
 class _Check:
     def __init__(
         self,
@@ -125,6 +139,24 @@ class _Check:
             realms=self._states,
             problems=self._problems,
         )
+
+    def run_for(self, path: str, row: RealmRow) -> list[str]:
+        """The problems of one realm."""
+        try:
+            self._sum_realm(path, row, self._rows_of(self._store.data, row))
+            history = self._rows_of(self._store.history, row)
+            first = next(history, None)
+            if first is None:
+                self._check_no_history(path, row)
+            elif problem := self._history_problem(path, row, chain([first], history)):
+                self._report(f"the history of realm {path} {problem}")
+            self._check_clients_of(path, self._rows_of(self._store.clients, row))
+        except (lmdb.Error, OverflowError) as error:
+            self._report(f"realm {path} can't be read to its end: {error}")
+        return self._problems
+
+    def _rows_of(self, database: lmdb._Database, row: RealmRow) -> Iterator[tuple[bytes, bytes]]:
+        return rows_between(self._txn.cursor(database), realm_prefix(row.id), prefix_end(row.id))
 
     def _report(self, problem: str) -> None:
         if len(self._problems) < PROBLEMS_MAX:
@@ -199,11 +231,14 @@ class _Check:
                 if problem:
                     self._report(f"the history of realm {known[0]} {problem}")
         for path, row in without.values():
-            # All of it may have become too old; then the realm's row alone knows where the head is.
-            if (row.history_first, row.history_bytes) != (row.version + 1, 0) or not row.head_lsn:
-                self._report(f"the history of realm {path} is gone")
-            elif row.head_lsn > self._checkpoint.lsn:
-                self._report(f"realm {path} has its head at LSN {row.head_lsn}, behind the checkpoint")
+            self._check_no_history(path, row)
+
+    def _check_no_history(self, path: str, row: RealmRow) -> None:
+        # All of it may have become too old; then the realm's row alone knows where the head is.
+        if (row.history_first, row.history_bytes) != (row.version + 1, 0) or not row.head_lsn:
+            self._report(f"the history of realm {path} is gone")
+        elif row.head_lsn > self._checkpoint.lsn:
+            self._report(f"realm {path} has its head at LSN {row.head_lsn}, behind the checkpoint")
 
     def _history_problem(self, path: str, row: RealmRow, rows: Iterator[tuple[bytes, bytes]]) -> str:
         """The first thing that is wrong, empty if nothing is."""
@@ -241,14 +276,16 @@ class _Check:
     def _check_clients(self) -> None:
         for prefix, rows in self._by_realm(self._store.clients):
             known = self._known("clients", prefix)
-            realm = known[0] if known else "a dropped realm"
-            for key, raw in rows:
-                if len(key) != REALM_PREFIX_BYTES + ID_BYTES:
-                    self._report(f"a client's row of {realm} has a key of {len(key)} bytes")
-                try:
-                    ClientRow.FromString(raw)
-                except DecodeError as error:
-                    self._report(f"a client's row of {realm} can't be read: {error}")
+            self._check_clients_of(known[0] if known else "a dropped realm", rows)
+
+    def _check_clients_of(self, realm: str, rows: Iterator[tuple[bytes, bytes]]) -> None:
+        for key, raw in rows:
+            if len(key) != REALM_PREFIX_BYTES + ID_BYTES:
+                self._report(f"a client's row of {realm} has a key of {len(key)} bytes")
+            try:
+                ClientRow.FromString(raw)
+            except DecodeError as error:
+                self._report(f"a client's row of {realm} can't be read: {error}")
 
     def _by_realm(self, database: lmdb._Database) -> Iterator[tuple[bytes, Iterator[tuple[bytes, bytes]]]]:
         return groupby(self._all(database), key=lambda row: row[0][:REALM_PREFIX_BYTES])

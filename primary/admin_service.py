@@ -18,7 +18,7 @@ _FREEZE_S_MAX = 60.0
 
 
 class PrimaryAdminService(AdminService):
-    """Adds ``Fence``, ``Forget``, checkpoints on demand, and an answer to who promotes it again."""
+    """Adds ``Fence``, ``Freeze``, ``Thaw``, ``Forget``, checkpoints on demand, and an answer to repeated promotions."""
 
     def __init__(self, node: PrimaryNode, authority: Authority) -> None:
         super().__init__(node.status, lambda: node.engine, authority)
@@ -68,6 +68,24 @@ class PrimaryAdminService(AdminService):
                     remedy="free some space; it is recorded by itself then",
                 )
             return admin_pb2.FenceResponse(epoch=self._node.engine.epoch)
+        raise AssertionError("aborted")
+
+    async def Freeze(self, request: admin_pb2.FreezeRequest, context: Context) -> admin_pb2.FreezeResponse:
+        """Writes nothing for some time: an operator takes a snapshot of the directory."""
+        async with answering_errors(context):
+            self._node.refuse_if_fenced()
+            position = await self._node.freezer.freeze(request.seconds)
+            return admin_pb2.FreezeResponse(
+                lsn=position.lsn, digest=position.digest, seconds_left=self._node.freezer.seconds_left
+            )
+        raise AssertionError("aborted")
+
+    async def Thaw(self, request: admin_pb2.ThawRequest, context: Context) -> admin_pb2.ThawResponse:
+        """Goes on before the time is over."""
+        async with answering_errors(context):
+            was_frozen = self._node.freezer.is_on
+            self._node.freezer.thaw()
+            return admin_pb2.ThawResponse(was_frozen=was_frozen)
         raise AssertionError("aborted")
 
     async def Forget(self, request: admin_pb2.ForgetRequest, context: Context) -> admin_pb2.ForgetResponse:

@@ -37,6 +37,7 @@ from understudy.common.types import (
     is_system_realm,
 )
 from understudy.primary.committer import CommitPolicy, Committer
+from understudy.primary.freezer import Freezer
 from understudy.primary.heal_window import HealWindow
 from understudy.primary.in_flight import Done
 from understudy.primary.new_cluster import create_cluster
@@ -86,6 +87,7 @@ class PrimaryNode:
         self._room = asyncio.Event()
         self._progressed = Signal()
         self.heal_window = HealWindow(self._heal_until_s())
+        self.freezer = Freezer(self)
         self._ticker: asyncio.Task[None] | None = None
 
     # -- life ----------------------------------------------------------------------------------------------
@@ -139,6 +141,7 @@ class PrimaryNode:
             self._ticker.cancel()
             await asyncio.gather(self._ticker, return_exceptions=True)
         self._end_reign(Unavailable("this primary was closed"))
+        self.freezer.thaw()
         try:
             self.flush()
         finally:
@@ -227,8 +230,10 @@ class PrimaryNode:
             asyncio.get_running_loop().call_soon(self.flush)
 
     def flush(self) -> None:
-        """Hands what was taken in to the writer."""
+        """Hands what was taken in to the writer; while it is frozen, that waits."""
         self._flushing = False
+        if self.freezer.is_on:
+            return
         batch = self.committer.take_batch()
         if batch and self.engine.failed is None:
             self.engine.submit(batch, self.committer.position, self.engine.epoch)
@@ -253,6 +258,12 @@ class PrimaryNode:
     async def settled(self, path: str) -> None:
         """Returns when all that was taken in for the realm is applied, or never will be."""
         await self._progressed.wait_for(lambda: self.committer.is_settled(path) or self.over.done())
+
+    async def wait_until_committed(self, position: Position) -> None:
+        """Returns when all up to there is durable and committed, or never will be."""
+        await self._progressed.wait_for(
+            lambda: self.committer.committed_lsn >= position.lsn or self.over.done()
+        )
 
     def _after_progress(self) -> None:
         self._progressed.notify()

@@ -87,6 +87,9 @@ def _warnings(node: PrimaryNode) -> list[str]:
         found += node.tls.warnings()
     if node.is_fenced:
         found.append(f"fenced: {node.committer.refusal}")
+    if node.freezer.is_on:
+        until = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + node.freezer.seconds_left))
+        found.append(f"frozen until {until}: transactions wait; `understudy thaw` ends it")
     if node.log_damage:
         found.append(node.log_damage)
     if node.engine.disk_full:

@@ -86,7 +86,7 @@ def test_g10_what_an_operator_or_a_replica_must_have_proved() -> None:
     }
     assert named(Requires.ADMIN) == {
         "Sync/Salvage",
-        *(f"Admin/{name}" for name in ("Promote", "Fence", "Forget", "StateDigests")),
+        *(f"Admin/{name}" for name in ("Promote", "Fence", "Freeze", "Thaw", "Forget", "StateDigests")),
         *(f"Accounts/{name}" for name in ("PutUser", "RemoveUser", "ListUsers", "RotateKeys", "SetPolicy")),
         *(f"Accounts/{name}" for name in ("Grant", "RevokeGrant", "ListGrants")),
         *(f"Accounts/{name}" for name in ("IssueToken", "RevokeToken", "ListTokens")),

@@ -52,6 +52,12 @@ def key() -> pyrage.x25519.Identity:
     return pyrage.x25519.Identity.generate()
 
 
+def private(path: Path, text: str) -> None:
+    """A file that nobody else may read."""
+    path.touch(mode=0o600)
+    path.write_text(text)
+
+
 def key_file(folder: Path, key: pyrage.x25519.Identity) -> Path:
     path = folder / "key.txt"
     path.write_text(f"# a comment, as age-keygen makes\n{key}\n")
@@ -77,7 +83,7 @@ def test_what_an_archive_holds_comes_back(
 ) -> None:
     """G8: backup into an archive and restore give the same pairs, encrypted or not, for one of several recipients."""
     other = pyrage.x25519.Identity.generate()
-    (tmp_path / "secret").write_text("correct horse\n")
+    private(tmp_path / "secret", "correct horse\n")
     suffix, lock, unlock = {
         "plain": (".tar.zst", (), ()),
         "recipients": (
@@ -212,8 +218,8 @@ def test_a_wrong_passphrase_or_key_is_told_from_damage(
     processes: Processes, tmp_path: Path, server_files: Path, key: pyrage.x25519.Identity
 ) -> None:
     """Exit code 7, and a line that says what to give."""
-    (tmp_path / "secret").write_text("correct horse")
-    (tmp_path / "wrong").write_text("battery staple")
+    private(tmp_path / "secret", "correct horse")
+    private(tmp_path / "wrong", "battery staple")
     processes.run(
         "backup",
         "-f",
@@ -393,7 +399,7 @@ def test_a_key_file_without_keys_and_a_passphrase_file_without_a_passphrase_are_
     processes: Processes, tmp_path: Path, server_files: Path
 ) -> None:
     """G10: what holds no secret is said by name."""
-    (tmp_path / "empty").touch()
+    private(tmp_path / "empty", "")
     for flags in (("--identity", tmp_path / "empty"), ("--passphrase-file", tmp_path / "empty")):
         done = processes.run("restore", server_files, "--to", tmp_path / "b", *flags, code=USAGE)
         assert str(tmp_path / "empty") in done.stderr.decode()
@@ -402,3 +408,14 @@ def test_a_key_file_without_keys_and_a_passphrase_file_without_a_passphrase_are_
     write_archive(server_files, tmp_path / "a.tar.zst.age", encryption=Encryption("secret"))
     with pytest.raises(NotPermitted):
         restore_backup(tmp_path / "a.tar.zst.age", tmp_path / "b")
+
+
+def test_a_passphrase_that_others_may_read_is_refused(
+    processes: Processes, tmp_path: Path, server_files: Path
+) -> None:
+    """G10: as with tokens, a file that is not private is no secret."""
+    (tmp_path / "secret").write_text("correct horse")
+    (tmp_path / "secret").chmod(0o644)
+    backup = ("backup", "-f", server_files, "-t", tmp_path / "a.tar.zst.age")
+    done = processes.run(*backup, "--passphrase-file", tmp_path / "secret", code=NOT_PERMITTED)
+    assert "chmod 600" in complaint(done)

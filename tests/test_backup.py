@@ -145,7 +145,7 @@ def test_the_line_that_people_see_says_how_much_at_which_lsn(processes: Processe
 
 
 def test_the_manifest_has_the_digest_of_each_file(processes: Processes, tmp_path: Path) -> None:
-    """G11: what `sha256sum` says of the files is what the manifest says."""
+    """G11: read again, each file is what the manifest says."""
     filled(processes, tmp_path / "a")
     backed_up(tmp_path / "a", tmp_path / "b")
     manifest = read_manifest(tmp_path / "b")

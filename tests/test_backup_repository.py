@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import itertools
 import json
+import os
 import shutil
 import sys
 import uuid
@@ -24,6 +25,7 @@ from nodes import (
     status,
     wait_until_caught_up,
 )
+from s3_server import FaultyFront, S3Server, credentials
 
 from understudy.backup.archiver import Archiver
 from understudy.backup.catalog import StoredBackup, read_catalog
@@ -180,6 +182,7 @@ def test_an_older_backup_keeps_its_passphrase(processes: Processes, tmp_path: Pa
     primary = processes.primary(tmp_path / "a")
     made = []
     for word in ("first", "second"):
+        (tmp_path / "secret").touch(mode=0o600)
         (tmp_path / "secret").write_text(word)
         put(primary.address, "/realm", (b"key", word.encode()))
         made.append(done(run_policy(policy_to(folder, passphrase_file=tmp_path / "secret"), tmp_path / "a")))
@@ -221,6 +224,36 @@ def test_any_moment_between_backups_can_be_restored(
         assert status(server.address).epoch == 2
 
 
+def test_moments_before_the_newest_backup_can_be_restored_without_a_server_that_ships(
+    processes: Processes, tmp_path: Path, folder: Path
+) -> None:
+    """G1: runs by cron alone ship the log from one backup to the next; what lies between comes back."""
+    primary = processes.primary(tmp_path / "a")
+    lsns = []
+    for number in range(3):
+        lsns.append(put(primary.address, "/realm", (b"key", b"%d" % number)).lsn)
+        lsns.append(put(primary.address, "/realm", (b"key", b"%d and a half" % number)).lsn)
+        done(run_policy(policy_to(folder), tmp_path / "a"))
+    for number in (2, 4):
+        target = tmp_path / f"b{number}"
+        processes.run("restore", folder, "--to", target, "--lsn", str(lsns[number]))
+        assert pairs(processes.primary(target).address, "/realm") == {b"key": b"%d" % (number // 2)}
+
+
+def test_a_gap_in_the_log_is_no_end(processes: Processes, tmp_path: Path, folder: Path) -> None:
+    """G8: where a later backup shows that there was more, a restore to between does not stop early and say nothing."""
+    primary = processes.primary(tmp_path / "a")
+    first = done(run_policy(policy_to(folder, archive_log=False), tmp_path / "a"))
+    put(primary.address, "/realm", (b"key", b"1"))
+    moment = datetime.datetime.now(datetime.UTC).isoformat()
+    put(primary.address, "/realm", (b"key", b"2"))
+    done(run_policy(policy_to(folder, archive_log=False), tmp_path / "a"))
+    refused = processes.run("restore", folder, "--to", tmp_path / "b", "--at", moment, code=CORRUPT)
+    assert f"--lsn {first.manifest.lsn}" in refused.stderr.decode()
+    processes.run("restore", folder, first.id, "--to", tmp_path / "c")
+    assert_sound(tmp_path / "c")
+
+
 def test_the_log_of_whole_segments_takes_the_place_of_its_parts(
     processes: Processes, tmp_path: Path, folder: Path
 ) -> None:
@@ -232,12 +265,12 @@ def test_the_log_of_whole_segments_takes_the_place_of_its_parts(
     value = bytes(8 << 20)
     for number in range(9):
         put(primary.address, "/realm", (b"%d" % number, value))
-        ship(tmp_path / "a", repository)
+        shipped = ship(tmp_path / "a", repository)
     stretches = list_stretches(repository)
     assert len(stretches) < 5
     assert any(stretch.first == 1 for stretch in stretches)
     processes.run("restore", folder, "--to", tmp_path / "b")
-    assert offline_status(tmp_path / "b").lsn == status(primary.address).lsn
+    assert offline_status(tmp_path / "b").lsn == shipped
     assert_sound(tmp_path / "b")
 
 
@@ -321,6 +354,35 @@ def test_what_no_backup_reaches_is_refused(processes: Processes, tmp_path: Path,
     assert not (tmp_path / "c").exists()
 
 
+# -- object storage --------------------------------------------------------------------------------------------
+
+
+def test_backups_in_an_object_storage_come_back_through_its_faults(
+    processes: Processes, tmp_path: Path
+) -> None:
+    """G8, G11: on a real S3 server behind a front that throttles and cuts connections, runs and restores are whole."""
+    with S3Server() as server, FaultyFront(server.address) as front:
+        processes.environment |= credentials(front.address)
+        primary = processes.primary(tmp_path / "a")
+        put(primary.address, "/realm", *((b"%d" % number, os.urandom(50_000)) for number in range(60)))
+        config = tmp_path / "u.toml"
+        config.write_text('[[backup]]\nname = "nightly"\nrepositories = ["s3://backups/here"]\nretries = 0\n')
+        front.refused = 3
+        front.cut_uploads = 1
+        run = ("backup", "run", "nightly", "--config", config, "--data-dir", tmp_path / "a")
+        assert json.loads(processes.run(*run, "--json", deadline_s=300).stdout)["result"] == "done"
+        put(primary.address, "/realm", (b"later", b"1"))
+        processes.run(*run, deadline_s=300)
+        listed = json.loads(processes.run("backups", "list", "s3://backups/here", "--json").stdout)["backups"]
+        assert [backup["run"] for backup in listed] == [1, 2]
+        front.cut_downloads = 2
+        expected = pairs(primary.address, "/realm")
+        restore = ("restore", "s3://backups/here", "--to", tmp_path / "b", "--lsn", str(listed[0]["lsn"] + 1))
+        processes.run(*restore, deadline_s=300)
+        assert_sound(tmp_path / "b")
+        assert pairs(processes.primary(tmp_path / "b").address, "/realm") == expected
+
+
 # -- upkeep ----------------------------------------------------------------------------------------------------
 
 
@@ -342,7 +404,9 @@ def test_checks_are_remembered_and_a_damaged_backup_is_passed_over(
     assert f"the nearest that is not known to be damaged is {made[0].id}" in said
     states = [backup.state for backup in read_catalog(open_repository(str(folder))).backups]
     assert states == ["intact", "damaged"]
-    processes.run("restore", folder, "--to", tmp_path / "b")
+    refused = processes.run("restore", folder, "--to", tmp_path / "b", code=CORRUPT).stderr.decode()
+    assert f"restore up to --lsn {made[0].manifest.lsn}" in refused
+    processes.run("restore", folder, "--to", tmp_path / "b", "--lsn", str(made[0].manifest.lsn))
     assert pairs(processes.primary(tmp_path / "b").address, "/realm") == {b"key": b"0"}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from understudy.backup.log_archive import list_stretches
 from understudy.backup.policy import read_policies
 from understudy.backup.repository import open_repository
 from understudy.backup.worker import Worker
+from understudy.common.backup_worker import BackupWorker
 from understudy.v1 import admin_pb2
 
 USAGE = 2
@@ -156,6 +158,16 @@ def test_policies_run_when_they_are_due_and_missed_runs_are_made_up_once(
     assert looks() == 2
     assert [entry.result for entry in books.history.entries()] == [Result.DONE] * 2
     assert len(read_catalog(open_repository(str(folder))).backups) == 2
+
+
+def test_a_status_warns_where_no_backup_was_proven_for_days(tmp_path: Path) -> None:
+    """Without a drill in so many days after the last proof there is a warning; with one there is none."""
+    worker = BackupWorker(tmp_path, tmp_path / "u.toml")
+    policy = admin_pb2.BackupStatus(policy="nightly", drill_warn_days=7, last_success_s=time.time())
+    for age_days, warns in ((6.0, False), (8.0, True)):
+        policy.last_proven_s = time.time() - age_days * DAY_S
+        worker.report = admin_pb2.BackupReport(policies=[policy])
+        assert any("proven" in warning for warning in worker.warnings()) == warns
 
 
 def test_a_run_that_the_servers_end_cuts_off_is_made_up(

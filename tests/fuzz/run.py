@@ -63,6 +63,9 @@ def _fuzz_all(only: str, seconds: int) -> int:
         from fuzz.registry import TARGETS
 
     names = [name for name in TARGETS if only in name]
+    if not names:
+        print(f"no target's name holds {only!r}; there are: {', '.join(TARGETS)}", file=sys.stderr)
+        return 2
     found = 0
     for number, name in enumerate(names, 1):
         share_s = max(seconds // len(names), 1)

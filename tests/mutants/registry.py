@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from mutants import clients, durability, reign
+from mutants import backups, clients, durability, reign
 from mutants.mutant import Mutant
 
-MUTANTS: tuple[Mutant, ...] = (*durability.MUTANTS, *reign.MUTANTS, *clients.MUTANTS)
+MUTANTS: tuple[Mutant, ...] = (*durability.MUTANTS, *reign.MUTANTS, *clients.MUTANTS, *backups.MUTANTS)
 
 # One of each kind, of those that are noticed soon.
 QUICK = (
@@ -15,4 +15,5 @@ QUICK = (
     "a client's unproven epoch fences",
     "the last number is taken for a new one",
     "a tail's HMAC is not checked",
+    "prune does not look at what stays",
 )

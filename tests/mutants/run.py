@@ -26,7 +26,6 @@ from pathlib import Path
 
 from mutants.mutant import Moved, Mutant
 from mutants.registry import MUTANTS, QUICK
-from sim.run import without_chance
 
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS = (1, 2, 5, 11)  # eventful ones: with promotions and many crashes
@@ -127,7 +126,6 @@ class Workshop:
             stderr=subprocess.DEVNULL,
             text=True,
             start_new_session=True,
-            preexec_fn=without_chance,
         )
 
         def kill() -> None:

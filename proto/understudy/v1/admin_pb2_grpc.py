@@ -49,6 +49,16 @@ class AdminStub:
                 request_serializer=understudy_dot_v1_dot_admin__pb2.FenceRequest.SerializeToString,
                 response_deserializer=understudy_dot_v1_dot_admin__pb2.FenceResponse.FromString,
                 _registered_method=True)
+        self.Freeze = channel.unary_unary(
+                '/understudy.v1.Admin/Freeze',
+                request_serializer=understudy_dot_v1_dot_admin__pb2.FreezeRequest.SerializeToString,
+                response_deserializer=understudy_dot_v1_dot_admin__pb2.FreezeResponse.FromString,
+                _registered_method=True)
+        self.Thaw = channel.unary_unary(
+                '/understudy.v1.Admin/Thaw',
+                request_serializer=understudy_dot_v1_dot_admin__pb2.ThawRequest.SerializeToString,
+                response_deserializer=understudy_dot_v1_dot_admin__pb2.ThawResponse.FromString,
+                _registered_method=True)
         self.Forget = channel.unary_unary(
                 '/understudy.v1.Admin/Forget',
                 request_serializer=understudy_dot_v1_dot_admin__pb2.ForgetRequest.SerializeToString,
@@ -85,6 +95,21 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Freeze(self, request, context):
+        """Primary only: writes nothing to its directory for some time, so that a snapshot of it can be taken. Answered once
+        all that was taken in before is durable and committed, and no checkpoint runs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Thaw(self, request, context):
+        """Primary only: ends that.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Forget(self, request, context):
         """Primary only: removes the slot of a replica that will never come back; durable when answered.
         """
@@ -116,6 +141,16 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Fence,
                     request_deserializer=understudy_dot_v1_dot_admin__pb2.FenceRequest.FromString,
                     response_serializer=understudy_dot_v1_dot_admin__pb2.FenceResponse.SerializeToString,
+            ),
+            'Freeze': grpc.unary_unary_rpc_method_handler(
+                    servicer.Freeze,
+                    request_deserializer=understudy_dot_v1_dot_admin__pb2.FreezeRequest.FromString,
+                    response_serializer=understudy_dot_v1_dot_admin__pb2.FreezeResponse.SerializeToString,
+            ),
+            'Thaw': grpc.unary_unary_rpc_method_handler(
+                    servicer.Thaw,
+                    request_deserializer=understudy_dot_v1_dot_admin__pb2.ThawRequest.FromString,
+                    response_serializer=understudy_dot_v1_dot_admin__pb2.ThawResponse.SerializeToString,
             ),
             'Forget': grpc.unary_unary_rpc_method_handler(
                     servicer.Forget,
@@ -209,6 +244,60 @@ class Admin:
             '/understudy.v1.Admin/Fence',
             understudy_dot_v1_dot_admin__pb2.FenceRequest.SerializeToString,
             understudy_dot_v1_dot_admin__pb2.FenceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Freeze(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/understudy.v1.Admin/Freeze',
+            understudy_dot_v1_dot_admin__pb2.FreezeRequest.SerializeToString,
+            understudy_dot_v1_dot_admin__pb2.FreezeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Thaw(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/understudy.v1.Admin/Thaw',
+            understudy_dot_v1_dot_admin__pb2.ThawRequest.SerializeToString,
+            understudy_dot_v1_dot_admin__pb2.ThawResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -38,6 +38,12 @@ class AdminStub:
     """
     Fence: _grpc.UnaryUnaryMultiCallable[_admin_pb2.FenceRequest, _admin_pb2.FenceResponse]
     """Primary only: accept no more writes, for good."""
+    Freeze: _grpc.UnaryUnaryMultiCallable[_admin_pb2.FreezeRequest, _admin_pb2.FreezeResponse]
+    """Primary only: writes nothing to its directory for some time, so that a snapshot of it can be taken. Answered once
+    all that was taken in before is durable and committed, and no checkpoint runs.
+    """
+    Thaw: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ThawRequest, _admin_pb2.ThawResponse]
+    """Primary only: ends that."""
     Forget: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ForgetRequest, _admin_pb2.ForgetResponse]
     """Primary only: removes the slot of a replica that will never come back; durable when answered."""
     StateDigests: _grpc.UnaryUnaryMultiCallable[_admin_pb2.StateDigestsRequest, _admin_pb2.StateDigestsResponse]
@@ -53,6 +59,12 @@ class AdminAsyncStub(AdminStub):
     """
     Fence: _aio.UnaryUnaryMultiCallable[_admin_pb2.FenceRequest, _admin_pb2.FenceResponse]  # type: ignore[assignment]
     """Primary only: accept no more writes, for good."""
+    Freeze: _aio.UnaryUnaryMultiCallable[_admin_pb2.FreezeRequest, _admin_pb2.FreezeResponse]  # type: ignore[assignment]
+    """Primary only: writes nothing to its directory for some time, so that a snapshot of it can be taken. Answered once
+    all that was taken in before is durable and committed, and no checkpoint runs.
+    """
+    Thaw: _aio.UnaryUnaryMultiCallable[_admin_pb2.ThawRequest, _admin_pb2.ThawResponse]  # type: ignore[assignment]
+    """Primary only: ends that."""
     Forget: _aio.UnaryUnaryMultiCallable[_admin_pb2.ForgetRequest, _admin_pb2.ForgetResponse]  # type: ignore[assignment]
     """Primary only: removes the slot of a replica that will never come back; durable when answered."""
     StateDigests: _aio.UnaryUnaryMultiCallable[_admin_pb2.StateDigestsRequest, _admin_pb2.StateDigestsResponse]  # type: ignore[assignment]
@@ -83,6 +95,24 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.FenceResponse, _abc.Awaitable[_admin_pb2.FenceResponse]]:
         """Primary only: accept no more writes, for good."""
+
+    @_abc_1.abstractmethod
+    def Freeze(
+        self,
+        request: _admin_pb2.FreezeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.FreezeResponse, _abc.Awaitable[_admin_pb2.FreezeResponse]]:
+        """Primary only: writes nothing to its directory for some time, so that a snapshot of it can be taken. Answered once
+        all that was taken in before is durable and committed, and no checkpoint runs.
+        """
+
+    @_abc_1.abstractmethod
+    def Thaw(
+        self,
+        request: _admin_pb2.ThawRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ThawResponse, _abc.Awaitable[_admin_pb2.ThawResponse]]:
+        """Primary only: ends that."""
 
     @_abc_1.abstractmethod
     def Forget(

@@ -1,0 +1,118 @@
+"""Mutants of making, keeping and restoring backups. No simulated story makes any."""
+
+from __future__ import annotations
+
+from mutants.mutant import Mutant
+
+REPOSITORY = "tests/test_backup_repository.py"
+
+MUTANTS = (
+    Mutant(
+        name="a backup is not marked while it is made",
+        guarantee="G8",
+        file="backup/in_progress.py",
+        old='    publish(mark, json.dumps(note).encode() + b"\\n")\n',
+        new="    mark.touch()\n    mark.unlink()\n    mark = root / 'none'\n    mark.touch()\n",
+        tests=("tests/test_backup.py::test_ctrl_c_leaves_a_backup_that_can_be_finished",),
+        simulated=False,
+    ),
+    Mutant(
+        name="what is marked as unfinished is opened",
+        guarantee="G8",
+        file="common/directory.py",
+        old="        check_finished(path)\n        return cls.open_unfinished(path)\n",
+        new="        return cls.open_unfinished(path)\n",
+        tests=("tests/test_backup.py::test_an_unfinished_backup_is_opened_by_nobody_but_an_update",),
+        simulated=False,
+    ),
+    Mutant(
+        name="a backup of another history is overwritten",
+        guarantee="G4",
+        file="backup/make.py",
+        old="        self._check_one_history(relation, head.position.lsn)\n",
+        new="",
+        tests=("tests/test_backup.py::test_a_backup_that_knows_more_than_its_source_is_kept",),
+        simulated=False,
+    ),
+    Mutant(
+        name="a server on a backup has the name of another",
+        guarantee="G3",
+        file="common/directory.py",
+        old="        self._publish(replace(self._known, role=Role.PROMOTING, node=str(uuid.UUID(bytes=new_id()))))\n",
+        new="        self._publish(replace(self._known, role=Role.PROMOTING))\n",
+        tests=("tests/test_backup.py::test_a_server_on_a_backup_begins_a_new_epoch_under_a_name_of_its_own",),
+        simulated=False,
+    ),
+    Mutant(
+        name="a file is restored whatever its digest",
+        guarantee="G11",
+        file="backup/restore.py",
+        old="    if found != expected:\n",
+        new="    if found is None:\n",
+        tests=("tests/test_archive.py::test_a_directory_is_restored_with_every_file_checked",),
+        simulated=False,
+    ),
+    Mutant(
+        name="a manifest is stored before its archive is whole",
+        guarantee="G8",
+        file="backup/store_backup.py",
+        old="    lock.check()\n    publish_backup(repository, backup)\n",
+        new="    publish_backup(repository, backup)\n    repository.delete(backup.archive_name)\n",
+        tests=(f"{REPOSITORY}::test_a_run_makes_a_backup_in_each_repository_and_writes_it_down",),
+        simulated=False,
+    ),
+    Mutant(
+        name="an archive is removed before its manifest",
+        guarantee="G8",
+        file="backup/upkeep.py",
+        old="    repository.delete(manifest_name(backup.folder))\n    _delete_folder(repository, backup.folder)\n",
+        new="    _delete_folder(repository, backup.folder)\n",
+        tests=(f"{REPOSITORY}::test_a_run_killed_at_any_step_leaves_whole_backups_only",),
+        simulated=False,
+    ),
+    Mutant(
+        name="prune does not look at what stays",
+        guarantee="G8",
+        file="backup/upkeep.py",
+        old="        _check_remains(repository, [backup for backup in kept if not backup.is_damaged])\n",
+        new="        pass\n",
+        tests=(f"{REPOSITORY}::test_nothing_is_pruned_where_what_stays_is_not_there",),
+        simulated=False,
+    ),
+    Mutant(
+        name="a damaged backup keeps a period's place",
+        guarantee="G8",
+        file="backup/retention.py",
+        old="    good = [backup for backup in past if backup.restorable]\n",
+        new="    good = past\n",
+        tests=("tests/test_retention.py",),
+        simulated=False,
+    ),
+    Mutant(
+        name="a gap in the shipped log is taken for its end",
+        guarantee="G8",
+        file="backup/log_archive.py",
+        old="    beyond = [lsn for lsn in known if lsn > end]\n",
+        new="    beyond: list[Lsn] = []\n",
+        tests=(f"{REPOSITORY}::test_a_gap_in_the_log_is_no_end",),
+        simulated=False,
+    ),
+    Mutant(
+        name="the log is removed before it is shipped",
+        guarantee="G9",
+        file="common/engine.py",
+        old="        needed = worker.keep_from if worker is not None else Lsn(self.durable.lsn + 1)\n",
+        new="        needed = Lsn(self.durable.lsn + 1)\n",
+        tests=("tests/test_backup_worker.py::test_the_log_waits_for_a_repository_that_is_away",),
+        simulated=False,
+    ),
+    Mutant(
+        name="a backup that should be encrypted is not",
+        guarantee="G10",
+        file="backup/policy.py",
+        old="        return Encryption(read_passphrase(self.passphrase_file))\n",
+        new="        return None\n",
+        tests=(f"{REPOSITORY}::test_encryption_that_can_not_be_is_no_backup",),
+        simulated=False,
+    ),
+)
