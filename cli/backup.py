@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from understudy.backup.selection import Selection
 
 _STANDARD_OUTPUT = Path("-")
+# Of archives that this command doesn't make; nobody means a directory by such a name.
+_ARCHIVE_SUFFIXES = frozenset({".tar", ".tgz", ".gz", ".xz", ".zst", ".age", ".zip"})
 
 
 @click.group(epilog=EPILOG, invoke_without_command=True)
@@ -183,6 +185,10 @@ def _make(
     from understudy.backup.source import open_source
 
     is_archive = target == _STANDARD_OUTPUT or is_archive_name(target)
+    if not is_archive and target.suffix in _ARCHIVE_SUFFIXES:
+        raise click.UsageError(
+            f"{target} would be a directory: end an archive's name in .tar.zst or .tar.zst.age."
+        )
     if is_archive and update:
         raise click.UsageError("--update is for directories: an archive is made anew.")
     if not is_archive and encryption is not None:

@@ -144,6 +144,7 @@ def test_the_usual_tools_open_an_archive(tmp_path: Path, server_files: Path) -> 
         ("a.tar.zst.age", ("--recipient", "age1nonsense"), "no recipient"),
         ("a", ("--recipient", "KEY"), "Only an archive"),
         ("a.tar.zst", ("--update",), "made anew"),
+        ("a.tgz", (), "would be a directory"),
     ],
 )
 def test_encryption_asked_for_and_not_possible_is_no_backup(
