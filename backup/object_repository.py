@@ -221,6 +221,8 @@ class ObjectRepository:
             except (FileNotFoundError, *_REFUSED) as error:
                 raise self._failed(action, "", error) from error
             except (BaseError, OSError) as error:
+                if _NO_CONTAINER.search(str(error)):
+                    raise self._failed(action, "", error) from error
                 failure: Exception = error
             time.sleep(pause_s)
         raise self._failed(action, "", failure) from failure

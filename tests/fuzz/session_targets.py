@@ -378,9 +378,12 @@ _STREAMS = frozenset(("Commit", "Sync", "Salvage", "Follow"))
 _CALL_S_MAX = 5.0
 
 
+_HOLDING_UP = ("/Fence", "/Freeze")
+
+
 def _methods(service: str) -> list[str]:
-    """All but the one after which nothing is written any more."""
-    return sorted(name for name in REQUIRES if f".{service}/" in name and not name.endswith("/Fence"))
+    """All but those after which nothing is written any more, or not for minutes."""
+    return sorted(name for name in REQUIRES if f".{service}/" in name and not name.endswith(_HOLDING_UP))
 
 
 def _is_ours(error: grpc.RpcError) -> bool:
@@ -445,6 +448,7 @@ _SERVICE_MESSAGES: dict[str, list[Any]] = {
         data_pb2.CommitRequest(bind=data_pb2.Bind(protocol_version=PROTOCOL_VERSION, client=CID)),
         data_pb2.CommitRequest(transactions=data_pb2.Transactions(transactions=[_transaction()])),
     ],
+    "Thaw": [admin_pb2.ThawRequest()],
     "Get": [data_pb2.GetRequest(realm="/realm", keys=[b"key", b"none"])],
     "Scan": [data_pb2.ScanRequest(realm="/realm", start=b"a", end=b"z", limit=5, reverse=True)],
     "Count": [data_pb2.CountRequest(realm="/realm", start=b"a", end=b"z")],
