@@ -125,7 +125,8 @@ def stream_archive(
         tar = _TarWriter(compressed)
         if isinstance(contents, _Pages):  # only they are a directory that a server starts on
             tar.add(node_member(source), meter=None)
-        members = chain(contents.members(), token_member(source))
+        secrets = token_member(source) if encryption is not None and not selection.is_filtered else ()
+        members = chain(contents.members(), secrets)
         manifest = contents.describe([tar.add(member, meter=meter) for member in members])
         data = manifest.encode()
         tar.add(Member(MANIFEST_FILE, len(data), [data]), meter=None)

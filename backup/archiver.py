@@ -94,7 +94,8 @@ class Archiver:
 
     def _ship(self, part: LogPart, epochs: dict[Lsn, Epoch]) -> Stretch:
         end = part.end.position.lsn
-        self._epoch = max((epoch for lsn, epoch in epochs.items() if lsn <= end), default=self._epoch)
+        begun = (epoch for lsn, epoch in epochs.items() if lsn <= end)
+        self._epoch = max(self._epoch, part.header.epoch, *begun)
         stretch = ship(
             self._repository, part, epoch=self._epoch, encryption=self._encryption, level=self._level
         )

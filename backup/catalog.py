@@ -99,6 +99,11 @@ class StoredBackup:
         return self.last_check is not None and self.last_check.finding is Finding.DAMAGED
 
     @property
+    def is_restorable(self) -> bool:
+        """Whether it holds all that it was to hold, and is not known to be damaged."""
+        return not self.is_damaged and not self.manifest.failed
+
+    @property
     def state(self) -> str:
         """In a word: ``proven``, ``intact``, ``damaged`` or ``unchecked``."""
         if self.is_damaged:

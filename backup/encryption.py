@@ -12,18 +12,20 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import pyrage
 
 from understudy.backup.age_passphrase import INTRO, PassphraseReader, PassphraseWriter
 from understudy.backup.sinks import Sink, Stream
-from understudy.common.errors import CorruptionError, NotPermitted, UsageError
+from understudy.common.errors import CorruptionError, NotPermitted, StorageFailed, UsageError
 from understudy.common.files import storage_errors
 
 _PIECE_BYTES = 1 << 20
 _SCRYPT_STANZA = b"-> scrypt "
 _KEY_FILE_BYTES_MAX = 1 << 20
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +61,15 @@ class Encryption:
             writer.finish()
             return
         recipients = [_parse_recipient(recipient) for recipient in self.recipients]
-        sink: Any = out
-        with _pumped_out(lambda source: pyrage.encrypt_io(source, sink, recipients)) as file:
-            yield file
+        sink: Any = _Remembering(out)
+        try:
+            with _pumped_out(lambda source: pyrage.encrypt_io(source, sink, recipients)) as file:
+                yield file
+        except pyrage.EncryptError as error:
+            raise sink.error or StorageFailed(f"can't encrypt: {error}") from error
+        # What went wrong when the last bytes were handed on is not always told.
+        if sink.error is not None:
+            raise sink.error
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,14 +111,18 @@ class Unlocking:
             return
         if not self.identities:
             raise NotPermitted(f"{name} is encrypted for recipients", remedy="give a key with --identity")
+        encrypted: Any = source
         try:
-            encrypted: Any = source
             with _pumped_in(lambda out: pyrage.decrypt_io(encrypted, out, list(self.identities))) as file:
                 yield file
         except pyrage.DecryptError as error:
             if "No matching keys" in str(error):
                 raise NotPermitted(f"{name} does not open with these keys") from error
             raise CorruptionError(f"{name} is damaged: {error}", remedy="use another backup") from error
+        except _PumpFailed as error:
+            raise CorruptionError(
+                f"{name} is damaged, or can't be read: {error.__cause__}", remedy="use another backup"
+            ) from error
 
 
 def is_encrypted(source: io.BufferedReader) -> bool:
@@ -194,7 +206,12 @@ def _pumped_out(pump: Callable[[Any], object]) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def _pumped_in(pump: Callable[[Any], object]) -> Iterator[IO[bytes]]:
-    """A file with what ``pump`` writes, in a thread, while it is being read."""
+    """A file with what ``pump`` writes, in a thread, while it is being read.
+
+    Raises:
+        pyrage.DecryptError: whatever the block makes of what it could read until then.
+        _PumpFailed: the block ended well, but not all of it was read and authenticated.
+    """
     read_fd, write_fd = os.pipe()
     thread = _Pump(pump, os.fdopen(write_fd, "wb", buffering=_PIECE_BYTES))
     thread.start()
@@ -203,9 +220,41 @@ def _pumped_in(pump: Callable[[Any], object]) -> Iterator[IO[bytes]]:
             yield file
             while file.read(_PIECE_BYTES):
                 pass  # so that all of it is authenticated
-    finally:
+    except BaseException:
         thread.join()
-        thread.check()
+        if isinstance(thread.error, pyrage.DecryptError):
+            raise thread.error from None
+        raise
+    thread.join()
+    if isinstance(thread.error, pyrage.DecryptError):
+        raise thread.error
+    if thread.error is not None:
+        raise _PumpFailed from thread.error
+
+
+class _PumpFailed(Exception):
+    """Its cause says why."""
+
+
+class _Remembering:
+    """A sink that knows its first error: pyrage makes one of its own of it, or none."""
+
+    def __init__(self, out: Sink) -> None:
+        self.error: BaseException | None = None
+        self._out = out
+
+    def write(self, data: bytes) -> int:
+        return self._noting(lambda: self._out.write(data))
+
+    def flush(self) -> None:
+        self._noting(self._out.flush)
+
+    def _noting(self, step: Callable[[], _T]) -> _T:
+        try:
+            return step()
+        except BaseException as error:
+            self.error = self.error or error
+            raise
 
 
 class _Pump(threading.Thread):
@@ -215,16 +264,16 @@ class _Pump(threading.Thread):
         super().__init__(name="backup-age", daemon=True)
         self._pump = pump
         self._end = end
-        self._error: BaseException | None = None
+        self.error: BaseException | None = None
 
     def run(self) -> None:
         try:
             with self._end:
                 self._pump(self._end)
         except BaseException as error:
-            self._error = error
+            self.error = error
 
     def check(self) -> None:
         """Raises what went wrong."""
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            raise self.error

@@ -217,6 +217,8 @@ def _append_best(
                 opening(file, stretch.name, unlocking) as plain,
             ):
                 _append(log, plain, cluster, f"{stretch.name} in {repository.url}", meter)
+            if log.end.lsn < stretch.last:
+                raise CorruptionError(f"{stretch.name} in {repository.url} was cut off")
             return stretch
         except CorruptionError as error:
             if log.end != before:

@@ -184,7 +184,11 @@ class _Run:
             try:
                 self._back_up(outcome, encryption)
                 return
-            except UnderstudyError as error:
+            except Cancelled:
+                raise
+            except Exception as error:
+                if not isinstance(error, UnderstudyError):
+                    log.error("backup_crashed", policy=self._policy.name, to=outcome.url, exc_info=error)
                 if not left or outcome.backup is not None or isinstance(error, UsageError):
                     outcome.errors.append(str(error))
                     return
@@ -244,7 +248,9 @@ class _Run:
 
     def _prune(self, repository: Repository, lock: RepositoryLock, outcome: Outcome) -> None:
         if not self._policy.retention.keeps_all:
-            outcome.pruned = len(prune(repository, lock, self._policy.retention).removed)
+            outcome.pruned = len(
+                prune(repository, lock, self._policy.retention, policy=self._policy.name).removed
+            )
 
     def tell_hooks(self) -> None:
         """The report goes to the operator's programs."""

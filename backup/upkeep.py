@@ -23,7 +23,7 @@ from understudy.backup.log_archive import Stretch, list_stretches
 from understudy.backup.progress import Meter, OnProgress
 from understudy.backup.repository import Repository
 from understudy.backup.repository_lock import RepositoryLock
-from understudy.backup.retention import Kept, Retention, split
+from understudy.backup.retention import Kept, Retention, Split, split
 from understudy.common.errors import AlreadyStored, CorruptionError, NotStored, UsageError
 
 _PIECE_BYTES = 1 << 20
@@ -46,6 +46,7 @@ def prune(
     lock: RepositoryLock,
     retention: Retention,
     *,
+    policy: str | None = None,
     dry_run: bool = False,
     now_s: float | None = None,
 ) -> PruneReport:
@@ -53,6 +54,7 @@ def prune(
 
     Args:
         lock: of the repository, held.
+        policy: whose backups; of None, those of each by themselves. Other policies' stay as they are.
         dry_run: only say what would be removed.
         now_s: seconds since 1970; the clock's time if not given.
 
@@ -63,23 +65,35 @@ def prune(
     now_s = time.time() if now_s is None else now_s
     catalog = read_catalog(repository)
     known = {backup.id: backup for backup in catalog.backups}
-    backups = [
-        Kept(name=backup.id, made_s=backup.made_s, restorable=not backup.is_damaged)
-        for backup in known.values()
-    ]
-    told = split(backups, retention, now_s=now_s)
-    kept = [known[one.name] for one, _ in told.kept]
+    policies = {backup.policy for backup in catalog.backups if policy in (None, backup.policy)}
+    told = [_told(catalog, one, retention, now_s) for one in sorted(policies)]
+    removed = [one.name for part in told for one in part.removable]
+    kept = [backup for backup in catalog.backups if backup.id not in removed]
     report = PruneReport(
-        kept=[(one.name, reasons) for one, reasons in told.kept],
-        removed=[one.name for one in told.removable],
+        kept=[(one.name, reasons) for part in told for one, reasons in part.kept],
+        removed=removed,
         orphans=_orphans(repository, catalog, now_s),
         stretches=[stretch.name for stretch in _unneeded(repository, kept, catalog)],
     )
     if not dry_run and (report.removed or report.stretches):
-        _check_remains(repository, [backup for backup in kept if not backup.is_damaged])
+        for part in told:
+            _check_remains(repository, [known[one.name] for one, _ in part.kept if one.restorable])
     if not dry_run:
         _remove(repository, lock, report, known)
     return report
+
+
+def _told(catalog: Catalog, policy: str, retention: Retention, now_s: float) -> Split:
+    """Which backups of a policy stay. One that lacks realms which were damaged counts for no day."""
+    return split(
+        [
+            Kept(name=backup.id, made_s=backup.made_s, restorable=backup.is_restorable)
+            for backup in catalog.backups
+            if backup.policy == policy
+        ],
+        retention,
+        now_s=now_s,
+    )
 
 
 def _remove(
@@ -167,7 +181,13 @@ def delete_chosen(repository: Repository, lock: RepositoryLock, backup_id: str, 
     """
     catalog = read_catalog(repository)
     backup = catalog.find(backup_id)
-    others = [other for other in catalog.backups if other.id != backup_id and not other.is_damaged]
+    others = [
+        other
+        for other in catalog.backups
+        if other.id != backup_id
+        and other.is_restorable
+        and (other.manifest.is_whole or not backup.manifest.is_whole)
+    ]
     if not force:
         if not others and not backup.is_damaged:
             raise UsageError(

@@ -86,6 +86,7 @@ class _Planned:
     policy: Policy
     first_seen_s: float
     running: bool = False
+    attempted_s: float = 0.0  # so that a run that can't be written down is not made again and again
     proven_s: float = 0.0  # when a drill last proved one of its backups, since 1970; 0 for never
     shippings: list[Shipping] = field(default_factory=list)
 
@@ -163,7 +164,7 @@ class Worker:
     def _last_start_s(self, planned: _Planned) -> float:
         # One that was cut off is made up.
         entry = self._books.last(planned.policy.name, Result.DONE, Result.PARTIAL, Result.FAILED)
-        return entry.start_s if entry is not None else planned.first_seen_s
+        return max(entry.start_s if entry is not None else planned.first_seen_s, planned.attempted_s)
 
     def _run(self, planned: _Planned) -> None:
         planned.running = True
@@ -176,6 +177,9 @@ class Worker:
                 clock=self._clock,
                 sleep=self._stopping.wait,
             )
+        except UnderstudyError as error:  # of journal or history
+            log.error("run_not_written_down", policy=planned.policy.name, error=str(error))
+            planned.attempted_s = self._clock()
         finally:
             planned.running = False
         self.report()

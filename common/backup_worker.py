@@ -33,7 +33,7 @@ class BackupWorker:
     """The process, and what it said last. Everything runs on one event loop."""
 
     def __init__(self, data_dir: Path, policies: Path) -> None:
-        self._command = [sys.executable, "-m", MODULE, str(data_dir), str(policies)]
+        self._command = [sys.executable, "-P", "-m", MODULE, str(data_dir), str(policies)]
         self.report = admin_pb2.BackupReport()
         self._started_s = time.time()
         self._problem = ""
@@ -75,9 +75,15 @@ class BackupWorker:
         """Starts the process, and starts it again when it has ended."""
         backoff = Backoff(first_s=1.0, last_s=60.0)
         while True:
-            self._process = await asyncio.create_subprocess_exec(
-                *self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, limit=_LINE_BYTES_MAX
-            )
+            try:
+                self._process = await asyncio.create_subprocess_exec(
+                    *self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, limit=_LINE_BYTES_MAX
+                )
+            except OSError as error:  # no memory, no process, no descriptor, for now
+                self._problem = f"the process that makes backups can't be started: {error.strerror}"
+                log.error("backup_worker_not_started", error=str(error))
+                await asyncio.sleep(backoff.next_s(random.random()))
+                continue
             with contextlib.suppress(ValueError):  # a line without end
                 await self._listen(self._process, backoff)
             code = await self._end()

@@ -25,7 +25,7 @@ from understudy.backup.make import make_backup
 from understudy.backup.manifest import Manifest, read_manifest
 from understudy.backup.restore import restore_backup
 from understudy.common.directory import IN_PROGRESS_FILE
-from understudy.common.errors import CorruptionError, NotPermitted, UsageError
+from understudy.common.errors import CorruptionError, DiskFull, NotPermitted, UsageError
 
 CORRUPT, USAGE, NOT_PERMITTED = 4, 2, 7
 
@@ -191,13 +191,18 @@ def test_an_archive_killed_at_any_step_is_whole_or_not_there(
                 break
 
 
-@pytest.mark.parametrize("suffix", [".tar.zst", ".tar.zst.age"])
+@pytest.mark.parametrize("kind", ["plain", "passphrase", "recipients"])
 def test_a_flipped_bit_anywhere_in_an_archive_is_found(
-    tmp_path: Path, server_files: Path, suffix: str
+    tmp_path: Path, server_files: Path, key: pyrage.x25519.Identity, kind: str
 ) -> None:
     """G8, G11: wherever a bit was flipped or the file cut off, restore says that it is damaged, and leaves a mark."""
-    encryption = Encryption("correct horse") if suffix.endswith("age") else None
-    unlocking = Unlocking("correct horse")
+    suffix = ".tar.zst" if kind == "plain" else ".tar.zst.age"
+    encryption = {
+        "plain": None,
+        "passphrase": Encryption("correct horse"),
+        "recipients": Encryption("", (str(key.to_public()),)),
+    }[kind]
+    unlocking = Unlocking("correct horse", (key,))
     good = tmp_path / f"good{suffix}"
     write_archive(server_files, good, encryption=encryption)
     data = good.read_bytes()
@@ -420,3 +425,27 @@ def test_a_passphrase_that_others_may_read_is_refused(
     backup = ("backup", "-f", server_files, "-t", tmp_path / "a.tar.zst.age")
     done = processes.run(*backup, "--passphrase-file", tmp_path / "secret", code=NOT_PERMITTED)
     assert "chmod 600" in complaint(done)
+
+
+class FullSink:
+    """Takes so many bytes, and no more."""
+
+    def __init__(self, room: int) -> None:
+        self._room = room
+
+    def write(self, data: bytes) -> int:
+        self._room -= len(data)
+        if self._room < 0:
+            raise DiskFull("no space left to write the archive")
+        return len(data)
+
+    def flush(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("room", [0, 150_000, 200_100])
+def test_a_full_disk_is_told_through_encryption(key: pyrage.x25519.Identity, room: int) -> None:
+    """G8: whatever byte finds no room, the last ones included, the archive is not said to be made."""
+    encryption = Encryption("", (str(key.to_public()),))
+    with pytest.raises(DiskFull), encryption.encrypting(FullSink(room)) as sink:
+        sink.write(bytes(200_000))  # which takes a header and a few tags more

@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -449,6 +450,16 @@ def test_retention_removes_old_backups_and_the_log_before_them(
     assert all(stretch.last > backups[0].manifest.lsn for stretch in list_stretches(repository))
     processes.run("restore", folder, "--to", tmp_path / "b", "--lsn", str(backups[0].manifest.lsn + 1))
     assert_sound(tmp_path / "b")
+
+
+def test_each_policy_prunes_its_own_backups(processes: Processes, tmp_path: Path, folder: Path) -> None:
+    """G8: what one policy keeps few of, another that shares the repository keeps as it says."""
+    processes.primary(tmp_path / "a")
+    weekly = replace(policy_to(folder), name="weekly")
+    kept = done(run_policy(weekly, tmp_path / "a"))
+    for _ in range(2):
+        last = done(run_policy(policy_to(folder, retention=Retention(last=1)), tmp_path / "a"))
+    assert [backup.id for backup in read_catalog(open_repository(str(folder))).backups] == [kept.id, last.id]
 
 
 def test_nothing_is_pruned_where_what_stays_is_not_there(
