@@ -175,9 +175,11 @@ def append_archived(
     meter = Meter(None, progress=progress)
     with open_log(directory) as target:
         while not (point is not None and _reaches(target.log, point)):
+            # What ends in an earlier epoch was given up before the copy's last entry was written.
+            stretches = [stretch for stretch in stretches if stretch.epoch >= epoch]
             candidates = [stretch for stretch in stretches if stretch.may_follow(target.log.end)]
             if not candidates:
-                later = (stretch.last for stretch in stretches if stretch.epoch >= epoch)
+                later = (stretch.last for stretch in stretches)
                 _check_gap(target.log.end.lsn, [*known, *later], repository.url)
                 return
             appended = _append_best(repository, candidates, target.log, directory.cluster, unlocking, meter)

@@ -10,18 +10,19 @@ import shutil
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Self
 
 from understudy.backup.archive import decode_manifest, reading_archive
-from understudy.backup.catalog import StoredBackup
+from understudy.backup.catalog import Catalog, StoredBackup
+from understudy.backup.choice import known_lsns
 from understudy.backup.contents import Member
 from understudy.backup.encryption import Unlocking
 from understudy.backup.in_progress import in_progress, was_begun_from
 from understudy.backup.load_records import Loading, load_selected
-from understudy.backup.log_archive import append_archived
+from understudy.backup.log_archive import append_archived, list_stretches
 from understudy.backup.manifest import FileEntry, Form, Manifest, read_manifest, write_manifest
 from understudy.backup.point import Point, cut_log
 from understudy.backup.progress import Meter, OnProgress
@@ -34,7 +35,6 @@ from understudy.backup.writing import read_blocks, write_member
 from understudy.common.directory import MANIFEST_FILE, NODE_FILE, DataDirectory, Role, check_finished
 from understudy.common.errors import CorruptionError, DirectoryError, NotADataDirectory, UsageError, WrongRole
 from understudy.common.files import storage_errors, sync_tree
-from understudy.common.types import Lsn
 
 _OTHER_BACKUP = "use another backup"
 
@@ -102,7 +102,7 @@ def restore_stored(
     *,
     with_log: bool,
     point: Point | None = None,
-    known: Iterable[Lsn] = (),
+    catalog: Catalog | None = None,
     selection: Selection = EVERYTHING,
     unlocking: Unlocking | None = None,
     progress: OnProgress | None = None,
@@ -112,7 +112,8 @@ def restore_stored(
     Args:
         with_log: go on behind the backup, as far as the log in the repository reaches or to ``point``.
         point: how far to go.
-        known: entries that there are, since other backups reach up to them: without the log up to there, it has a gap.
+        catalog: of the repository, as it was read: where other backups reach further than the log, it has a gap; and
+            the epoch to come is higher than those of all of them.
         and the others: as of :func:`restore_backup`.
 
     Raises:
@@ -135,7 +136,7 @@ def restore_stored(
             directory,
             epoch=backup.manifest.epoch,
             point=point,
-            known=known,
+            known=known_lsns(catalog, backup) if catalog is not None else (),
             unlocking=unlocking,
             progress=progress,
         )
@@ -146,11 +147,13 @@ def restore_stored(
             remedy="restore it as it is: name it, and give neither --lsn nor --at",
         )
     origin = f"{repository.url} {backup.id}"
+    backups = catalog.backups if catalog is not None else [backup]
+    epochs = [one.manifest.epoch for one in backups] + [one.epoch for one in list_stretches(repository)]
 
     def restore(target: Path) -> RestoreReport:
-        return _restore(target, origin, fill, follow if with_log else None, point)
+        return _restore(target, origin, fill, follow if with_log else None, point, epoch_floor=max(epochs))
 
-    return _chosen(target, origin, restore, selection, progress)
+    return _chosen(target, origin, restore, selection, progress, epoch_floor=max(epochs))
 
 
 def _chosen(
@@ -159,6 +162,8 @@ def _chosen(
     restore: Callable[[Path], RestoreReport],
     selection: Selection,
     progress: OnProgress | None,
+    *,
+    epoch_floor: int = 0,
 ) -> RestoreReport:
     """Restores all, and where that is not wanted, takes the chosen realms out of it."""
     if not selection.is_filtered:
@@ -173,6 +178,7 @@ def _chosen(
             with open_source(directory.incoming) as source:
                 manifest = load_selected(directory, source, selection, Meter(None, progress=progress))
             shutil.rmtree(directory.incoming)
+            directory.raise_epoch_floor(epoch_floor)
             sync_tree(target)
             manifest = replace(manifest, node=whole.node)
             write_manifest(target, manifest)
@@ -193,6 +199,8 @@ def _restore(
     fill: Fill,
     follow: Callable[[DataDirectory], None] | None,
     point: Point | None,
+    *,
+    epoch_floor: int = 0,
 ) -> RestoreReport:
     started_s = time.monotonic()
     with DataDirectory.open_unfinished(target) as directory:
@@ -202,6 +210,7 @@ def _restore(
             shutil.rmtree(directory.log, ignore_errors=True)
             manifest = fill(directory)
             directory.begin(Role.BACKUP, manifest.cluster_id)
+            directory.raise_epoch_floor(epoch_floor)
             if follow is not None:
                 follow(directory)
             if point is not None:

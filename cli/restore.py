@@ -117,7 +117,7 @@ def _restore_stored(
     dry_run: bool,
 ) -> RestoreReport | None:
     from understudy.backup.catalog import read_catalog
-    from understudy.backup.choice import choose_backup, known_lsns
+    from understudy.backup.choice import choose_backup
     from understudy.backup.repository import open_repository
     from understudy.backup.restore import restore_stored
     from understudy.cli.output import Progress, plain
@@ -142,7 +142,7 @@ def _restore_stored(
             target,
             with_log=with_log,
             point=point,
-            known=known_lsns(catalog, backup),
+            catalog=catalog,
             selection=selection,
             unlocking=unlocking,
             progress=progress.update,

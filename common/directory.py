@@ -85,6 +85,7 @@ class NodeFile:
     role: Role
     cluster: str
     node: str
+    epoch_floor: int = 0  # of a restored copy: the highest epoch known of its cluster; the next one is higher
 
     @classmethod
     def read(cls, path: Path) -> NodeFile:
@@ -101,7 +102,12 @@ class NodeFile:
                     remedy=f"this version reads format {FORMAT_VERSION}; upgrade it",
                 )
             cluster = str(uuid.UUID(raw["cluster"])) if raw["cluster"] else ""
-            return cls(role=Role(raw["role"]), cluster=cluster, node=str(uuid.UUID(raw["node"])))
+            return cls(
+                role=Role(raw["role"]),
+                cluster=cluster,
+                node=str(uuid.UUID(raw["node"])),
+                epoch_floor=int(raw.get("epoch_floor", 0)),
+            )
         # Attributes are missed by UUID, of what is no text.
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CorruptionError(f"{path} can't be read: {error}", remedy=RESTORE) from error
@@ -255,6 +261,16 @@ class DataDirectory:
     def set_role(self, role: Role) -> None:
         """Changes the role, durably."""
         self._publish(replace(self._known, role=role))
+
+    @property
+    def epoch_floor(self) -> int:
+        """An epoch that begins here must be higher: others of this cluster's have been."""
+        return self._known.epoch_floor
+
+    def raise_epoch_floor(self, epoch: int) -> None:
+        """Notes an epoch that there has been, durably."""
+        if epoch > self._known.epoch_floor:
+            self._publish(replace(self._known, epoch_floor=epoch))
 
     def leave_backup(self) -> None:
         """Makes a backup the directory of a node of its own, which is about to begin a new epoch.

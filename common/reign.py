@@ -39,7 +39,10 @@ def begin_epoch(engine: Engine) -> None:
 
 
 def _write_start(engine: Engine) -> None:
-    directory, last, epoch = engine.directory, engine.durable, Epoch(engine.epoch + 1)
+    directory, last = engine.directory, engine.durable
+    # After a restore to before a promotion, the number that follows was another reign's: whoever has seen that one
+    # would take it for this one's successor.
+    epoch = Epoch(max(engine.epoch, directory.epoch_floor) + 1)
     payload = entries.epoch_entry(
         time_us=max(engine.state.time_us, time.time_ns() // 1_000),
         cluster=directory.cluster,

@@ -297,6 +297,28 @@ def test_the_log_goes_on_behind_a_failover(processes: Processes, tmp_path: Path,
     assert pairs(processes.primary(tmp_path / "c").address, "/realm") == {b"both": b"1", b"new": b"1"}
 
 
+def test_a_restore_to_before_a_promotion_begins_an_epoch_that_never_was(
+    processes: Processes, tmp_path: Path, folder: Path
+) -> None:
+    """G3, G7: nobody who has seen the reign that was given up can take it for the restored server's successor."""
+    pair = Pair(processes, tmp_path)
+    lsn = put(pair.primary.address, "/realm", (b"key", b"good")).lsn
+    done(run_policy(policy_to(folder), pair.a))
+    wait_until_caught_up(pair.primary.address, pair.replica.address)
+    primary = pair.fail_over()
+    put(primary.address, "/realm", (b"key", b"bad"))
+    done(run_policy(policy_to(folder), pair.b))
+    for number, epoch in enumerate((3, 4)):
+        target = tmp_path / f"restored{number}"
+        processes.run("restore", folder, "--to", target, "--lsn", str(lsn))
+        server = processes.primary(target)
+        assert pairs(server.address, "/realm") == {b"key": b"good"}
+        assert status(server.address).epoch == epoch
+        done(run_policy(policy_to(folder), target))
+    processes.run("restore", folder, "--to", tmp_path / "newest")
+    assert read_manifest(tmp_path / "newest").epoch == 4
+
+
 def test_a_backup_under_load_and_its_log_lose_nothing_that_was_shipped(
     processes: Processes, tmp_path: Path, folder: Path
 ) -> None:
