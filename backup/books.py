@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,8 +42,3 @@ class Books:
             entry for entry in self.history.entries() if entry.policy == policy and entry.result in wanted
         ]
         return found[-1] if found else None
-
-    def age_s(self, policy: str, *results: Result) -> float | None:
-        """Seconds since the start of that run; None if there was none."""
-        entry = self.last(policy, *results)
-        return None if entry is None else max(time.time() - entry.start_s, 0.0)

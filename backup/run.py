@@ -190,7 +190,7 @@ class _Run:
                 if not isinstance(error, UnderstudyError):
                     log.error("backup_crashed", policy=self._policy.name, to=outcome.url, exc_info=error)
                 if not left or outcome.backup is not None or isinstance(error, UsageError):
-                    outcome.errors.append(str(error))
+                    outcome.errors.append(str(error) or repr(error))
                     return
                 log.warning("backup_retry", policy=self._policy.name, to=outcome.url, error=str(error))
             self._sleep(self._policy.retry_wait_s)

@@ -11,6 +11,7 @@ import click
 
 from understudy.cli.backup_drill import drill
 from understudy.cli.options import EPILOG, INTERRUPTED, byte_rate, json_option
+from understudy.cli.policies import policy_arguments
 from understudy.cli.realm_choice import exclude_option, print_problems, realm_option
 from understudy.cli.secrets import encryption_options
 from understudy.common.errors import ExitCode
@@ -123,14 +124,7 @@ def backup(
 
 
 @backup.command(epilog=EPILOG)
-@click.argument("name")
-@click.option(
-    "--config",
-    required=True,
-    metavar="FILE.toml",
-    type=click.Path(path_type=Path),
-    help="Where the policy stands, in a table [[backup]].",
-)
+@policy_arguments
 @click.option(
     "--data-dir",
     required=True,

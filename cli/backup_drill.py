@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from understudy.cli.options import EPILOG, json_option
+from understudy.cli.policies import policy_arguments
 from understudy.common.errors import ExitCode
 
 if TYPE_CHECKING:
@@ -16,14 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command(epilog=EPILOG)
-@click.argument("name")
-@click.option(
-    "--config",
-    required=True,
-    metavar="FILE.toml",
-    type=click.Path(path_type=Path),
-    help="Where the policy stands, in a table [[backup]].",
-)
+@policy_arguments
 @click.option(
     "--data-dir",
     metavar="DIR",
