@@ -18,6 +18,7 @@ from typing import IO, Any, cast
 import xxhash
 import zstandard
 
+from understudy.backup.archive_names import ENCRYPTED_SUFFIX, SUFFIX
 from understudy.backup.contents import Member, copy_members, describe, node_member, token_member
 from understudy.backup.encryption import Encryption, Unlocking, is_encrypted, peekable
 from understudy.backup.make import BackupReport
@@ -31,8 +32,6 @@ from understudy.common.directory import MANIFEST_FILE
 from understudy.common.errors import CorruptionError, UsageError
 from understudy.common.files import publishing
 
-SUFFIX = ".tar.zst"
-ENCRYPTED_SUFFIX = ".tar.zst.age"
 DEFAULT_LEVEL = 3
 _THREADS = 2
 _BLOCK_BYTES = 512  # tar's
@@ -43,11 +42,6 @@ _KNOWN_NAMES = re.compile(
     r"(node\.json|backup\.json|admin-token|store/data\.mdb|log/[0-9]{20}\.seg|records/[a-z]+-[0-9]{6}\.rows)\Z"
 )
 _OTHER_BACKUP = "use another backup"
-
-
-def is_archive_name(path: Path) -> bool:
-    """Whether a target or a source of that name is an archive, not a directory."""
-    return path.name.endswith((SUFFIX, ENCRYPTED_SUFFIX))
 
 
 def write_archive(
@@ -154,7 +148,7 @@ class _Pages:
 class _TarWriter:
     """Writes a tar file of members whose sizes are known; tarfile would copy each in pieces of 16 KiB."""
 
-    def __init__(self, out: Sink) -> None:
+    def __init__(self, out: zstandard.ZstdCompressionWriter) -> None:
         self._out = out
         self._made_s = int(time.time())
 

@@ -1,18 +1,33 @@
-"""Ships the change-log to a repository while its server goes on: whole segments, and the last one as it grows."""
+"""Ships the change-log to a repository while its server goes on: whole segments, and the last one as it grows.
+
+Each shipped stretch of the unfinished segment takes the place of the small ones before it, so that sizes at least halve
+from one to the next: a segment that takes weeks to fill is some twenty objects, and each entry was shipped that often.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from understudy.backup.archive import DEFAULT_LEVEL
 from understudy.backup.catalog import read_catalog
 from understudy.backup.encryption import Encryption
-from understudy.backup.log_archive import DIGEST_DIGITS, Stretch, list_stretches, ship, short_digest
+from understudy.backup.log_archive import ship
 from understudy.backup.log_files import LogFiles, LogPart
 from understudy.backup.repository import Repository
+from understudy.backup.stretch import DIGEST_DIGITS, Stretch, list_stretches, short_digest
 from understudy.common.entries import parse_epoch_start
 from understudy.common.log_reader import LogPlace
 from understudy.common.types import ClusterId, Epoch, Lsn
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A stretch of the unfinished segment that was shipped."""
+
+    stretch: Stretch
+    begin: LogPlace
+    record_bytes: int
 
 
 class Archiver:
@@ -41,6 +56,7 @@ class Archiver:
         self._level = level
         self._shipped: LogPlace | None = None
         self._epoch = Epoch(0)  # of the last entry shipped
+        self._pieces: list[_Piece] = []  # each at least twice as large as the next
 
     @property
     def shipped_lsn(self) -> Lsn | None:
@@ -64,7 +80,7 @@ class Archiver:
                 for part in sealed:
                     self._ship_whole(files, part, epochs)
                 if last.record_bytes:
-                    self._ship(last, epochs)
+                    self._ship_piece(files, self._shipped, end, epochs)
         return self._shipped.position.lsn
 
     def _find_shipped(self, files: LogFiles) -> LogPlace:
@@ -87,10 +103,23 @@ class Archiver:
         """Ships the segment that ends with ``part``, and removes what of it was shipped while it was being written."""
         begin = files.begin_of_segment(part.end.position.lsn)
         whole = self._ship(files.parts(begin, part.end)[0], epochs)
+        self._pieces.clear()
         for stretch in list_stretches(self._repository):
             within = whole.first <= stretch.first and stretch.last <= whole.last and stretch != whole
             if within and _is_of(stretch, files):
                 self._repository.delete(stretch.name)
+
+    def _ship_piece(self, files: LogFiles, begin: LogPlace, end: LogPlace, epochs: dict[Lsn, Epoch]) -> None:
+        """Ships what the unfinished segment has got, in one stretch with the pieces before that are not much larger."""
+        kept = len(self._pieces)
+        while kept and self._pieces[kept - 1].record_bytes < 2 * (end.offset - begin.offset):
+            kept -= 1
+            begin = self._pieces[kept].begin
+        stretch = self._ship(files.parts(begin, end)[0], epochs)
+        replaced = self._pieces[kept:]
+        self._pieces[kept:] = [_Piece(stretch, begin, end.offset - begin.offset)]
+        for piece in replaced:
+            self._repository.delete(piece.stretch.name)
 
     def _ship(self, part: LogPart, epochs: dict[Lsn, Epoch]) -> Stretch:
         end = part.end.position.lsn

@@ -23,9 +23,8 @@ import re
 import secrets
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
 
-from understudy.backup.manifest import Manifest, utc_text
+from understudy.backup.manifest import Manifest, sealed, unsealed, utc_text
 from understudy.backup.repository import Repository
 from understudy.common.errors import CorruptionError, NewerFormat, UsageError
 from understudy.common.types import LSN_DIGITS, Lsn, format_lsn
@@ -116,7 +115,7 @@ class StoredBackup:
         """``manifest.json``."""
         facts = asdict(self)
         del facts["checks"]
-        return json.dumps(facts, indent=2).encode() + b"\n"
+        return sealed(facts)
 
 
 def new_backup_id(made_s: float, lsn: Lsn) -> str:
@@ -252,7 +251,7 @@ def decode_backup(data: bytes, name: str) -> StoredBackup:
         NewerFormat: it is one of a later version.
     """
     try:
-        raw: dict[str, Any] = json.loads(data)
+        raw = unsealed(data)
         if raw["format"] > FORMAT_VERSION:
             raise NewerFormat(
                 f"{name} was written by a newer version of Understudy (format {raw['format']})",

@@ -30,7 +30,8 @@ class Member:
 
     name: str  # its path in the backup, with slashes
     size: int  # bytes
-    pieces: Iterable[bytes]
+    # A memoryview begins where a page of memory does, and stays as it is until the source is closed.
+    pieces: Iterable[bytes | memoryview]
 
 
 def copy_members(source: Source) -> list[Member]:

@@ -30,6 +30,7 @@ from understudy.common.directory import DataDirectory
 from understudy.common.errors import CorruptionError, NotPermitted, NotStored, UnderstudyError, UsageError
 from understudy.common.files import sync_tree
 from understudy.common.store import Store
+from understudy.common.types import Epoch
 from understudy.common.verify import verify_directory
 
 # Called with the directory of a proven backup before that is removed.
@@ -89,7 +90,7 @@ def drill_newest(
     return drill_backup(
         policy,
         url,
-        backups[-1],
+        max(backups, key=lambda backup: (backup.manifest.rank, backup.made_s)),
         parent,
         read_all=read_all,
         journal=journal,
@@ -266,8 +267,7 @@ class _Proving:
                 append_archived(
                     repository,
                     directory,
-                    epoch=manifest.epoch,
-                    point=None,
+                    epoch=Epoch(manifest.epoch),
                     unlocking=unlocking,
                     progress=self._progress,
                 )

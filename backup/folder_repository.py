@@ -49,28 +49,13 @@ class FolderRepository:
                 remedy="if it is on another disk or machine, mount that; for a new repository, make the folder",
             )
 
-    def make_root(self) -> None:
-        """Makes the folder, durably, where it is not there. Its parent has to be.
-
-        Raises:
-            RepositoryError, DiskFull, StorageFailed.
-        """
-        if not self._root.parent.is_dir():
-            raise RepositoryError(
-                f"there is no folder {self._root.parent} to make a repository in",
-                remedy="if it is on another disk or machine, mount that; or make it with mkdir",
-            )
-        with storage_errors("make", self._root), contextlib.suppress(FileExistsError):
-            self._root.mkdir(mode=0o700)
-        sync_directory(self._root.parent)
-
     def put(self, name: str, data: bytes) -> None:
         """Creates a file."""
         with self.upload(name) as file:
             file.write(data)
 
     @contextlib.contextmanager
-    def upload(self, name: str) -> Iterator[IO[bytes]]:
+    def upload(self, name: str, *, expected_bytes: int = 0) -> Iterator[IO[bytes]]:
         """A file that gets its name when the block ends. An ``OSError`` in the block is taken for one of writing."""
         path = self._path(name)
         with self._errors("read", path):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import datetime
 import enum
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ from understudy.common.events import log
 from understudy.common.files import publish, storage_errors, sync_directory
 
 FORMAT_VERSION = 1
-ENTRIES_MAX = 1000
+# Of one policy, runs that have left no backup: enough to see since when it goes wrong.
+WITHOUT_BACKUP_MAX = 100
+# Of all policies: an hour's backups, kept for two years. It is all loaded when it has changed.
+ENTRIES_MAX = 20_000
 # Enough to see what went wrong; all entries together stay below what is read.
 _ERRORS_MAX = 10
 _ERROR_CHARACTERS_MAX = 2000
@@ -92,6 +96,7 @@ class History:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._read: tuple[tuple[int, int, int], _Content] | None = None  # which file, and what it held
 
     def entries(self) -> list[Entry]:
         """All that are known.
@@ -100,7 +105,7 @@ class History:
             NewerFormat, DiskFull, StorageFailed.
         """
         with side_lock(self._path):
-            return self._load().entries
+            return list(self._load().entries)
 
     def add(
         self,
@@ -143,30 +148,26 @@ class History:
             self._store(_Content(entry.number, [*known.entries, entry][-ENTRIES_MAX:]))
         return entry
 
-    def keep(self, numbers: set[int]) -> None:
-        """Forgets the runs whose backups are gone.
-
-        What stays: the runs named; all that did not end well and are newer than the oldest of these; and all that are
-        newer than the newest of these, since another process may have added them meanwhile.
+    def forget(self, policy: str, is_there: Callable[[str], bool]) -> None:
+        """Forgets the oldest of a policy's runs that have left no backup, but for :data:`WITHOUT_BACKUP_MAX`.
 
         Args:
-            numbers: of the backups that exist.
+            is_there: whether the backup of a path exists, or may.
 
         Raises:
             NewerFormat, DiskFull, StorageFailed.
         """
-        oldest, newest = min(numbers, default=0), max(numbers, default=0)
         with side_lock(self._path):
             known = self._load()
-            entries = [
-                entry
+            without = [
+                entry.number
                 for entry in known.entries
-                if entry.number in numbers
-                or entry.number > newest
-                or (entry.number > oldest and entry.result is not Result.DONE)
+                if entry.policy == policy and not any(map(is_there, entry.paths))
             ]
-            if entries != known.entries:
-                self._store(_Content(known.last_number, entries))
+            forgotten = set(without[:-WITHOUT_BACKUP_MAX])
+            if forgotten:
+                left = [entry for entry in known.entries if entry.number not in forgotten]
+                self._store(_Content(known.last_number, left))
 
     def _store(self, content: _Content) -> None:
         publish(self._path, content.encode())
@@ -175,14 +176,20 @@ class History:
         with storage_errors("read", self._path):
             try:
                 with self._path.open("rb") as file:
+                    about = os.fstat(file.fileno())
+                    which = about.st_ino, about.st_mtime_ns, about.st_size
+                    if self._read is not None and self._read[0] == which:
+                        return self._read[1]
                     data = file.read(_FILE_BYTES_MAX)
             except FileNotFoundError:
                 return _Content(0, [])
         try:
-            return self._decode(data)
+            content = self._decode(data)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             self._move_aside(error)
             return _Content(0, [])
+        self._read = which, content
+        return content
 
     def _decode(self, data: bytes) -> _Content:
         raw: dict[str, Any] = json.loads(data)

@@ -13,7 +13,6 @@ from understudy.common.files import storage_errors, sync_directory
 
 # What says more than this is cut: one line must not push all others out.
 _LINE_CHARACTERS_MAX = 10_000
-_BLOCK_BYTES = 1 << 16
 
 
 class Journal:
@@ -61,19 +60,6 @@ class Journal:
             if is_new:
                 sync_directory(self._path.parent)
 
-    def tail(self, lines: int) -> list[str]:
-        """The newest ``lines`` lines, the newest last; fewer if there are no more.
-
-        Raises:
-            DiskFull, StorageFailed.
-        """
-        found: list[str] = []
-        with side_lock(self._path):
-            for path in [self._path, *map(self._full, range(1, self._files + 1))]:
-                with storage_errors("read", path), contextlib.suppress(FileNotFoundError):
-                    found = _last_lines(path, lines - len(found)) + found
-        return found
-
     def _full(self, number: int) -> Path:
         return self._path.with_name(f"{self._path.name}.{number}")
 
@@ -108,18 +94,3 @@ def _append(fd: int, data: bytes) -> None:
         with contextlib.suppress(OSError):
             os.ftruncate(fd, size)  # rather no line than half of one
         raise
-
-
-def _last_lines(path: Path, count: int) -> list[str]:
-    """The last lines of a file, which is read from its end."""
-    if count <= 0:
-        return []
-    with path.open("rb") as file:
-        begin = file.seek(0, os.SEEK_END)
-        data = b""
-        while begin and data.count(b"\n") <= count:
-            step = min(begin, _BLOCK_BYTES)
-            begin -= step
-            file.seek(begin)
-            data = file.read(step) + data
-    return data.decode("utf-8", "replace").splitlines()[-count:]

@@ -1,20 +1,13 @@
 """The change-log in a repository: stretches of it, each an object, from which a restore goes on behind a backup.
 
-::
-
-    log/0000000001-00000000000000000001-00000000000000048213-<digest before>-<digest at its end>.seg.zst.age
-        epoch      first LSN            last LSN
-
-An object is a segment of the log, as in a data directory, compressed and perhaps encrypted. The digests, 16 digits of
-each, tell stretches of histories that have forked from each other. Stretches may overlap: the one of a whole segment
-takes the place of those that were shipped while it was being written.
+An object is a segment of the log, as in a data directory, compressed and perhaps encrypted; see
+:mod:`understudy.backup.stretch` for its name.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,81 +16,22 @@ import zstandard
 from understudy.backup.archive import DEFAULT_LEVEL, opening
 from understudy.backup.encryption import Encryption, Unlocking
 from understudy.backup.log_files import LogPart
-from understudy.backup.point import Point
+from understudy.backup.log_path import Leg, find_path
+from understudy.backup.point import Point, cut_log
 from understudy.backup.progress import Meter, OnProgress
 from understudy.backup.repository import Repository
 from understudy.backup.sinks import Stream
+from understudy.backup.stretch import Stretch, list_stretches, short_digest
 from understudy.backup.target_log import append_records, open_log
 from understudy.common.changelog import ChangeLog
 from understudy.common.directory import DataDirectory
 from understudy.common.entries import parse_entry
-from understudy.common.errors import AlreadyStored, CorruptionError
+from understudy.common.errors import AlreadyStored, CorruptionError, NotStored, RepositoryError
+from understudy.common.records import scan_chain
 from understudy.common.segment import RECORDS_START, SECTOR_BYTES, SegmentHeader
-from understudy.common.types import LSN_DIGITS, ClusterId, Epoch, Lsn, Position, format_lsn
+from understudy.common.types import ClusterId, Epoch, Lsn, Position
 
-LOG = "log/"
-DIGEST_DIGITS = 16
 _PIECE_BYTES = 1 << 20
-_NAME = re.compile(
-    rf"log/(?P<epoch>[0-9]{{10}})-(?P<first>[0-9]{{{LSN_DIGITS}}})-(?P<last>[0-9]{{{LSN_DIGITS}}})"
-    rf"-(?P<before>[0-9a-f]{{{DIGEST_DIGITS}}})-(?P<digest>[0-9a-f]{{{DIGEST_DIGITS}}})"
-    r"\.seg\.zst(?P<age>\.age)?\Z"
-)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stretch:
-    """Entries ``first`` to ``last`` of the log, as an object."""
-
-    epoch: Epoch  # of the last entry
-    first: Lsn
-    last: Lsn
-    before: str  # the beginning of the digest at ``first - 1``
-    digest: str  # and of that at ``last``
-    is_encrypted: bool
-
-    @property
-    def name(self) -> str:
-        """The object's."""
-        suffix = ".seg.zst.age" if self.is_encrypted else ".seg.zst"
-        lsns = f"{format_lsn(self.first)}-{format_lsn(self.last)}"
-        return f"{LOG}{self.epoch:010d}-{lsns}-{self.before}-{self.digest}{suffix}"
-
-    @classmethod
-    def parse(cls, name: str) -> Stretch | None:
-        """The inverse of :attr:`name`; None where it is none of such an object."""
-        found = _NAME.match(name)
-        if found is None:
-            return None
-        return cls(
-            epoch=Epoch(int(found["epoch"])),
-            first=Lsn(int(found["first"])),
-            last=Lsn(int(found["last"])),
-            before=found["before"],
-            digest=found["digest"],
-            is_encrypted=found["age"] is not None,
-        )
-
-    def may_follow(self, position: Position) -> bool:
-        """Whether it goes on behind ``position``, as far as its name tells."""
-        if position.lsn < self.first - 1 or position.lsn >= self.last:
-            return False
-        return position.lsn >= self.first or self.before == short_digest(position.digest)
-
-
-def short_digest(digest: bytes) -> str:
-    """As much of a digest as names have."""
-    return digest.hex()[:DIGEST_DIGITS]
-
-
-def list_stretches(repository: Repository) -> list[Stretch]:
-    """All that a repository holds, by epoch and LSN.
-
-    Raises:
-        RepositoryError.
-    """
-    found = (Stretch.parse(stored.name) for stored in repository.list(LOG))
-    return [stretch for stretch in found if stretch is not None]
 
 
 def ship(
@@ -151,9 +85,10 @@ def append_archived(
     repository: Repository,
     directory: DataDirectory,
     *,
-    epoch: int,
-    point: Point | None,
-    known: Iterable[Lsn] = (),
+    epoch: Epoch,
+    epoch_max: Epoch | None = None,
+    point: Point | None = None,
+    known: Iterable[tuple[Epoch, Lsn]] = (),
     unlocking: Unlocking,
     progress: OnProgress | None,
 ) -> None:
@@ -163,82 +98,198 @@ def append_archived(
 
     Args:
         epoch: of the copy's last entry.
+        epoch_max: the highest epoch to follow.
         point: what lies behind it may be left out.
-        known: entries that there are, since backups reach up to them.
+        known: entries that there are, each with its epoch, since backups reach up to them.
 
     Raises:
         CorruptionError: what is needed is damaged, or not there though entries behind it are.
         NotPermitted: it does not open.
         RepositoryError, DiskFull, StorageFailed.
     """
-    stretches = list_stretches(repository)
     meter = Meter(None, progress=progress)
-    with open_log(directory) as target:
-        while not (point is not None and _reaches(target.log, point)):
-            # What ends in an earlier epoch was given up before the copy's last entry was written.
-            stretches = [stretch for stretch in stretches if stretch.epoch >= epoch]
-            candidates = [stretch for stretch in stretches if stretch.may_follow(target.log.end)]
-            if not candidates:
-                later = (stretch.last for stretch in stretches)
-                _check_gap(target.log.end.lsn, [*known, *later], repository.url)
+    following = _Following(repository, directory.cluster, epoch, epoch_max, known, point, unlocking, meter)
+    origin = None
+    while True:
+        with open_log(directory) as target:
+            origin = origin or target.log.end
+            try:
+                following.go(target.log)
                 return
-            appended = _append_best(repository, candidates, target.log, directory.cluster, unlocking, meter)
-            epoch = max(epoch, appended.epoch)
+            except _WrongWay:
+                end = target.log.end
+        if end != origin:
+            cut_log(directory, Point(lsn=origin.lsn))
 
 
-def _check_gap(end: Lsn, known: Iterable[Lsn], url: str) -> None:
-    """Nothing follows: is that the end, or is something missing?"""
-    beyond = [lsn for lsn in known if lsn > end]
-    if beyond:
-        raise CorruptionError(
-            f"the log in {url} ends with LSN {end}, but there were entries up to LSN {max(beyond)}: what comes between "
-            "was not shipped, or belongs to a history that was given up",
-            remedy=f"restore up to --lsn {end}, or a backup that reaches further by its id",
-        )
+class _WrongWay(Exception):
+    """A stretch is of another history than what was gone along before."""
 
 
-def _append_best(
-    repository: Repository,
-    candidates: list[Stretch],
-    log: ChangeLog,
-    cluster: ClusterId,
-    unlocking: Unlocking,
-    meter: Meter,
-) -> Stretch:
-    """Appends one of the stretches, and returns it; only their content tells for sure whether it goes on here.
+class _Following:
+    """The way through one repository's log.
 
-    Raises:
-        CorruptionError: none of them does.
+    What turns out on it is remembered, and another way is looked for, until one was gone to its end: past stretches
+    that are damaged, that others have replaced meanwhile, or whose history was given up.
     """
-    problems = []
-    for stretch in sorted(candidates, key=lambda stretch: (stretch.epoch, stretch.last), reverse=True):
-        before = log.end
+
+    def __init__(
+        self,
+        repository: Repository,
+        cluster: ClusterId,
+        epoch: Epoch,
+        epoch_max: Epoch | None,
+        known: Iterable[tuple[Epoch, Lsn]],
+        point: Point | None,
+        unlocking: Unlocking,
+        meter: Meter,
+    ) -> None:
+        self._repository = repository
+        self._cluster = cluster
+        self._origin_epoch = epoch
+        self._epoch = epoch  # of the last entry appended
+        self._epoch_max = epoch_max
+        self._known = list(known)
+        self._point = point
+        self._unlocking = unlocking
+        self._meter = meter
+        self._stretches = list_stretches(repository)
+        self._seen: dict[tuple[str, Lsn], str] = {}
+        self._unusable: dict[Stretch, CorruptionError | RepositoryError] = {}
+
+    def go(self, log: ChangeLog) -> None:
+        """Appends all that is needed.
+
+        Raises:
+            _WrongWay: what was appended is to be cut off before the next attempt, which looks for another way.
+        """
+        self._epoch = self._origin_epoch
+        while not self._is_enough(log):
+            legs = self._legs(log.end)
+            if not legs:
+                self._check_end(log.end.lsn)
+                return
+            for leg, following in pairwise([*legs, None]):
+                assert leg is not None, "only the last is"
+                if not self._take(log, leg):
+                    break
+                self._check_joint(log, leg, following)
+                if self._is_enough(log):
+                    return
+
+    def _is_enough(self, log: ChangeLog) -> bool:
+        return self._point is not None and _reaches(log, self._point)
+
+    def _legs(self, head: Position) -> list[Leg]:
+        """The way from ``head``.
+
+        Raises:
+            CorruptionError: none leads to the highest epoch, so which entries were given up can't be told.
+        """
+        targets = [one for one in self._stretches if self._is_followed(one.epoch)]
+        usable = [one for one in self._stretches if one not in self._unusable]
+        legs = find_path([one for one in targets if one in usable], usable, head, self._seen)
+        highest = max((one.epoch for one in targets), default=self._epoch)
+        if legs and legs[-1].stretch.epoch < highest:
+            self._raise_unusable()
+            raise CorruptionError(
+                f"the log in {self._repository.url} goes on behind LSN {head.lsn} in epoch {legs[-1].stretch.epoch}, "
+                f"but nothing there leads to epoch {highest}, which has taken over from it",
+                remedy=f"follow the earlier history with --epoch {legs[-1].stretch.epoch}, or name an earlier backup, "
+                f"or one of epoch {highest}",
+            )
+        return legs
+
+    def _is_followed(self, epoch: Epoch) -> bool:
+        # What ends in an earlier epoch was given up before the copy's last entry was written.
+        return self._epoch <= epoch and (self._epoch_max is None or epoch <= self._epoch_max)
+
+    def _check_end(self, end: Lsn) -> None:
+        """Nothing follows: is that the end, or is something missing?"""
+        ends = [*self._known, *(stretch.rank for stretch in self._stretches)]
+        beyond = [rank for rank in ends if rank > (self._epoch, end) and self._is_followed(rank[0])]
+        if beyond:
+            self._raise_unusable()
+            epoch, lsn = max(beyond)
+            raise CorruptionError(
+                f"the log in {self._repository.url} ends with LSN {end} of epoch {self._epoch}, but there were entries "
+                f"up to LSN {lsn} of epoch {epoch}: what comes between was not shipped, or belongs to a history that "
+                "was given up",
+                remedy=f"restore up to --lsn {end}, or a backup that reaches further by its id",
+            )
+
+    def _raise_unusable(self) -> None:
+        for error in self._unusable.values():
+            raise error
+
+    def _take(self, log: ChangeLog, leg: Leg) -> bool:
+        """Appends a leg; False where it turns out that another way has to be found, from where the log ends now."""
+        stretch = leg.stretch
         try:
             with (
-                repository.download(stretch.name) as file,
-                opening(file, stretch.name, unlocking) as plain,
+                self._repository.download(stretch.name) as file,
+                opening(file, stretch.name, self._unlocking) as plain,
             ):
-                _append(log, plain, cluster, f"{stretch.name} in {repository.url}", meter)
-            if log.end.lsn < stretch.last:
-                raise CorruptionError(f"{stretch.name} in {repository.url} was cut off")
-            return stretch
+                self._append(log, plain, leg, f"{stretch.name} in {self._repository.url}")
+        except NotStored as error:  # a longer one has replaced it
+            self._unusable[stretch] = error
+            self._stretches = list_stretches(self._repository)
+            return False
         except CorruptionError as error:
-            if log.end != before:
-                raise
-            problems.append(error)
-    raise problems[0]
+            self._unusable[stretch] = error
+            return False
+        if leg.last == stretch.last:
+            self._epoch = max(self._epoch, stretch.epoch)
+        return True
+
+    def _append(self, log: ChangeLog, plain: Stream, leg: Leg, name: str) -> None:
+        block = _read_exactly(plain, RECORDS_START, name)
+        header = SegmentHeader.decode(block[:SECTOR_BYTES], Path(name))
+        if header.cluster != self._cluster or header.before.lsn > log.end.lsn:
+            raise CorruptionError(f"{name} is of another log", remedy="restore to a point before it")
+        known = _skip(plain, header, log.end_offset, name)
+        if known != log.end:
+            self._seen[leg.stretch.name, log.end.lsn] = short_digest(
+                known.digest
+            )  # of another entry, perhaps
+            raise _WrongWay
+        pieces = iter(lambda: plain.read(_PIECE_BYTES), b"")
+        last = leg.last if leg.last < leg.stretch.last else None
+        append_records(log, self._meter.metered(pieces), header.epoch, last=last)
+        if log.end.lsn < leg.last:
+            raise CorruptionError(f"{name} was cut off")
+
+    def _check_joint(self, log: ChangeLog, leg: Leg, following: Leg | None) -> None:
+        found = short_digest(log.end.digest)
+        if leg.last == leg.stretch.last and found != leg.stretch.digest:
+            self._unusable[leg.stretch] = CorruptionError(
+                f"{leg.stretch.name} holds another history than its name says"
+            )
+            raise _WrongWay
+        if following is not None and found != following.stretch.before:
+            self._seen[leg.stretch.name, leg.last] = found
+            raise _WrongWay
 
 
-def _append(log: ChangeLog, plain: Stream, cluster: ClusterId, name: str, meter: Meter) -> None:
-    block = _read_exactly(plain, RECORDS_START, name)
-    header = SegmentHeader.decode(block[:SECTOR_BYTES], Path(name))
-    known_bytes = log.end_offset - header.first_offset
-    if header.cluster != cluster or known_bytes < 0:
-        raise CorruptionError(f"{name} is of another log", remedy="restore to a point before it")
-    while known_bytes:
-        known_bytes -= len(_read_exactly(plain, min(known_bytes, _PIECE_BYTES), name))
-    pieces = iter(lambda: plain.read(_PIECE_BYTES), b"")
-    append_records(log, meter.metered(pieces), header.epoch)
+def _skip(plain: Stream, header: SegmentHeader, upto_offset: int, name: str) -> Position:
+    """Reads past what is known already; returns the position at its end as the stretch has it.
+
+    Args:
+        upto_offset: log offset.
+
+    Raises:
+        CorruptionError: it is damaged, or no entry of it ends there.
+    """
+    position, pending = header.before, b""
+    left = upto_offset - header.first_offset
+    while left > 0:
+        piece = _read_exactly(plain, min(left, _PIECE_BYTES), name)
+        left -= len(piece)
+        scan = scan_chain(pending + piece, position)
+        if scan.damage:
+            raise CorruptionError(f"entry {scan.position.lsn + 1} in {name} is damaged: {scan.damage}")
+        position, pending = scan.position, (pending + piece)[scan.good_bytes :]
+    return position
 
 
 def _read_exactly(plain: Stream, count: int, name: str) -> bytes:

@@ -26,11 +26,8 @@ from understudy.backup.in_progress import (
     must_begin_anew,
     was_begun_from,
 )
-from understudy.backup.load_records import load_selected
 from understudy.backup.manifest import FailedRealm, FileEntry, Form, Manifest, read_manifest, write_manifest
 from understudy.backup.progress import Meter, OnProgress
-from understudy.backup.records import Records
-from understudy.backup.rows import FOLDER
 from understudy.backup.selection import EVERYTHING, Selection
 from understudy.backup.source import Source, open_source
 from understudy.backup.target_log import append_records, log_files, open_log, read_head, settle
@@ -38,6 +35,7 @@ from understudy.backup.writing import describe_file, write_member
 from understudy.common.directory import MANIFEST_FILE, DataDirectory, Role
 from understudy.common.errors import (
     AheadOfPrimary,
+    CorruptionError,
     Diverged,
     ForeignCluster,
     UnfinishedBackup,
@@ -214,6 +212,9 @@ class _Making:
     # -- chosen realms, and records -------------------------------------------------------------------------
 
     def run_selected(self, selection: Selection) -> None:
+        # What makes and loads records takes longer to load than a small backup of pages to make.
+        from understudy.backup.load_records import load_selected
+
         origin = f"{self._source.path} {selection}"
         if self._was_cut_off and not was_begun_from(self._root, origin):
             raise UnfinishedBackup(f"{self._root} holds another backup that is not finished", remedy=_ANEW)
@@ -224,14 +225,18 @@ class _Making:
         meter = Meter(None, rate=self._rate, progress=self._progress)
         with in_progress(self._root, origin, anew=True):
             if selection.portable:
-                manifest = self._write_records(Records(self._source, selection), meter)
+                manifest = self._write_records(selection, meter)
             else:
                 manifest = load_selected(self._target, self._source, selection, meter)
             sync_tree(self._root)
             write_manifest(self._root, manifest)
         self.bytes_copied = meter.done
 
-    def _write_records(self, records: Records, meter: Meter) -> Manifest:
+    def _write_records(self, selection: Selection, meter: Meter) -> Manifest:
+        from understudy.backup.records import Records
+        from understudy.backup.rows import FOLDER
+
+        records = Records(self._source, selection)
         shutil.rmtree(self._root / FOLDER, ignore_errors=True)
         members = chain(records.members(), token_member(self._source))
         return records.describe([write_member(self._root, member, meter) for member in members])
@@ -270,12 +275,23 @@ class _Making:
             folds = target.unfolded_bytes > FOLD_BYTES
         self.bytes_copied = meter.done
         if folds:
+            self._check_store()
             settle(self._target)
         # A store that nobody has written to is as the manifest says; reading all of it would take longer than all else.
         unread = [] if folds or self._was_cut_off else [STORE_FILE]
         known = [entry for entry in read_manifest(self._root).files if entry.path in unread] if unread else []
         names = [name for name in (STORE_FILE, *log_files(self._root)) if name not in unread]
         return known + [describe_file(self._root, name) for name in names]
+
+    def _check_store(self) -> None:
+        """What is written to gets a new digest: damage since the backup was made must not be taken into that."""
+        entries = read_manifest(self._root).files if not self._was_cut_off else []
+        for entry in entries:
+            if entry.path == STORE_FILE and describe_file(self._root, STORE_FILE) != entry:
+                raise CorruptionError(
+                    f"{self._root / STORE_FILE} is not what its manifest says: it was damaged since it was written",
+                    remedy=_ANEW,
+                )
 
     # -- what it says of itself ----------------------------------------------------------------------------
 

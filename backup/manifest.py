@@ -10,14 +10,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from understudy.common.directory import MANIFEST_FILE
 from understudy.common.errors import RESTORE, CorruptionError, NewerFormat, NotADataDirectory
 from understudy.common.files import publish, storage_errors
-from understudy.common.types import ClusterId
+from understudy.common.types import ClusterId, Epoch, Lsn
 
 FORMAT_VERSION = 1
 # Beyond it, what is read is no manifest: one lists a few files for each 64 MiB of log.
 _MANIFEST_BYTES_MAX = 64 << 20
+_SEAL = "seal"
 _PROBLEMS_MAX = 20  # where there are so many, more say nothing new
 
 
@@ -82,6 +85,11 @@ class Manifest:
         return not self.is_filtered and not self.failed
 
     @property
+    def rank(self) -> tuple[Epoch, Lsn]:
+        """What is of a higher epoch is newer, though it reach less far; within an epoch, what reaches further."""
+        return Epoch(self.epoch), Lsn(self.lsn)
+
+    @property
     def problems(self) -> list[str]:
         """What is missing that should be in it, a line each."""
         lines = [
@@ -103,7 +111,7 @@ class Manifest:
 
     def encode(self) -> bytes:
         """Readable JSON."""
-        return json.dumps(asdict(self), indent=2).encode() + b"\n"
+        return sealed(asdict(self))
 
     @classmethod
     def decode(cls, data: bytes, name: object) -> Manifest:
@@ -117,7 +125,7 @@ class Manifest:
             NewerFormat: it is one of a later version.
         """
         try:
-            raw: dict[str, Any] = json.loads(data)
+            raw = unsealed(data)
             if raw["format"] > FORMAT_VERSION:
                 raise NewerFormat(
                     f"{name} was written by a newer version of Understudy (format {raw['format']})",
@@ -146,6 +154,28 @@ class Manifest:
         texts += [text for one in self.failed for text in (one.realm, one.error)]
         if not all(isinstance(text, str) for text in texts):
             raise ValueError("a pattern or a realm is no text")
+
+
+def sealed(facts: dict[str, Any]) -> bytes:
+    """Readable JSON with a digest of what it says, as nothing else knows what a manifest should say."""
+    return json.dumps({**facts, _SEAL: _seal_of(facts)}, indent=2).encode() + b"\n"
+
+
+def unsealed(data: bytes) -> dict[str, Any]:
+    """The inverse of :func:`sealed`; earlier versions wrote no digest.
+
+    Raises:
+        ValueError, AttributeError, RecursionError: it is not what was written.
+    """
+    facts: dict[str, Any] = json.loads(data)
+    seal = facts.pop(_SEAL, None)
+    if seal is not None and seal != _seal_of(facts):
+        raise ValueError(f"its {_SEAL} does not fit, so something in it is not what was written")
+    return facts
+
+
+def _seal_of(facts: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode())
 
 
 def read_manifest(directory: Path) -> Manifest:

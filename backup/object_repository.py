@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 # S3 takes 10,000 parts. One part is being filled, two are on their way, and the first is held twice.
-_PART_BYTES = 16 << 20
+_PART_BYTES = 16 << 20  # at the least
 _PARTS_MAX = 10_000
 _PARTS_AT_ONCE = 2
 _SLICE_BYTES = 1 << 20  # what is handed over at once; within one call there is no limit to what is in flight
@@ -120,11 +120,12 @@ class ObjectRepository:
             raise self.already_stored(name)
 
     @contextlib.contextmanager
-    def upload(self, name: str) -> Iterator[IO[bytes]]:
-        """Up to 16 MiB become one request with a condition; more is uploaded in parts, at most 156 GiB."""
+    def upload(self, name: str, *, expected_bytes: int = 0) -> Iterator[IO[bytes]]:
+        """Up to 16 MiB become one request with a condition; more is uploaded in at most 10,000 parts."""
         if self.size(check_name(name)) is not None:
             raise self.already_stored(name)
-        upload = _Upload(self, name)
+        # Half as many again, since what was expected can be wrong.
+        upload = _Upload(self, name, max(_PART_BYTES, expected_bytes * 3 // 2 // _PARTS_MAX))
         try:
             yield cast(IO[bytes], upload)
             upload.finish()
@@ -262,9 +263,10 @@ class ObjectRepository:
             except FileNotFoundError:
                 return None
 
-    def part_writer(self, name: str) -> WritableFile:
+    def part_writer(self, name: str, part_bytes: int) -> WritableFile:
         """Begins an upload in parts."""
-        return obstore.open_writer(self._store, name, buffer_size=_PART_BYTES, max_concurrency=_PARTS_AT_ONCE)
+        at_once = _PARTS_AT_ONCE if part_bytes == _PART_BYTES else 1
+        return obstore.open_writer(self._store, name, buffer_size=part_bytes, max_concurrency=at_once)
 
     def fetch(self, name: str, start: int, end: int, e_tag: str | None) -> memoryview:
         """A range of a version of an object, whole."""
@@ -309,9 +311,10 @@ class ObjectRepository:
 class _Upload(io.BufferedIOBase):
     """What the block of an upload writes to."""
 
-    def __init__(self, repository: ObjectRepository, name: str) -> None:
+    def __init__(self, repository: ObjectRepository, name: str, part_bytes: int) -> None:
         self._repository = repository
         self._name = name
+        self._part_bytes = part_bytes
         self._pending = bytearray()
         self._bytes = 0
         self._parts: WritableFile | None = None  # once it is too large for one request
@@ -330,10 +333,10 @@ class _Upload(io.BufferedIOBase):
     def _take(self, data: memoryview) -> None:
         self._pending += data
         self._bytes += len(data)
-        if self._bytes > _PARTS_MAX * _PART_BYTES:
+        if self._bytes > _PARTS_MAX * self._part_bytes:
             raise RepositoryError(f"{self._name} is too large for {self._repository.url}")
         if self._parts is None and self._bytes > _PART_BYTES:
-            self._parts = self._repository.part_writer(self._name)
+            self._parts = self._repository.part_writer(self._name, self._part_bytes)
         if self._parts is not None and len(self._pending) >= _SLICE_BYTES:
             self._send(self._parts)
 

@@ -11,7 +11,8 @@ from understudy.common.directory import DataDirectory
 from understudy.common.entries import parse_entry
 from understudy.common.errors import UsageError
 from understudy.common.files import storage_errors, sync_directory
-from understudy.common.log_reader import LogPlace, records_from, segments_behind
+from understudy.common.log_reader import LogPlace, records_from, segment_records, segments_behind
+from understudy.common.records import Record
 from understudy.common.segment import RECORDS_START, Segment, Watermark
 from understudy.common.store import Store
 from understudy.common.types import NO_LSN, Digest, Lsn, Position
@@ -69,8 +70,13 @@ def cut_log(directory: DataDirectory, point: Point) -> None:
             remedy="use an older backup",
         )
     segments = segments_behind(directory.log, directory.cluster, place.position.lsn)
-    for record in records_from(segments, place):
-        if point.is_before(record.lsn, parse_entry(record.payload, record.lsn).time_us):
+    # What is skipped is checked when the copy is opened.
+    skipped = _segments_before(segments, point)
+    if skipped:
+        header = segments[skipped].header
+        place = LogPlace(header.before, header.first_offset)
+    for record in records_from(segments[skipped:], place):
+        if _is_behind(point, record):
             break
         place = LogPlace(record.position, place.offset + record.encoded_bytes)
     if point.lsn is not None and point.lsn > place.position.lsn:
@@ -78,6 +84,21 @@ def cut_log(directory: DataDirectory, point: Point) -> None:
     if place.position.lsn == NO_LSN:
         raise UsageError(f"{point} lies before the first entry of all")
     _truncate(segments, place)
+
+
+def _segments_before(segments: list[Segment], point: Point) -> int:
+    """How many of the first segments hold nothing behind the point; never all."""
+    for number in range(len(segments) - 1, 0, -1):
+        first = next(segment_records(segments[number]), None)
+        if first is not None and not _is_behind(point, first):
+            return number
+    return 0
+
+
+def _is_behind(point: Point, record: Record) -> bool:
+    # An entry's time is in its payload, and parsing takes long.
+    time_us = 0 if point.lsn is not None else parse_entry(record.payload, record.lsn).time_us
+    return point.is_before(record.lsn, time_us)
 
 
 def _truncate(segments: list[Segment], place: LogPlace) -> None:

@@ -68,14 +68,16 @@ class Policy:
         """What opens its backups again, for drills.
 
         Raises:
-            UsageError: there is nothing that does.
-            StorageFailed: a file can't be read.
+            UsageError: there is nothing that does, or a file can't be read.
+            NotPermitted: others may read a file.
         """
         if self.recipients and self.identity_file is None:
             raise UsageError(
                 f"the backups of {self.name} are encrypted for recipients, and the policy has no key that opens them",
                 remedy='set identity_file = "FILE" in the policy',
             )
+        if self.identity_file is not None:
+            read_private(self.identity_file)  # refuses what others may read
         return Unlocking.given(
             passphrase=read_passphrase(self.passphrase_file) if self.passphrase_file else "",
             identity_files=[self.identity_file] if self.identity_file else [],

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
+from typing import TypeVar
 
 OnProgress = Callable[[int, int | None], None]  # bytes done, and in all, if anybody knows
+_TELL_EVERY_S = 0.5  # while it waits: whoever listens may want it to end
+
+_P = TypeVar("_P", bound=Sized)
 
 
 class Meter:
@@ -25,7 +29,7 @@ class Meter:
         self._progress = progress
         self._started_s = time.monotonic()
 
-    def metered(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
+    def metered(self, pieces: Iterable[_P]) -> Iterator[_P]:
         """Hands ``pieces`` on, and counts each when the next is wanted."""
         for piece in pieces:
             yield piece
@@ -33,7 +37,16 @@ class Meter:
 
     def _add(self, count: int) -> None:
         self.done += count
+        self._tell()
+        while (wait_s := self._wait_s()) > 0:
+            time.sleep(min(wait_s, _TELL_EVERY_S))
+            self._tell()
+
+    def _tell(self) -> None:
         if self._progress is not None:
             self._progress(self.done, self.total)
-        if self._rate is not None:
-            time.sleep(max(self._started_s + self.done / self._rate - time.monotonic(), 0))
+
+    def _wait_s(self) -> float:
+        if self._rate is None:
+            return 0.0
+        return self._started_s + self.done / self._rate - time.monotonic()

@@ -14,6 +14,7 @@ from dataclasses import replace
 from google.protobuf.message import DecodeError
 
 from understudy.backup.contents import Member, describe
+from understudy.backup.log_files import LogPart
 from understudy.backup.manifest import FailedRealm, FileEntry, Form, Manifest
 from understudy.backup.rows import PART_BYTES, TAIL, TailRow, encode_row, part_name
 from understudy.backup.selection import Selection
@@ -44,25 +45,23 @@ class _Part:
 
     def __init__(self, database: str) -> None:
         self._database = database
-        self._rows: list[bytes] = []
-        self._bytes = 0
+        self._rows = bytearray()  # in one: a list of small ones would take twice the memory
         self._number = 0
 
     @property
     def is_full(self) -> bool:
         """Whether it is time to :meth:`take`."""
-        return self._bytes >= PART_BYTES
+        return len(self._rows) >= PART_BYTES
 
     def add(self, row: bytes) -> None:
         """Appends an encoded row."""
-        self._rows.append(row)
-        self._bytes += len(row)
+        self._rows += row
 
     def take(self) -> Iterator[Member]:
         """The rows since the last call as a file, if there are any."""
         if self._rows:
             self._number += 1
-            rows, self._rows, self._bytes = b"".join(self._rows), [], 0
+            rows, self._rows = bytes(self._rows), bytearray()
             yield Member(part_name(self._database, self._number), len(rows), [rows])
 
 
@@ -89,11 +88,12 @@ class Records:
             CorruptionError: the source is damaged where that does not concern a realm alone.
             StorageFailed.
         """
+        tail = self._source.parts(self._source.begin)  # opened now, so that nobody prunes it meanwhile
         with lmdb_errors("read", self._environment.path):
             yield from self._rows_of_realms()
             yield from self._list_of_realms()
             yield from self._meta()
-        yield from self._tail()
+        yield from self._tail(tail)
 
     def describe(self, entries: Iterable[FileEntry]) -> Manifest:
         """The manifest, once all members were taken."""
@@ -206,11 +206,11 @@ class Records:
 
     # -- the log -------------------------------------------------------------------------------------------
 
-    def _tail(self) -> Iterator[Member]:
+    def _tail(self, log_parts: list[LogPart]) -> Iterator[Member]:
         part = _Part(TAIL)
         offset = self._source.begin.offset
         gap: TailRow | None = None
-        for record in self._entries():
+        for record in self._entries(log_parts):
             offset += record.encoded_bytes
             entry = parse_entry(record.payload, record.lsn)
             place = LogPlace(record.position, offset)
@@ -227,9 +227,9 @@ class Records:
             part.add(gap.encode())
         yield from part.take()
 
-    def _entries(self) -> Iterator[Record]:
+    def _entries(self, log_parts: list[LogPart]) -> Iterator[Record]:
         reader = ChainReader(self._source.begin.position)
-        for log_part in self._source.parts(self._source.begin):
+        for log_part in log_parts:
             for piece in log_part.records():
                 yield from reader.feed(piece)
 

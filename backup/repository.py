@@ -62,12 +62,15 @@ class Repository(Protocol):
             AlreadyStored: there is one of that name.
         """
 
-    def upload(self, name: str) -> AbstractContextManager[IO[bytes]]:
-        """Streams an object of any size, in bounded memory.
+    def upload(self, name: str, *, expected_bytes: int = 0) -> AbstractContextManager[IO[bytes]]:
+        """Streams an object, in bounded memory.
 
         It exists under its name only after the block has ended well. After an error, here or in the block, nothing
         is left. A name is to be used for one upload only; two at the same time are told apart in a folder, but not
         in every object storage.
+
+        Args:
+            expected_bytes: how large it will be, about, where it may have more than 100 GiB.
 
         Raises:
             AlreadyStored: there is one of that name; it is untouched.
@@ -138,21 +141,6 @@ def open_repository(url: str) -> Repository:
     from understudy.backup.object_repository import ObjectRepository
 
     return ObjectRepository(url)
-
-
-def create_repository(url: str) -> Repository:
-    """As :func:`open_repository`, but makes a folder that is not there yet. A bucket has to exist.
-
-    Raises:
-        UsageError.
-        RepositoryError: the folder's parent is not there.
-    """
-    from understudy.backup.folder_repository import FolderRepository
-
-    folder = _folder(url)
-    if folder is not None:
-        FolderRepository(url, folder).make_root()
-    return open_repository(url)
 
 
 def check_url(url: str) -> None:

@@ -154,7 +154,7 @@ def locked(
     wait_s: float = 90.0,
     lease: Lease = DEFAULT_LEASE,
     clock: Callable[[], float] = time.monotonic,
-    sleep: Callable[[float], None] = time.sleep,
+    sleep: Callable[[float], object] = time.sleep,
 ) -> Iterator[RepositoryLock]:
     """Holds the repository's lock for the block.
 
@@ -163,6 +163,7 @@ def locked(
         wait_s: how long to wait for another run. If it is longer than a lease, the lock of one that has crashed is
             taken over.
         lease: how long the lock outlives this process.
+        sleep: it may raise what ends the waiting.
 
     Raises:
         RepositoryBusy: another run has held it all that time.
@@ -184,7 +185,7 @@ def _acquire(
     *,
     wait_s: float,
     clock: Callable[[], float],
-    sleep: Callable[[float], None],
+    sleep: Callable[[float], object],
 ) -> float:
     """Waits until the lock is ours; says when that began."""
     give_up_s = clock() + wait_s

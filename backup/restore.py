@@ -17,12 +17,11 @@ from typing import IO, Self
 
 from understudy.backup.archive import decode_manifest, reading_archive
 from understudy.backup.catalog import Catalog, StoredBackup
-from understudy.backup.choice import known_lsns
 from understudy.backup.contents import Member
 from understudy.backup.encryption import Unlocking
 from understudy.backup.in_progress import in_progress, was_begun_from
 from understudy.backup.load_records import Loading, load_selected
-from understudy.backup.log_archive import append_archived, list_stretches
+from understudy.backup.log_archive import append_archived
 from understudy.backup.manifest import FileEntry, Form, Manifest, read_manifest, write_manifest
 from understudy.backup.point import Point, cut_log
 from understudy.backup.progress import Meter, OnProgress
@@ -30,16 +29,20 @@ from understudy.backup.repository import Repository
 from understudy.backup.rows import FOLDER
 from understudy.backup.selection import EVERYTHING, Selection
 from understudy.backup.source import open_source
+from understudy.backup.stretch import list_stretches
 from understudy.backup.target_log import describe_settled
 from understudy.backup.writing import read_blocks, write_member
 from understudy.common.directory import MANIFEST_FILE, NODE_FILE, DataDirectory, Role, check_finished
 from understudy.common.errors import CorruptionError, DirectoryError, NotADataDirectory, UsageError, WrongRole
 from understudy.common.files import storage_errors, sync_tree
+from understudy.common.types import Epoch
 
 _OTHER_BACKUP = "use another backup"
 
 # Writes a backup's files into a directory and returns what its manifest says.
 Fill = Callable[[DataDirectory], Manifest]
+# Given the directory when all of it is there, before the log behind the store is folded into that.
+BeforeFolding = Callable[[DataDirectory], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +60,7 @@ def restore_backup(
     point: Point | None = None,
     selection: Selection = EVERYTHING,
     unlocking: Unlocking | None = None,
+    before_folding: BeforeFolding | None = None,
     progress: OnProgress | None = None,
 ) -> RestoreReport:
     """Makes a data directory of a backup: every file is checked against the manifest as it is written.
@@ -67,6 +71,7 @@ def restore_backup(
         point: how far to go; all of it if not given.
         selection: which realms.
         unlocking: what opens an archive that is encrypted.
+        before_folding: shown the store as the backup has it, and the log behind it.
         progress: told of bytes done, and in all.
 
     Raises:
@@ -90,7 +95,7 @@ def restore_backup(
             return _extract(file, str(backup), directory, unlocking or Unlocking(), progress)
 
     def restore(target: Path) -> RestoreReport:
-        return _restore(target, str(backup), fill, None, point)
+        return _restore(target, str(backup), fill, None, point, before_folding=before_folding)
 
     return _chosen(target, str(backup), restore, selection, progress)
 
@@ -102,9 +107,11 @@ def restore_stored(
     *,
     with_log: bool,
     point: Point | None = None,
+    epoch_max: Epoch | None = None,
     catalog: Catalog | None = None,
     selection: Selection = EVERYTHING,
     unlocking: Unlocking | None = None,
+    before_folding: BeforeFolding | None = None,
     progress: OnProgress | None = None,
 ) -> RestoreReport:
     """Makes a data directory of a backup in a repository, and of the log that was shipped after it.
@@ -112,6 +119,7 @@ def restore_stored(
     Args:
         with_log: go on behind the backup, as far as the log in the repository reaches or to ``point``.
         point: how far to go.
+        epoch_max: the highest epoch whose log is followed.
         catalog: of the repository, as it was read: where other backups reach further than the log, it has a gap; and
             the epoch to come is higher than those of all of them.
         and the others: as of :func:`restore_backup`.
@@ -134,9 +142,10 @@ def restore_stored(
         append_archived(
             repository,
             directory,
-            epoch=backup.manifest.epoch,
+            epoch=Epoch(backup.manifest.epoch),
+            epoch_max=epoch_max,
             point=point,
-            known=known_lsns(catalog, backup) if catalog is not None else (),
+            known=[one.manifest.rank for one in catalog.backups] if catalog is not None else (),
             unlocking=unlocking,
             progress=progress,
         )
@@ -146,12 +155,25 @@ def restore_stored(
             f"{name} does not hold all realms, so the log does not go on behind it",
             remedy="restore it as it is: name it, and give neither --lsn nor --at",
         )
+    if epoch_max is not None and backup.manifest.epoch > epoch_max:
+        raise UsageError(
+            f"{name} is of epoch {backup.manifest.epoch}, behind epoch {epoch_max}",
+            remedy="name an earlier backup",
+        )
     origin = f"{repository.url} {backup.id}"
     backups = catalog.backups if catalog is not None else [backup]
     epochs = [one.manifest.epoch for one in backups] + [one.epoch for one in list_stretches(repository)]
 
     def restore(target: Path) -> RestoreReport:
-        return _restore(target, origin, fill, follow if with_log else None, point, epoch_floor=max(epochs))
+        return _restore(
+            target,
+            origin,
+            fill,
+            follow if with_log else None,
+            point,
+            epoch_floor=max(epochs),
+            before_folding=before_folding,
+        )
 
     return _chosen(target, origin, restore, selection, progress, epoch_floor=max(epochs))
 
@@ -201,6 +223,7 @@ def _restore(
     point: Point | None,
     *,
     epoch_floor: int = 0,
+    before_folding: BeforeFolding | None = None,
 ) -> RestoreReport:
     started_s = time.monotonic()
     with DataDirectory.open_unfinished(target) as directory:
@@ -215,6 +238,8 @@ def _restore(
                 follow(directory)
             if point is not None:
                 cut_log(directory, point)
+            if before_folding is not None:
+                before_folding(directory)
             if follow is not None or point is not None or manifest.form is Form.RECORDS:
                 manifest = describe_settled(directory, manifest)
             sync_tree(target)

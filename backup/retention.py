@@ -54,7 +54,7 @@ class Kept:
 
     name: str  # unique
     made_s: float  # seconds since 1970
-    restorable: bool  # whole, and not known to be damaged
+    restorable: bool  # counts: whole, not known to be damaged, and not behind an earlier one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

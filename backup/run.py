@@ -11,7 +11,7 @@ from typing import Any
 
 from understudy.backup.archiver import Archiver
 from understudy.backup.books import Books
-from understudy.backup.catalog import StoredBackup, read_catalog
+from understudy.backup.catalog import BACKUPS, StoredBackup, read_catalog
 from understudy.backup.drill import Drill, drill_backup, scratch_parent
 from understudy.backup.drill_server import ReadAll, read_all
 from understudy.backup.encryption import Encryption
@@ -22,9 +22,10 @@ from understudy.backup.policy import Policy
 from understudy.backup.progress import OnProgress
 from understudy.backup.repository import Repository, claim, open_repository
 from understudy.backup.repository_lock import RepositoryLock, locked
-from understudy.backup.source import open_source
+from understudy.backup.source import Source, open_source
 from understudy.backup.store_backup import store_backup
 from understudy.backup.upkeep import prune
+from understudy.common.directory import Role
 from understudy.common.errors import UnderstudyError, UsageError
 from understudy.common.events import log
 
@@ -41,6 +42,7 @@ class Outcome:
     backup: StoredBackup | None = None
     drill: Drill | None = None  # of the backup, if the policy wants one
     pruned: int = 0
+    kept: set[str] | None = None  # ids of all backups of the policy there, if they were looked at
     shipped_lsn: int | None = None
     errors: list[str] = field(default_factory=list)
 
@@ -66,6 +68,11 @@ class RunReport:
     def backups(self) -> list[StoredBackup]:
         """What was made."""
         return [outcome.backup for outcome in self.outcomes if outcome.backup is not None]
+
+    @property
+    def paths(self) -> list[str]:
+        """Where it lies."""
+        return [f"{one.url}/{one.backup.folder}" for one in self.outcomes if one.backup is not None]
 
     @property
     def all_errors(self) -> list[str]:
@@ -122,6 +129,7 @@ def run_policy(
         data_dir: what is backed up, whose server may run; journal and history are kept there.
         progress: told of bytes done and in all, of each repository anew; it may raise :class:`Cancelled`.
         clock: seconds since 1970.
+        sleep: waits between attempts, and for a repository's lock; it may raise :class:`Cancelled`, too.
         read_all: what drills read restored backups with.
 
     Raises:
@@ -135,6 +143,16 @@ def run_policy(
     run.tell_hooks()
     run.write_down()
     return run.report
+
+
+def note_cancelled(policy: str, data_dir: Path, why: str, *, clock: Callable[[], float] = time.time) -> None:
+    """Writes down a run that was cancelled before its turn had come.
+
+    Raises:
+        DiskFull, StorageFailed, NewerFormat: journal or history can't be kept.
+    """
+    report = RunReport(number=0, policy=policy, started_s=clock(), errors=[why], is_cancelled=True)
+    _write_down(Books.of(data_dir), report, floor=0)
 
 
 class _Run:
@@ -198,8 +216,12 @@ class _Run:
     def _back_up(self, outcome: Outcome, encryption: Encryption | None) -> None:
         policy = self._policy
         repository = open_repository(outcome.url)
-        with locked(repository, f"backup {policy.name}") as lock, open_source(self._data_dir) as source:
+        with (
+            locked(repository, f"backup {policy.name}", sleep=self._sleep) as lock,
+            open_source(self._data_dir) as source,
+        ):
             claim(repository, source.cluster)
+            _check_reigns(source)
             self._count_from(repository)
             outcome.backup = store_backup(
                 source,
@@ -214,10 +236,11 @@ class _Run:
                 progress=self._progress,
             )
             cluster = source.cluster
+            _note_superseded(outcome, repository)
         # What comes now can fail without taking the backup back. Proven first: if it is not good, older ones stay.
         if policy.drill:
             self._drill(outcome)
-        with _noting(outcome), locked(repository, f"prune {policy.name}") as lock:
+        with _noting(outcome), locked(repository, f"prune {policy.name}", sleep=self._sleep) as lock:
             if policy.archive_log:
                 archiver = Archiver(
                     self._data_dir / "log", cluster, repository, encryption=encryption, level=policy.level
@@ -248,9 +271,8 @@ class _Run:
 
     def _prune(self, repository: Repository, lock: RepositoryLock, outcome: Outcome) -> None:
         if not self._policy.retention.keeps_all:
-            outcome.pruned = len(
-                prune(repository, lock, self._policy.retention, policy=self._policy.name).removed
-            )
+            report = prune(repository, lock, self._policy.retention, policy=self._policy.name)
+            outcome.pruned, outcome.kept = len(report.removed), {name for name, _ in report.kept}
 
     def tell_hooks(self) -> None:
         """The report goes to the operator's programs."""
@@ -264,20 +286,31 @@ class _Run:
 
     def write_down(self) -> None:
         """Journal and history."""
-        report = self.report
-        entry = self._books.history.add(
-            policy=report.policy,
-            start_s=report.started_s,
-            seconds=report.seconds,
-            result=report.result,
-            realms=max((backup.manifest.realms for backup in report.backups), default=0),
-            bytes=sum(backup.size for backup in report.backups),
-            lsn=max((backup.manifest.lsn for backup in report.backups), default=0),
-            paths=[f"{outcome.url}/{outcome.backup.folder}" for outcome in report.outcomes if outcome.backup],
-            errors=report.all_errors,
-            floor=max(self._floor, report.number - 1),
-        )
-        self._books.journal.write(_line(report, entry.number))
+        _write_down(self._books, self.report, floor=max(self._floor, self.report.number - 1))
+        self._books.history.forget(self._policy.name, self._may_be_there)
+
+    def _may_be_there(self, path: str) -> bool:
+        """Whether a backup of this policy exists, as far as this run has seen."""
+        for outcome in self.report.outcomes:
+            if outcome.kept is not None and path.startswith(f"{outcome.url}/{BACKUPS}"):
+                return path.rstrip("/").rpartition("/")[2] in outcome.kept
+        return True
+
+
+def _write_down(books: Books, report: RunReport, *, floor: int) -> None:
+    entry = books.history.add(
+        policy=report.policy,
+        start_s=report.started_s,
+        seconds=report.seconds,
+        result=report.result,
+        realms=max((backup.manifest.realms for backup in report.backups), default=0),
+        bytes=sum(backup.size for backup in report.backups),
+        lsn=max((backup.manifest.lsn for backup in report.backups), default=0),
+        paths=report.paths,
+        errors=report.all_errors,
+        floor=floor,
+    )
+    books.journal.write(_line(report, entry.number))
 
 
 def _line(report: RunReport, number: int) -> str:
@@ -288,6 +321,28 @@ def _line(report: RunReport, number: int) -> str:
         said += f", {newest.manifest.realms} realms, {size:,} bytes, at LSN {newest.manifest.lsn}"
     said += f", in {report.seconds:.1f} s"
     return said + "".join(f"; {error}" for error in report.all_errors)
+
+
+def _check_reigns(source: Source) -> None:
+    """A fenced primary's entries may have been given up: they are no successors of the backups that are there."""
+    if source.node.role is Role.FENCED:
+        raise UsageError(
+            f"{source.path} is of a primary that was fenced: another one has taken over",
+            remedy="run the policy on a node that follows that one; `understudy backup` copies this one by hand",
+        )
+
+
+def _note_superseded(outcome: Outcome, repository: Repository) -> None:
+    """A node that was cut off does not know that another reigns; the repository may."""
+    assert outcome.backup is not None, "it was made just now"
+    newest = max(
+        read_catalog(repository).backups, key=lambda backup: backup.manifest.rank, default=outcome.backup
+    )
+    if newest.manifest.epoch > outcome.backup.manifest.epoch:
+        outcome.errors.append(
+            f"it is of epoch {outcome.backup.manifest.epoch}, and {newest.id} there is of epoch "
+            f"{newest.manifest.epoch}: another node has taken over, and this one does not follow it"
+        )
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Folders for drills, beside the data directory: removed afterwards, and by the next drill where one was killed."""
+"""Folders for drills, and for realms on their way into a server: removed afterwards, and after a kill by the next."""
 
 from __future__ import annotations
 

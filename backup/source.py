@@ -37,6 +37,7 @@ class Source:
         self.cluster: ClusterId = state.store.current.cluster()
         self.checkpoint = state.store.current.checkpoint
         self._log = LogFiles(path / "log", self.cluster)
+        self._parts: list[LogPart] = []
 
     @property
     def end(self) -> LogPlace:
@@ -57,11 +58,14 @@ class Source:
     def replay(self) -> None:
         """Brings the state to the log's end, which checks all that a copy will have to replay, and makes it durable.
 
+        Its files are opened as well: they may be pruned or replaced by the time that they are copied.
+
         Raises:
             CorruptionError, StorageFailed.
         """
         for record in self._log.durable_records(self.begin):
             self.state.apply(record)
+        self._parts = self._log.parts(self.begin, self.end)
 
     def parts(self, after: LogPlace) -> list[LogPart]:
         """The log behind ``after``, which is on this history and not pruned, up to :attr:`end`.
@@ -70,7 +74,7 @@ class Source:
             UsageError: it is pruned.
             CorruptionError, StorageFailed.
         """
-        return self._log.parts(after, self.end)
+        return self._parts if after == self.begin else self._log.parts(after, self.end)
 
     def history(self) -> History:
         """What is known here of this copy's history, to compare another copy with."""
@@ -117,13 +121,15 @@ def _open_settled(path: Path, opened: contextlib.ExitStack) -> Source:
                 if attempt + 1 == _TRIES or _identity(path) == before:
                     raise
                 continue
-            opened.push(tried.pop_all())
-            return source
-    raise AssertionError("the last attempt returns or raises")
+            # Else the log may be of another copy than the store, which is the first to be replaced.
+            if _identity(path)[0] == before[0]:
+                opened.push(tried.pop_all())
+                return source
+    raise StorageFailed(f"{path} is replaced faster than it can be looked at", remedy="try again later")
 
 
 def _identity(path: Path) -> tuple[object, ...]:
-    """Changes when a copy takes another's place, or the log is pruned."""
+    """The store's changes when a copy takes another's place, and the oldest segment's also when the log is pruned."""
     with storage_errors("read", path):
         store, names = path / "store" / DATA_FILE, sorted((path / "log").glob("*"))
         return (store.stat().st_ino if store.exists() else 0, names[:1])

@@ -7,6 +7,7 @@ and only while nobody has written anything into it since.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -107,8 +108,11 @@ def replace_staging(staging: Path, proven: Path) -> None:
         DiskFull, StorageFailed.
     """
     check_staging(staging)
-    with storage_errors("replace", staging):
+    with contextlib.ExitStack() as held, storage_errors("replace", staging):
         if staging.exists():
+            _check_replaceable(
+                held.enter_context(DataDirectory.open(staging))
+            )  # and no server starts on it now
             os.rename(staging, _old(staging))
         os.rename(proven, staging)
         sync_directory(staging.parent)

@@ -6,7 +6,8 @@ import hashlib
 import time
 from typing import IO
 
-from understudy.backup.archive import ENCRYPTED_SUFFIX, SUFFIX, stream_archive
+from understudy.backup.archive import stream_archive
+from understudy.backup.archive_names import ENCRYPTED_SUFFIX, SUFFIX
 from understudy.backup.catalog import StoredBackup, folder_of, new_backup_id, publish_backup
 from understudy.backup.encryption import Encryption
 from understudy.backup.progress import OnProgress
@@ -47,7 +48,9 @@ def store_backup(
     """
     backup_id = new_backup_id(time.time(), source.end.position.lsn)
     archive = _ARCHIVE + (ENCRYPTED_SUFFIX if encryption is not None else SUFFIX)
-    with repository.upload(folder_of(backup_id) + archive) as out:
+    begin, end = source.begin.offset, source.end.offset
+    expected_bytes = source.snapshot.file_bytes + end - begin
+    with repository.upload(folder_of(backup_id) + archive, expected_bytes=expected_bytes) as out:
         counted = _Counted(out)
         made = stream_archive(
             source,

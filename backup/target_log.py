@@ -15,12 +15,11 @@ from understudy.backup.manifest import Form, Manifest, utc_text
 from understudy.backup.writing import describe_file
 from understudy.common.changelog import ChangeLog
 from understudy.common.directory import DataDirectory
-from understudy.common.engine import Engine
 from understudy.common.entries import parse_epoch_start
 from understudy.common.errors import CorruptionError
 from understudy.common.files import OsFileSystem
 from understudy.common.log_reader import LogPlace, records_from, segments_behind
-from understudy.common.records import scan_chain
+from understudy.common.records import read_headers, scan_chain
 from understudy.common.store import Store
 from understudy.common.types import Digest, Epoch, Lsn, Position
 from understudy.v1.store_pb2 import CheckpointRow
@@ -81,11 +80,12 @@ def read_head(directory: DataDirectory) -> tuple[LogPlace, Epoch]:
     return LogPlace(position, offset), Epoch(epoch)
 
 
-def append_records(log: ChangeLog, pieces: Iterable[bytes], epoch: Epoch) -> None:
+def append_records(log: ChangeLog, pieces: Iterable[bytes], epoch: Epoch, *, last: Lsn | None = None) -> None:
     """Appends record bytes, cut anywhere, that follow behind the log's end.
 
     Args:
         epoch: of the first of them, which a segment that they begin will name.
+        last: the last entry to append; all of them if not given.
 
     Raises:
         CorruptionError: they do not follow, or end within a record.
@@ -95,13 +95,18 @@ def append_records(log: ChangeLog, pieces: Iterable[bytes], epoch: Epoch) -> Non
     for piece in pieces:
         pending += piece
         if len(pending) >= _BATCH_BYTES:
-            pending = _append_whole(log, pending, epoch)
-    if pending and _append_whole(log, pending, epoch):
+            pending = _append_whole(log, pending, epoch, last)
+        if log.end.lsn == last:
+            return
+    if pending and _append_whole(log, pending, epoch, last):
         raise CorruptionError(f"the change-log behind LSN {log.end.lsn} ends within an entry")
 
 
-def _append_whole(log: ChangeLog, data: bytes, epoch: Epoch) -> bytes:
-    """Appends the whole records in ``data``, and returns the rest."""
+def _append_whole(log: ChangeLog, data: bytes, epoch: Epoch, last: Lsn | None) -> bytes:
+    """Appends the whole records in ``data``, and returns the rest; nothing of what lies behind ``last``."""
+    if last is not None:
+        behind = (at for lsn, _, at in read_headers(data, Lsn(log.end.lsn + 1)) if lsn > last)
+        data = data[: next(behind, len(data))]
     scan = scan_chain(data, log.end)
     if scan.damage:
         raise CorruptionError(f"entry {scan.position.lsn + 1} of the change-log is damaged: {scan.damage}")
@@ -129,6 +134,8 @@ def settle(directory: DataDirectory) -> Reached:
     Raises:
         CorruptionError, DiskFull, StorageFailed.
     """
+    from understudy.common.engine import Engine  # takes longer to load than a small backup to make
+
     engine = Engine.open(directory)
     try:
         engine.log.prune(Lsn(engine.checkpoint.lsn + 1))

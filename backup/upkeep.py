@@ -19,11 +19,11 @@ from understudy.backup.catalog import (
     publish_backup,
     read_catalog,
 )
-from understudy.backup.log_archive import Stretch, list_stretches
 from understudy.backup.progress import Meter, OnProgress
 from understudy.backup.repository import Repository
 from understudy.backup.repository_lock import RepositoryLock
 from understudy.backup.retention import Kept, Retention, Split, split
+from understudy.backup.stretch import Stretch, list_stretches
 from understudy.common.errors import AlreadyStored, CorruptionError, NotStored, UsageError
 
 _PIECE_BYTES = 1 << 20
@@ -84,16 +84,19 @@ def prune(
 
 
 def _told(catalog: Catalog, policy: str, retention: Retention, now_s: float) -> Split:
-    """Which backups of a policy stay. One that lacks realms which were damaged counts for no day."""
-    return split(
-        [
-            Kept(name=backup.id, made_s=backup.made_s, restorable=backup.is_restorable)
-            for backup in catalog.backups
-            if backup.policy == policy
-        ],
-        retention,
-        now_s=now_s,
-    )
+    """Which backups of a policy stay.
+
+    One that lacks realms which were damaged counts for no day, nor does one that reaches less far than an earlier one:
+    it is of a node that was cut off, or whose reign had ended.
+    """
+    backups, newest = [], (0, 0)
+    for backup in catalog.backups:
+        if backup.policy != policy:
+            continue
+        counts = backup.is_restorable and backup.manifest.rank >= newest
+        backups.append(Kept(name=backup.id, made_s=backup.made_s, restorable=counts))
+        newest = max(newest, backup.manifest.rank) if counts else newest
+    return split(backups, retention, now_s=now_s)
 
 
 def _remove(
@@ -273,7 +276,10 @@ def copy_backup(
     meter = Meter(backup.size, progress=progress)
     sha256 = hashlib.sha256()
     try:
-        with source.download(backup.archive_name) as file, target.upload(backup.archive_name) as out:
+        with (
+            source.download(backup.archive_name) as file,
+            target.upload(backup.archive_name, expected_bytes=backup.size) as out,
+        ):
             for piece in meter.metered(iter(lambda: file.read(_PIECE_BYTES), b"")):
                 sha256.update(piece)
                 out.write(piece)
@@ -282,8 +288,10 @@ def copy_backup(
                     f"{backup.archive_name} in {source.url} is not what its manifest says",
                     remedy="copy another backup",
                 )
-    except AlreadyStored:
-        pass  # of an attempt before, or complete
+    except AlreadyStored:  # by an attempt before
+        problem = archive_problem(target, backup, progress=progress)
+        if problem:
+            raise CorruptionError(f"in {target.url}, {problem}", remedy="remove it there") from None
     lock.check()
     try:
         publish_backup(target, backup)

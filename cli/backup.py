@@ -45,6 +45,9 @@ _ARCHIVE_SUFFIXES = frozenset({".tar", ".tgz", ".gz", ".xz", ".zst", ".age", ".z
     help="A directory, absent or empty; FILE.tar.zst or FILE.tar.zst.age; - for standard output.",
 )
 @click.option("--update", is_flag=True, help="Bring TARGET up to date, or finish what was cut off there.")
+@click.option(
+    "--finish", is_flag=True, help="Where --update was cut off and SOURCE is lost: keep what TARGET has got."
+)
 @realm_option
 @exclude_option
 @click.option(
@@ -68,6 +71,7 @@ def backup(
     source: Path | None,
     target: Path | None,
     update: bool,
+    finish: bool,
     realms: tuple[str, ...],
     exclude: tuple[str, ...],
     portable: bool,
@@ -88,15 +92,20 @@ def backup(
 
     With a command, it works with the policies of a server's TOML file instead.
 
-    While at work a directory holds the file BACKUP_IN_PROGRESS; what was cut off is finished with --update.
+    While at work a directory holds the file BACKUP_IN_PROGRESS; what was cut off is finished with --update. If the
+    source is lost then, --finish verifies what an older backup there has got, and makes it whole as it is.
 
     \b
     Example:
       understudy backup -f /var/lib/understudy/data -t /backup/monday
       understudy backup -f /var/lib/understudy/data -t /backup/monday --update
       understudy backup -f /var/lib/understudy/data -t monday.tar.zst.age --recipient age1...
+      understudy backup -t /backup/monday --finish
     """
     if context.invoked_subcommand is not None:
+        return
+    if finish:
+        _finish(source, target, as_json=as_json)
         return
     if source is None or target is None:
         raise click.UsageError("Give both -f and -t, or a command.")
@@ -164,6 +173,16 @@ def run(context: click.Context, name: str, config: Path, data_dir: Path, as_json
 backup.add_command(drill)
 
 
+def _finish(source: Path | None, target: Path | None, *, as_json: bool) -> None:
+    from understudy.backup.finish import finish_backup
+    from understudy.cli.logs import QUIET, configure_logs
+
+    if source is not None or target is None:
+        raise click.UsageError("--finish works on -t alone, without -f.")
+    configure_logs(level=QUIET)
+    _tell(finish_backup(target), as_json=as_json, to_stderr=False)
+
+
 def _make(
     source: Path,
     target: Path,
@@ -174,9 +193,7 @@ def _make(
     level: int,
     progress: OnProgress,
 ) -> BackupReport:
-    from understudy.backup.archive import is_archive_name, stream_archive, write_archive
-    from understudy.backup.make import make_backup
-    from understudy.backup.source import open_source
+    from understudy.backup.archive_names import is_archive_name
 
     is_archive = target == _STANDARD_OUTPUT or is_archive_name(target)
     if not is_archive and target.suffix in _ARCHIVE_SUFFIXES:
@@ -187,7 +204,15 @@ def _make(
         raise click.UsageError("--update is for directories: an archive is made anew.")
     if not is_archive and encryption is not None:
         raise click.UsageError("Only an archive can be encrypted: end TARGET in .tar.zst.age.")
+    if not is_archive:
+        from understudy.backup.make import make_backup
+
+        return make_backup(source, target, update=update, selection=selection, rate=rate, progress=progress)
+    from understudy.backup.archive import stream_archive, write_archive
+
     if target == _STANDARD_OUTPUT:
+        from understudy.backup.source import open_source
+
         with open_source(source) as pinned:
             return stream_archive(
                 pinned,
@@ -198,17 +223,15 @@ def _make(
                 rate=rate,
                 progress=progress,
             )
-    if is_archive:
-        return write_archive(
-            source,
-            target,
-            selection=selection,
-            encryption=encryption,
-            level=level,
-            rate=rate,
-            progress=progress,
-        )
-    return make_backup(source, target, update=update, selection=selection, rate=rate, progress=progress)
+    return write_archive(
+        source,
+        target,
+        selection=selection,
+        encryption=encryption,
+        level=level,
+        rate=rate,
+        progress=progress,
+    )
 
 
 def _tell(report: BackupReport, *, as_json: bool, to_stderr: bool) -> None:

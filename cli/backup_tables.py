@@ -51,6 +51,32 @@ def print_backups(backups: list[StoredBackup]) -> None:
     )
 
 
+def print_backup(backup: StoredBackup) -> None:
+    """All that people ask of one backup."""
+    from understudy.cli.output import counted, print_facts, size_text
+
+    manifest = backup.manifest
+    chosen = [*manifest.realms_chosen, *(f"not {pattern}" for pattern in manifest.realms_excluded)]
+    holds = (
+        f"{counted(manifest.realms, 'realm')}, {size_text(manifest.total_bytes)}, as {manifest.form.value}"
+    )
+    facts = [
+        ("backup", backup.id),
+        ("policy", f"{backup.policy or '-'}, run {backup.run}"),
+        ("made", f"{manifest.made}, by version {manifest.version}"),
+        ("reaches", f"LSN {manifest.lsn} of {manifest.time}, epoch {manifest.epoch}"),
+        ("holds", holds + (f"; only {', '.join(chosen)}" if chosen else "")),
+        ("archive", f"{backup.archive_name}, {size_text(backup.size)}"),
+        ("SHA-256", backup.sha256),
+        ("state", backup.state),
+    ]
+    facts += [
+        ("checked", f"{check.at}: {check.finding.value} {check.detail}".rstrip()) for check in backup.checks
+    ]
+    facts += [("problem", problem) for problem in manifest.problems]
+    print_facts(facts)
+
+
 def print_run(report: RunReport) -> None:
     """What came of a run, for people."""
     import click

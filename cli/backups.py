@@ -1,4 +1,4 @@
-"""``understudy backups``: what repositories hold."""
+"""``understudy backups``: what repositories hold, and the runs of servers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from understudy.cli.backup_runs import cancel, start, watch
 from understudy.cli.options import EPILOG, absolute_repository, json_option
 from understudy.common.errors import ExitCode
 
@@ -19,7 +20,7 @@ _backup = click.argument("backup_id", metavar="BACKUP")
 
 @click.group(epilog=EPILOG)
 def backups() -> None:
-    """List, check, copy and remove the backups in a repository.
+    """List, check, copy and remove backups; have a server make one.
 
     REPOSITORY is a folder, or s3://bucket/prefix, gs://bucket/prefix, az://container/prefix; credentials come from the
     environment, as AWS_ACCESS_KEY_ID and the like.
@@ -28,7 +29,12 @@ def backups() -> None:
     Example:
       understudy backups list /backup
       understudy backups verify s3://bucket/backups --all
+      understudy backups start nightly --server 127.0.0.1:7850
     """
+
+
+for _command in (start, cancel, watch):
+    backups.add_command(_command)
 
 
 def _open(url: str) -> Repository:
@@ -76,13 +82,18 @@ def list_(url: str, as_json: bool) -> None:
 @backups.command(epilog=EPILOG)
 @_repository
 @_backup
-def show(url: str, backup_id: str) -> None:
-    """Show all that is known of a backup, as JSON."""
-    from understudy.cli.backup_tables import backup_facts
+@json_option
+def show(url: str, backup_id: str, as_json: bool) -> None:
+    """Show what is known of a backup; with --json all, each file of it too."""
+    from understudy.cli.backup_tables import backup_facts, print_backup
     from understudy.cli.output import print_json
 
     backup = _read(_open(url)).find(backup_id)
+    if not as_json:
+        print_backup(backup)
+        return
     facts = backup_facts(backup)
+    facts["problems"] = backup.manifest.problems
     facts["archive"] = backup.archive_name
     facts["sha256"] = backup.sha256
     facts["checks"] = [

@@ -1,7 +1,7 @@
 """A program: a primary on a restored backup that reads all it holds through a client of its own, ``DIR HOST:PORT``.
 
-It prints one line of JSON when everything was read, serves on, and ends with its standard input: nothing is left of a
-drill that was killed.
+It prints a line of JSON every second as long as it gets on with reading, and one with the facts when everything was
+read; it serves on, and ends with its standard input: nothing is left of a drill that was killed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 from understudy.cli.logs import configure_logs
@@ -27,6 +28,7 @@ from understudy.v1 import accounts_pb2, accounts_pb2_grpc
 
 _CALL_S = 60.0
 _TOKEN_S = 24 * 3600.0  # in which all must be read
+_TELL_EVERY_S = 1.0
 
 
 async def _serve(directory: Path, listen: str) -> None:
@@ -50,7 +52,9 @@ def _cancel_with_our_input() -> None:
     assert task is not None
 
     def read() -> None:
-        sys.stdin.buffer.read()
+        # Not through Python's buffer: its lock, held when the process ends by itself, would abort it and hide why.
+        while os.read(sys.stdin.fileno(), 4096):
+            pass
         loop.call_soon_threadsafe(task.cancel)
 
     loop.add_signal_handler(signal.SIGTERM, task.cancel)
@@ -75,19 +79,39 @@ async def _read_all(address: str, directory: Path) -> dict[str, int]:
                     timeout=_CALL_S,
                 )
                 async with aconnect(address, token=issued.token) as server:
-                    pairs = {realm.path: await _read(server, realm.path) for realm in await server.realms()}
+                    reading = _Reading(server)
+                    pairs = {realm.path: await reading.read(realm.path) for realm in await server.realms()}
                 await stub.RevokeToken(accounts_pb2.RevokeTokenRequest(id=issued.id), timeout=_CALL_S)
     return pairs
 
 
-async def _read(server: AsyncServer, path: str) -> int:
-    read = 0
-    async for _ in server.scan(path):
-        read += 1
-    counted = await server.count(path, timeout_s=_CALL_S)
-    if read != counted:
-        raise CorruptionError(f"{path} holds {counted:,} pairs, of which {read:,} could be read")
-    return read
+class _Reading:
+    """Reads realms, and tells that it gets on."""
+
+    def __init__(self, server: AsyncServer) -> None:
+        self._server = server
+        self._told_s = time.monotonic()
+
+    async def read(self, path: str) -> int:
+        """The number of a realm's pairs.
+
+        Raises:
+            CorruptionError: not all of them can be read.
+        """
+        read = 0
+        async for _ in self._server.scan(path):
+            read += 1
+            self._tell(path, read)
+        counted = await self._server.count(path, timeout_s=_CALL_S)
+        if read != counted:
+            raise CorruptionError(f"{path} holds {counted:,} pairs, of which {read:,} could be read")
+        self._tell(path, read)
+        return read
+
+    def _tell(self, path: str, read: int) -> None:
+        if time.monotonic() - self._told_s >= _TELL_EVERY_S:
+            self._told_s = time.monotonic()
+            print(json.dumps({"realm": path, "read": read}), flush=True)
 
 
 def main(directory: Path, listen: str) -> int:

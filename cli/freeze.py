@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import click
 
+from understudy.cli.admin_calls import ask_server
 from understudy.cli.options import EPILOG, json_option, server_option, timeout_option
 
 if TYPE_CHECKING:
     from understudy.common.credentials import Credentials
-    from understudy.v1 import admin_pb2_grpc
 
 # The server answers within the time of the freeze, which is 300 s at most.
 _ANSWER_S = 310.0
-
-_T = TypeVar("_T")
 
 
 @click.command(epilog=EPILOG)
@@ -47,7 +44,7 @@ def freeze(server: str, credentials: Credentials, seconds: float, as_json: bool)
     from understudy.cli.output import print_json, seconds_text
     from understudy.v1 import admin_pb2
 
-    answer = _ask(
+    answer = ask_server(
         server,
         credentials,
         lambda stub: stub.Freeze(admin_pb2.FreezeRequest(seconds=seconds), timeout=_ANSWER_S),
@@ -81,29 +78,10 @@ def thaw(server: str, credentials: Credentials, timeout_s: float, as_json: bool)
     from understudy.cli.output import print_json
     from understudy.v1 import admin_pb2
 
-    answer = _ask(server, credentials, lambda stub: stub.Thaw(admin_pb2.ThawRequest(), timeout=timeout_s))
+    answer = ask_server(
+        server, credentials, lambda stub: stub.Thaw(admin_pb2.ThawRequest(), timeout=timeout_s)
+    )
     if as_json:
         print_json({"was_frozen": answer.was_frozen})
     else:
         click.echo(f"{server} goes on" if answer.was_frozen else f"{server} was not frozen, or not any more")
-
-
-def _ask(
-    server: str, credentials: Credentials, call: Callable[[admin_pb2_grpc.AdminAsyncStub], Awaitable[_T]]
-) -> _T:
-    import asyncio
-
-    from understudy.common.portal import new_event_loop
-
-    async def ask() -> _T:
-        from understudy.common.addresses import split_address
-        from understudy.common.rpc import open_channel, peer_errors
-        from understudy.v1 import admin_pb2_grpc
-
-        split_address(server)
-        async with open_channel(server, credentials) as channel:
-            with peer_errors(server):
-                return await call(admin_pb2_grpc.AdminStub(channel))
-
-    with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        return runner.run(ask())

@@ -44,7 +44,7 @@ def load(
         BadImport: a pair can't be read; all before it were committed.
         UnderstudyError: the server can't be reached or refused; from the line named on, pairs may be missing.
     """
-    with _connected(server, credentials) as connection, Progress("importing", unit="keys") as progress:
+    with connected(server, credentials) as connection, Progress("importing", unit="keys") as progress:
         check_primary(portal.call(connection.status()), server)
         window = _Window(connection, realm)
         try:
@@ -65,7 +65,8 @@ def load(
 
 
 @contextlib.contextmanager
-def _connected(server: str, credentials: Credentials) -> Iterator[AsyncServer]:
+def connected(server: str, credentials: Credentials) -> Iterator[AsyncServer]:
+    """A connection on the portal's loop."""
     # The reading of pairs may wait for a pipe, so the connection lives on another thread's loop.
     manager = aconnect_as(credentials, server)
     connection = portal.call(manager.__aenter__())

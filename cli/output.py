@@ -115,6 +115,11 @@ def seconds_text(seconds: float) -> str:
     return f"{minutes // 60} h" if minutes < 48 * 60 else f"{minutes // (24 * 60)} days"
 
 
+def moment(time_s: float) -> str | None:
+    """Seconds since 1970 in UTC, to the second; None for 0, which is never."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time_s)) if time_s else None
+
+
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable[str] = ()) -> None:
     """A table on standard output; the columns named in ``right`` are numbers."""
     from rich.table import Table

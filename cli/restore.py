@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import click
 
-from understudy.cli.options import EPILOG, absolute_repository, json_option
+from understudy.cli.options import EPILOG, absolute_repository, credential_options, json_option
 from understudy.cli.realm_choice import print_problems, realm_option
 from understudy.cli.secrets import unlocking_options
 from understudy.common.errors import ExitCode
-from understudy.common.types import Lsn
+from understudy.common.types import Epoch, Lsn
 
 if TYPE_CHECKING:
     from understudy.backup.encryption import Unlocking
     from understudy.backup.point import Point
-    from understudy.backup.restore import RestoreReport
+    from understudy.backup.restore import BeforeFolding, RestoreReport
     from understudy.backup.selection import Selection
+    from understudy.common.credentials import Credentials
+
+    class Make(Protocol):
+        """Makes a data directory of chosen realms of the backup that was named."""
+
+        def __call__(
+            self, selection: Selection, target: Path, before_folding: BeforeFolding | None = None
+        ) -> RestoreReport: ...
 
 
 @click.command(epilog=EPILOG)
@@ -26,96 +35,165 @@ if TYPE_CHECKING:
 @click.option(
     "--to",
     "target",
-    required=True,
     metavar="DIR",
     type=click.Path(path_type=Path),
     help="The new data directory: absent or empty.",
+)
+@click.option(
+    "--into-server",
+    metavar="HOST:PORT",
+    help="Write the realms of --realm to this running server instead; several with commas: the primary is found.",
 )
 @click.option("--lsn", type=click.IntRange(min=1), metavar="N", help="Go no further than entry N.")
 @click.option(
     "--at", "at", metavar="TIME", help="Go no further than this moment, such as 2026-05-01T14:30:00."
 )
+@click.option(
+    "--epoch",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Follow the history of epoch N, though a later one has taken over from it before its end.",
+)
 @realm_option
-@click.option("--dry-run", is_flag=True, help="Only say what would be restored from a repository.")
+@click.option("--as", "as_path", metavar="PATH", help="The one realm's path on the server, if another one.")
+@click.option("--yes", is_flag=True, help="Overwrite and delete on the server without asking.")
+@click.option(
+    "--scratch",
+    metavar="DIR",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="The folder to restore in before --into-server. The current directory if not given.",
+)
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Only say what would be restored from a repository, or written to the server.",
+)
 @unlocking_options
+@credential_options
 @json_option
 @click.pass_context
 def restore(
     context: click.Context,
     backup: str,
     backup_id: str | None,
-    target: Path,
+    target: Path | None,
+    into_server: str | None,
     lsn: int | None,
     at: str | None,
+    epoch: int | None,
     realms: tuple[str, ...],
+    as_path: str | None,
+    yes: bool,
+    scratch: Path | None,
     dry_run: bool,
     unlocking: Unlocking,
+    credentials: Credentials,
     as_json: bool,
 ) -> None:
-    """Make a data directory of a backup, checked as it is written.
+    """Make a data directory of a backup, or bring realms back.
 
-    From a backup's directory or archive; or from a REPOSITORY: the newest suitable backup and the log that was shipped
-    after it, up to the end or to --lsn or --at; a BACKUP that is named comes without log if neither is given.
+    All is checked as it is written. From a backup's directory or archive; or from a REPOSITORY: the newest suitable
+    backup and the log that was shipped after it, up to the end or to --lsn or --at; a BACKUP that is named comes
+    without log if neither is given. Where an old primary has stored what its successor never had, the successor's
+    history is restored, and the old one's with --epoch.
 
-    With --realm, all is restored into DIR/incoming first. Where a backup lacks a realm that was damaged, the exit code
-    is 1.
+    With --to and --realm, all is restored into DIR/incoming first. Where a backup lacks a realm that was damaged, the
+    exit code is 1. `understudy primary --data-dir DIR` then starts a server, with a new epoch of the same cluster:
+    clients who saw later things are told apart, and heal or reset. Cut off, the same command goes on.
 
-    `understudy primary --data-dir DIR` then starts a server, with a new epoch of the same cluster: clients who saw
-    later things are told apart, and heal or reset. Cut off, the same command goes on.
+    With --into-server, all is restored into a scratch folder, and the realms of --realm are written to the server as
+    ordinary changes, which its replicas and clients get as any others. One that is not there comes with its history as
+    far as the backup has it; in one that is there, only what differs is changed, once you have said yes or --yes, and
+    its present content is exported into the current directory first. Where others write to it at the same time, the
+    exit code is 1. Cut off, the same command goes on.
 
     \b
     Example:
       understudy restore /backup/monday --to restored
       understudy restore monday.tar.zst.age --identity key.txt --to restored
       understudy restore s3://bucket/backups --to restored --at 2026-05-01T14:30:00
+      understudy restore /backups --into-server 127.0.0.1:7850 --realm /orders --as /orders-before --lsn 48213
     """
-    from understudy.backup.point import Point, parse_time
     from understudy.backup.repository import is_repository
-    from understudy.backup.restore import restore_backup
-    from understudy.backup.selection import Selection
+    from understudy.backup.selection import EVERYTHING, Selection
     from understudy.cli.logs import QUIET, configure_logs
-    from understudy.cli.output import Progress
 
     configure_logs(level=QUIET)
-    if lsn is not None and at is not None:
-        raise click.UsageError("Give --lsn or --at, not both.")
+    if (target is None) == (into_server is None):
+        raise click.UsageError("Give --to or --into-server, one of them.")
+    if into_server is None and (as_path is not None or yes or scratch is not None):
+        raise click.UsageError("--as, --yes and --scratch are for --into-server.")
+    if into_server is not None and not realms:
+        raise click.UsageError("--into-server needs --realm: which realms?")
     selection = Selection(realms=realms)
     selection.check()
-    point = None
-    if lsn is not None or at is not None:
-        point = Point(
-            lsn=Lsn(lsn) if lsn is not None else None, time_us=parse_time(at) if at is not None else None
-        )
+    point = _point(lsn, at)
     if is_repository(backup):
-        report = _restore_stored(backup, backup_id, target, point, selection, unlocking, dry_run=dry_run)
-    elif backup_id is not None or dry_run:
-        raise click.UsageError(f"{backup} is no repository: give neither a second BACKUP nor --dry-run.")
+        make = _of_repository(
+            backup, backup_id, point, Epoch(epoch) if epoch is not None else None, unlocking
+        )
+    elif backup_id is not None or epoch is not None or (dry_run and into_server is None):
+        raise click.UsageError(
+            f"{backup} is no repository: give neither a second BACKUP, nor --epoch, nor --dry-run."
+        )
     else:
+        make = _of_files(Path(backup), point, unlocking)
+    if into_server is not None:
+        from understudy.cli.restore_into import Options, print_outcome, restore_into
+
+        options = Options(
+            selection=selection, as_path=as_path, scratch=scratch or Path(), dry_run=dry_run, yes=yes
+        )
+        outcome = restore_into(into_server, credentials, partial(make, EVERYTHING), options)
+        print_outcome(outcome, as_json=as_json)
+        is_whole = not print_problems(outcome.manifest) and not outcome.others
+    elif target is not None and not dry_run:
+        report = make(selection, target)
+        _tell(report, target, as_json=as_json)
+        is_whole = not print_problems(report.manifest)
+    else:
+        return
+    if not is_whole:
+        context.exit(ExitCode.FAILED)
+
+
+def _point(lsn: int | None, at: str | None) -> Point | None:
+    from understudy.backup.point import Point, parse_time
+
+    if lsn is not None and at is not None:
+        raise click.UsageError("Give --lsn or --at, not both.")
+    if lsn is None and at is None:
+        return None
+    return Point(
+        lsn=Lsn(lsn) if lsn is not None else None, time_us=parse_time(at) if at is not None else None
+    )
+
+
+def _of_files(backup: Path, point: Point | None, unlocking: Unlocking) -> Make:
+    from understudy.backup.restore import restore_backup
+    from understudy.cli.output import Progress
+
+    def make(
+        selection: Selection, target: Path, before_folding: BeforeFolding | None = None
+    ) -> RestoreReport:
         with Progress("restoring", unit="bytes") as progress:
-            report = restore_backup(
-                Path(backup),
+            return restore_backup(
+                backup,
                 target,
                 point=point,
                 selection=selection,
                 unlocking=unlocking,
+                before_folding=before_folding,
                 progress=progress.update,
             )
-    if report is not None:
-        _tell(report, target, as_json=as_json)
-        if print_problems(report.manifest):
-            context.exit(ExitCode.FAILED)
+
+    return make
 
 
-def _restore_stored(
-    url: str,
-    backup_id: str | None,
-    target: Path,
-    point: Point | None,
-    selection: Selection,
-    unlocking: Unlocking,
-    *,
-    dry_run: bool,
-) -> RestoreReport | None:
+def _of_repository(
+    url: str, backup_id: str | None, point: Point | None, epoch_max: Epoch | None, unlocking: Unlocking
+) -> Make:
+    """Chooses the backup, and says which."""
     from understudy.backup.catalog import read_catalog
     from understudy.backup.choice import choose_backup
     from understudy.backup.repository import open_repository
@@ -126,27 +204,36 @@ def _restore_stored(
     catalog = read_catalog(repository)
     for problem in catalog.problems:
         click.echo(f"problem: {plain(problem)}", err=True)
-    backup = catalog.find(backup_id) if backup_id is not None else choose_backup(catalog, point, url)
-    with_log = point is not None or backup_id is None
+    if backup_id is not None:
+        backup = catalog.find(backup_id)
+    else:
+        backup = choose_backup(catalog, point, url, epoch_max=epoch_max)
+    with_log = point is not None or epoch_max is not None or backup_id is None
     click.echo(
         f"from {backup.id}, which reaches LSN {backup.manifest.lsn} of {backup.manifest.time}"
         + (f"; then the log, up to {point or 'its end'}" if with_log else ""),
         err=True,
     )
-    if dry_run:
-        return None
-    with Progress("restoring", unit="bytes") as progress:
-        return restore_stored(
-            repository,
-            backup,
-            target,
-            with_log=with_log,
-            point=point,
-            catalog=catalog,
-            selection=selection,
-            unlocking=unlocking,
-            progress=progress.update,
-        )
+
+    def make(
+        selection: Selection, target: Path, before_folding: BeforeFolding | None = None
+    ) -> RestoreReport:
+        with Progress("restoring", unit="bytes") as progress:
+            return restore_stored(
+                repository,
+                backup,
+                target,
+                with_log=with_log,
+                point=point,
+                epoch_max=epoch_max,
+                catalog=catalog,
+                selection=selection,
+                unlocking=unlocking,
+                before_folding=before_folding,
+                progress=progress.update,
+            )
+
+    return make
 
 
 def _tell(report: RestoreReport, target: Path, *, as_json: bool) -> None:

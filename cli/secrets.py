@@ -27,11 +27,11 @@ def encryption_options(function: Callable[..., Any]) -> Callable[..., Any]:
     def with_encryption(
         *arguments: Any, recipients: tuple[str, ...], passphrase_file: Path | None, **options: Any
     ) -> Any:
-        from understudy.backup.encryption import Encryption
-
         passphrase = _passphrase(passphrase_file)
         encryption = None
         if recipients or passphrase:
+            from understudy.backup.encryption import Encryption
+
             encryption = Encryption(passphrase, recipients)
             encryption.check()
         return function(*arguments, encryption=encryption, **options)
@@ -69,6 +69,8 @@ def unlocking_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _passphrase(path: Path | None) -> str:
     """The passphrase; empty where none is given."""
+    if path is None:
+        return os.environ.get(PASSPHRASE_VARIABLE, "")
     from understudy.backup.policy import read_passphrase
 
-    return read_passphrase(path) if path is not None else os.environ.get(PASSPHRASE_VARIABLE, "")
+    return read_passphrase(path)

@@ -54,17 +54,19 @@ class FileSink(Sink):
     Args:
         path: its name.
         replace: whether it may take the place of a file of that name.
+        mode: its permissions, of which the umask takes away.
     """
 
-    def __init__(self, path: Path, *, replace: bool = False) -> None:
+    def __init__(self, path: Path, *, replace: bool = False, mode: int = 0o666) -> None:
         self._path = path
         self._replace = replace
+        self._mode = mode
         self._opened = contextlib.ExitStack()
         self._file: IO[bytes]
 
     def __enter__(self) -> FileSink:
         self._check_free()
-        self._file = self._opened.enter_context(publishing(self._path, mode=0o666))
+        self._file = self._opened.enter_context(publishing(self._path, mode=self._mode))
         self._opened.push(self._check_still_free)
         return self
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -149,41 +148,41 @@ def _upstream_facts(upstream: admin_pb2.UpstreamStatus) -> dict[str, object]:
 
 
 def _backup_facts(policy: admin_pb2.BackupStatus) -> dict[str, object]:
+    from understudy.cli.output import moment
+
     return {
         "policy": policy.policy,
         "running": policy.running,
-        "next": _moment(policy.next_s),
-        "last_success": _moment(policy.last_success_s),
-        "last_failure": _moment(policy.last_failure_s),
+        "next": moment(policy.next_s),
+        "last_success": moment(policy.last_success_s),
+        "last_failure": moment(policy.last_failure_s),
         "last_error": policy.last_error or None,
-        "last_proven": _moment(policy.last_proven_s),
+        "last_proven": moment(policy.last_proven_s),
         "repositories": [
             {
                 "url": repository.url,
                 "shipped_lsn": repository.shipped_lsn,
                 "problem": repository.problem or None,
+                "gap": repository.gap or None,
             }
             for repository in policy.repositories
         ],
+        "run": policy.run or None,
     }
 
 
-def _moment(time_s: float) -> str | None:
-    """UTC, to the second; None for never."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time_s)) if time_s else None
-
-
 def _tell_backups(policies: Iterable[admin_pb2.BackupStatus], lsn: int) -> None:
-    from understudy.cli.output import print_table
+    from understudy.cli.output import moment, print_table
+    from understudy.v1 import admin_pb2
 
     print_table(
         ("backup", "last success", "last failure", "next", "log shipped to", "entries behind"),
         [
             (
-                policy.policy + (" (running)" if policy.running else ""),
-                _moment(policy.last_success_s) or "never",
-                _moment(policy.last_failure_s) or "never",
-                _moment(policy.next_s) or "when asked for",
+                policy.policy + (f" (run {policy.run} under way)" if policy.run else ""),
+                moment(policy.last_success_s) or "never",
+                moment(policy.last_failure_s) or "never",
+                moment(policy.next_s) or "when asked for",
                 repository.url,
                 f"{max(lsn - repository.shipped_lsn, 0):,}",
             )

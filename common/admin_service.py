@@ -6,13 +6,15 @@ import asyncio
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 from understudy.common.access import Kind, caller
 from understudy.common.authority import Authority
+from understudy.common.backup_worker import BackupWorker
+from understudy.common.directory import DataDirectory
 from understudy.common.engine import Engine
-from understudy.common.errors import CorruptionError, Unavailable, WrongRole
+from understudy.common.errors import CorruptionError, Unavailable, UsageError, WrongRole
 from understudy.common.read_service import Context
 from understudy.common.rpc import answering_errors
 from understudy.common.types import Lsn
@@ -22,16 +24,18 @@ CHECK_S_MAX = 3600.0
 
 
 class AdminService(admin_pb2_grpc.AdminServicer):
-    """``Status`` and ``StateDigests``; roles add what is theirs."""
+    """``Status``, ``StateDigests``, and the runs of backups; roles add what is theirs."""
 
     def __init__(
         self,
         status: Callable[[], admin_pb2.StatusResponse],
         engine: Callable[[], Engine],
+        directory: DataDirectory,
         authority: Authority,
     ) -> None:
         self._status = status
         self._engine = engine
+        self._directory = directory
         self._authority = authority
         self._checking = asyncio.Lock()  # a full scan is costly: one at a time
 
@@ -68,6 +72,43 @@ class AdminService(admin_pb2_grpc.AdminServicer):
 
     async def _checkpoint(self) -> None:
         raise WrongRole("only a primary takes checkpoints when asked; a replica follows its marks")
+
+    # -- backups -------------------------------------------------------------------------------------------
+
+    async def StartBackup(
+        self, request: admin_pb2.StartBackupRequest, context: Context
+    ) -> admin_pb2.StartBackupResponse:
+        """Runs a policy now."""
+        async with answering_errors(context):
+            return await self._backups().start(request.policy)
+        raise AssertionError("aborted")
+
+    async def CancelBackup(
+        self, request: admin_pb2.CancelBackupRequest, context: Context
+    ) -> admin_pb2.CancelBackupResponse:
+        """Has a run end."""
+        async with answering_errors(context):
+            return admin_pb2.CancelBackupResponse(run=self._backups().cancel(request.id))
+        raise AssertionError("aborted")
+
+    async def WatchBackup(
+        self, request: admin_pb2.WatchBackupRequest, context: Context
+    ) -> AsyncIterator[admin_pb2.BackupRun]:
+        """Tells how a run stands, up to its end."""
+        async with answering_errors(context):
+            async for run in self._backups().runs.watch(request.id):
+                yield run
+
+    def _backups(self) -> BackupWorker:
+        worker = self._directory.backup_worker
+        if worker is None:
+            raise UsageError(
+                "this server has no backup policies",
+                remedy="start it with --config FILE.toml that has tables [[backup]]",
+            )
+        return worker
+
+    # -- what only one role answers ------------------------------------------------------------------------
 
     async def Promote(self, request: admin_pb2.PromoteRequest, context: Context) -> admin_pb2.PromoteResponse:
         """Replicas only."""

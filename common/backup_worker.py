@@ -1,7 +1,8 @@
 """The process that makes a node's scheduled backups, as the node sees it: started, heard, started again.
 
 It is a process of its own because it needs processors and memory of its own, and may fail or hang without harm to
-anybody's commits. It tells how things stand in lines of JSON on its standard output, and ends with its standard input.
+anybody's commits. It tells how things stand in lines of JSON on its standard output, takes orders as such lines on its
+standard input, and ends with that.
 """
 
 from __future__ import annotations
@@ -12,32 +13,42 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 from google.protobuf import json_format
 
 from understudy.common.backoff import Backoff
+from understudy.common.backup_runs import BackupRuns, is_over, new_run_id, state_name
 from understudy.common.directory import DataDirectory
+from understudy.common.errors import Unavailable, UsageError
 from understudy.common.events import log
 from understudy.common.types import Lsn
 from understudy.v1 import admin_pb2
 
 MODULE = "understudy.backup.worker"
-_LINE_BYTES_MAX = 1 << 20
+_LINE_BYTES_MAX = 4 << 20  # with the errors of all runs that are told of
 _END_S_MAX = 10.0
+_ANSWER_S_MAX = 10.0  # a process that was started just now says what it has within a second
+_ORDERS_BYTES_MAX = 1 << 16  # that wait to be read
+_HEALTHY_S = 60.0  # what has lived for so long is started again at once
 _DAY_S = 24 * 3600.0
+_LATE_S = 3600.0  # others may have to end first
+_LONG_S = _DAY_S
 
 
 class BackupWorker:
     """The process, and what it said last. Everything runs on one event loop."""
 
-    def __init__(self, data_dir: Path, policies: Path) -> None:
+    def __init__(self, data_dir: Path, policies: Path, clock: Callable[[], float] = time.time) -> None:
         self._command = [sys.executable, "-P", "-m", MODULE, str(data_dir), str(policies)]
         self.report = admin_pb2.BackupReport()
-        self._started_s = time.time()
+        self.runs = BackupRuns()
+        self._clock = clock  # seconds since 1970
+        self._started_s = clock()
         self._problem = ""
         self._process: asyncio.subprocess.Process | None = None
+        self._heard = asyncio.Event()  # set once it has said what policies there are
 
     @property
     def keep_from(self) -> Lsn:
@@ -55,6 +66,7 @@ class BackupWorker:
             name = policy.policy
             if policy.last_failure_s > policy.last_success_s:
                 found.append(f"backup {name}: the last run did not go well: {policy.last_error}")
+            found += self._lateness(policy)
             if policy.drill_warn_days and self._is_unproven(policy):
                 found.append(
                     f"backup {name}: none was proven by restoring it for {policy.drill_warn_days} days: run "
@@ -65,16 +77,110 @@ class BackupWorker:
                 for repository in policy.repositories
                 if repository.problem
             ]
+            found += [
+                f"backup {name}: in {repository.url}, {repository.gap}; a new backup makes up for it: "
+                f"understudy backups start {name} --server HOST:PORT"
+                for repository in policy.repositories
+                if repository.gap
+            ]
         return found
+
+    def _lateness(self, policy: admin_pb2.BackupStatus) -> list[str]:
+        """Of what should have begun, or ended, long ago."""
+        now_s, run = self._clock(), self.runs.of_policy(policy.policy)
+        if run is not None and run.state == admin_pb2.BackupRun.RUNNING:
+            if now_s - run.started_s <= _LONG_S:
+                return []
+            return [
+                f"backup {policy.policy}: run {run.id} has been under way since {_utc(run.started_s)}: "
+                f"understudy backups cancel {run.id} --server HOST:PORT ends it"
+            ]
+        # What came due while there was no server is made up once there is one.
+        if not policy.next_s or now_s - max(policy.next_s, self._started_s) <= _LATE_S:
+            return []
+        return [
+            f"backup {policy.policy}: was due at {_utc(policy.next_s)}, and has not been made: see what else runs, and "
+            f"the server's log; understudy backup run {policy.policy} makes it by hand"
+        ]
 
     def _is_unproven(self, policy: admin_pb2.BackupStatus) -> bool:
         since_s = policy.last_proven_s or (policy.last_success_s and self._started_s)
-        return bool(since_s) and time.time() - since_s > policy.drill_warn_days * _DAY_S
+        return bool(since_s) and self._clock() - since_s > policy.drill_warn_days * _DAY_S
+
+    # -- orders --------------------------------------------------------------------------------------------
+
+    async def start(self, policy: str) -> admin_pb2.StartBackupResponse:
+        """Has a policy run now, unless it does or is about to.
+
+        Raises:
+            UsageError: there is no such policy.
+            Unavailable: there is no process that could.
+        """
+        await self._check_policy(policy)
+        under_way = self.runs.of_policy(policy)
+        if under_way is not None:
+            return admin_pb2.StartBackupResponse(id=under_way.id, was_under_way=True)
+        order = admin_pb2.BackupOrder(start=admin_pb2.BackupOrder.Start(id=new_run_id(), policy=policy))
+        self._order(order)
+        self.runs.take(
+            [admin_pb2.BackupRun(id=order.start.id, policy=policy, state=admin_pb2.BackupRun.WAITING)]
+        )
+        return admin_pb2.StartBackupResponse(id=order.start.id)
+
+    def cancel(self, run_id: str) -> admin_pb2.BackupRun:
+        """Has a run end; returns how it stood.
+
+        Raises:
+            UsageError: there is none of that id, or it has ended.
+            Unavailable: there is no process that could.
+        """
+        run = self.runs.find(run_id)
+        if is_over(run):
+            raise UsageError(
+                f"backup run {run_id} of {run.policy} is over already: {state_name(run)}",
+                remedy="what it has made is removed with `understudy backups delete`",
+            )
+        self._order(admin_pb2.BackupOrder(cancel=run_id))
+        return run
+
+    async def _check_policy(self, policy: str) -> None:
+        try:
+            async with asyncio.timeout(_ANSWER_S_MAX):
+                await self._heard.wait()
+        except TimeoutError:
+            raise self._away() from None
+        known = [status.policy for status in self.report.policies]
+        if policy not in known:
+            raise UsageError(
+                f"this server has no backup policy {policy!r:.80}",
+                remedy=f"known: {', '.join(sorted(known))}",
+            )
+
+    def _order(self, order: admin_pb2.BackupOrder) -> None:
+        process = self._process
+        if process is None or process.returncode is not None:
+            raise self._away()
+        assert process.stdin is not None, "it is a pipe"
+        if process.stdin.transport.get_write_buffer_size() > _ORDERS_BYTES_MAX:
+            raise Unavailable("the process that makes backups does not take orders", remedy="look at its log")
+        try:
+            process.stdin.write(json_format.MessageToJson(order, indent=None).encode() + b"\n")
+        except (OSError, RuntimeError):  # it has ended just now
+            raise self._away() from None
+
+    def _away(self) -> Unavailable:
+        return Unavailable(
+            self._problem or "the process that makes backups has not said anything yet",
+            remedy="try again in a minute",
+        )
+
+    # -- the process ---------------------------------------------------------------------------------------
 
     async def run_forever(self) -> None:
         """Starts the process, and starts it again when it has ended."""
         backoff = Backoff(first_s=1.0, last_s=60.0)
         while True:
+            begun_s = time.monotonic()
             try:
                 self._process = await asyncio.create_subprocess_exec(
                     *self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, limit=_LINE_BYTES_MAX
@@ -85,13 +191,16 @@ class BackupWorker:
                 await asyncio.sleep(backoff.next_s(random.random()))
                 continue
             with contextlib.suppress(ValueError):  # a line without end
-                await self._listen(self._process, backoff)
+                await self._listen(self._process)
             code = await self._end()
             self._problem = f"the process that makes backups has ended with code {code}; it is started again"
             log.error("backup_worker_ended", code=code)
+            self._note_end(admin_pb2.BackupRun.FAILED, self._problem)
+            if time.monotonic() - begun_s > _HEALTHY_S:
+                backoff.reset()
             await asyncio.sleep(backoff.next_s(random.random()))
 
-    async def _listen(self, process: asyncio.subprocess.Process, backoff: Backoff) -> None:
+    async def _listen(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdout is not None, "it is a pipe"
         async for line in process.stdout:
             try:
@@ -100,7 +209,14 @@ class BackupWorker:
                 log.error("backup_worker_unclear", error=str(error))
                 return
             self._problem = ""
-            backoff.reset()
+            self.runs.take(self.report.runs)
+            self._heard.set()
+
+    def _note_end(self, state: admin_pb2.BackupRun.State.ValueType, why: str) -> None:
+        """No run is under way any more."""
+        self.runs.end_all(state, why)
+        for policy in self.report.policies:
+            policy.running, policy.run = False, ""
 
     async def _end(self) -> int:
         """Has the process end, and returns its exit code."""
@@ -120,6 +236,11 @@ class BackupWorker:
         """Ends the process; a backup under way is cut off."""
         if self._process is not None and self._process.returncode is None:
             await self._end()
+        self._note_end(admin_pb2.BackupRun.CANCELLED, "the server ends")
+
+
+def _utc(time_s: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time_s))
 
 
 @contextlib.asynccontextmanager

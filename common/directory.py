@@ -361,8 +361,8 @@ def check_finished(path: Path) -> None:
     if (path / IN_PROGRESS_FILE).exists():
         raise UnfinishedBackup(
             f"{path} is a backup that is not finished: there is a file {IN_PROGRESS_FILE}",
-            remedy="finish it with the command that began it, and --update if that was a backup of all realms, or use "
-            "another backup",
+            remedy="finish it with the command that began it, and --update if that was a backup of all realms; where "
+            "its source is lost, `understudy backup --finish` saves what was whole before; or use another backup",
         )
 
 

@@ -64,13 +64,13 @@ class PinnedSnapshot:
         """
         return self._ranges.read(index)
 
-    def content(self) -> Iterator[bytes]:
-        """The whole file, range by range.
+    def content(self) -> Iterator[bytes | memoryview]:
+        """The whole file, in pieces: see :meth:`FileRanges.pieces`.
 
         Raises:
             CorruptionError, StorageFailed, Unavailable: see :meth:`read`.
         """
-        return map(self.read, range(self.ranges))
+        return self._ranges.pieces()
 
     def close(self) -> None:
         """Lets go of the snapshot."""

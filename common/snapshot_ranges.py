@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import mmap
 import os
 import threading
 from collections.abc import Iterator
@@ -17,6 +18,12 @@ from understudy.common.lmdb_pages import Meta, free_pages, lone_meta_pages, read
 
 RANGE_BYTES = 1 << 20
 RANGE_DIGEST_BYTES = 16
+# Mapped at a time: what is mapped counts as this process's memory, though it is the page cache's.
+_WINDOW_BYTES = 16 << 20
+_POPULATE_READ = 22  # MADV_POPULATE_READ, of Linux 5.14
+_ZEROS = memoryview(
+    mmap.mmap(-1, RANGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ)
+)
 
 
 def range_digest(data: bytes) -> bytes:
@@ -55,11 +62,54 @@ class FileRanges:
         with self._lock:
             if self._closed:
                 raise Unavailable("that snapshot is not pinned any more", remedy="pin a new one")
-            # Not when opening: where millions of pages are free, this takes a second.
-            if self._free is None:
-                self._free = free_pages(self.fd, self.meta, self._path)
+            self._find_free()
             data = self._read_raw(index)
             return data if self.is_verbatim(index) else self._as_sent(index, bytearray(data))
+
+    def pieces(self) -> Iterator[bytes | memoryview]:
+        """All ranges one after the other, in pieces.
+
+        A memoryview begins where a page of memory does, and stays as it is until :meth:`close`: pages of the snapshot
+        are not copied.
+        """
+        self._find_free()
+        for start in range(0, self.meta.file_bytes, _WINDOW_BYTES):
+            end = min(start + _WINDOW_BYTES, self.meta.file_bytes)
+            window = self._map(start, end)
+            if window is None:
+                yield from map(self.read, range(start // RANGE_BYTES, count_ranges(end)))
+            else:
+                yield from self._window_pieces(window, start, end)
+
+    def _map(self, start: int, end: int) -> memoryview | None:
+        """The file's bytes as they lie in memory; None where they have to be read."""
+        try:
+            window = mmap.mmap(self.fd, end - start, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ, offset=start)
+            # A page that the disk does not give ends the process that looks at it. Here that is an error, which reading
+            # gives a name to.
+            window.madvise(_POPULATE_READ)
+        except (OSError, ValueError):  # ValueError: the file is shorter
+            return None
+        return memoryview(window)
+
+    def _window_pieces(self, window: memoryview, start: int, end: int) -> Iterator[bytes | memoryview]:
+        at = start
+        if at == 0:
+            yield self.meta_pages
+            at = len(self.meta_pages)
+        while at < end:
+            is_free, run_end = self._run(at, end)
+            yield _ZEROS[: run_end - at] if is_free else window[at - start : run_end - start]
+            at = run_end
+
+    def _run(self, at: int, end: int) -> tuple[bool, int]:
+        """Whether the page at a byte is free, and up to where all are alike, within a range at the most."""
+        assert self._free is not None, "the list was read"
+        page_bytes = self.meta.page_bytes
+        first, last = at // page_bytes, min(at + RANGE_BYTES, end) // page_bytes
+        is_free = bool(self._free[first])
+        found = self._free.find(not is_free, first, last)
+        return is_free, (last if found < 0 else found) * page_bytes
 
     def _as_sent(self, index: int, data: bytearray) -> bytes:
         for first, last in self._free_runs(index):
@@ -71,6 +121,11 @@ class FileRanges:
     def is_verbatim(self, index: int) -> bool:
         """Whether a range that was read is, byte for byte, what the file has."""
         return index > 0 and next(self._free_runs(index), None) is None
+
+    def _find_free(self) -> None:
+        # Not when opening: where millions of pages are free, this takes a second.
+        if self._free is None:
+            self._free = free_pages(self.fd, self.meta, self._path)
 
     def _read_raw(self, index: int) -> bytes:
         start = index * RANGE_BYTES

@@ -70,6 +70,7 @@ _DAMAGED = (
     lmdb.CursorFullError,
     lmdb.IncompatibleError,
     lmdb.NotFoundError,
+    lmdb.BadTxnError,  # what LMDB says to all that follows in a transaction that has met a damaged page
 )
 _NOT_OURS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
@@ -223,7 +224,10 @@ def translated(error: lmdb.Error, action: str, path: Path) -> UnderstudyError:
     if code in _NOT_OURS:
         return DirectoryError(what, remedy=f"chown -R $USER {path} gives it to the user that runs this")
     if _is_full(code, path):
-        return DiskFull(what, remedy="free some space; writes go on by themselves then")
+        return DiskFull(
+            f"no space left to {action} the store {path}",
+            remedy="free some space; writes go on by themselves then",
+        )
     return StorageFailed(what)
 
 

@@ -78,7 +78,16 @@ def verify_directory(path: Path, progress: OnProgress | None = None) -> VerifyRe
                 f"{path} holds no data yet: its role is {directory.role.value}",
                 remedy="start its node once, so that it creates or fetches its data",
             )
-        return _Verification(directory, progress or (lambda _: None)).run()
+        return verify_opened(directory, progress)
+
+
+def verify_opened(directory: DataDirectory, progress: OnProgress | None = None) -> VerifyReport:
+    """As :func:`verify_directory`, of one that holds a copy and is open in this process.
+
+    Raises:
+        NewerFormat, StorageFailed.
+    """
+    return _Verification(directory, progress or (lambda _: None)).run()
 
 
 class _Verification:

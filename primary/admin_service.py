@@ -21,7 +21,7 @@ class PrimaryAdminService(AdminService):
     """Adds ``Fence``, ``Freeze``, ``Thaw``, ``Forget``, checkpoints on demand, and an answer to repeated promotions."""
 
     def __init__(self, node: PrimaryNode, authority: Authority) -> None:
-        super().__init__(node.status, lambda: node.engine, authority)
+        super().__init__(node.status, lambda: node.engine, node.engine.directory, authority)
         self._node = node
 
     async def _checkpoint(self) -> None:

@@ -200,7 +200,7 @@ class _ReplicaAdminService(AdminService):
     """Adds ``Promote``."""
 
     def __init__(self, server: ReplicaServer, authority: Authority) -> None:
-        super().__init__(server.status, lambda: server.node.engine, authority)
+        super().__init__(server.status, lambda: server.node.engine, server.node.directory, authority)
         self._server = server
 
     async def Promote(self, request: admin_pb2.PromoteRequest, context: Context) -> admin_pb2.PromoteResponse:

@@ -1,4 +1,4 @@
-"""Commands that are killed, or find the disk full, at a step of one's choice, to see that they make it good later.
+"""Commands that are killed, stopped, or find the disk full, at a step of one's choice, to see that they make it good.
 
 What a step changes on disk is what a crash between two steps leaves behind. So the functions that change files are
 wrapped, and the n-th call of any of them sends SIGKILL to its own process, or fails, before it does anything. Code
@@ -37,9 +37,9 @@ from harness import Launch, Running
 KILLED = -signal.SIGKILL
 # Together they are all that the code under test changes files with, but for LMDB's own writes. Syncs are not among
 # them: kill -9 takes nothing from the kernel that was written.
-_STEPS = ("mkdir", "link", "rename", "unlink", "rmdir", "ftruncate", "pwrite", "copy_file_range")
+_STEPS = ("mkdir", "link", "rename", "unlink", "rmdir", "ftruncate", "pwrite", "pwritev", "copy_file_range")
 _STEPS_AFTER_FAILURE = 5
-_NEEDING_SPACE = ("mkdir", "link", "rename", "pwrite", "copy_file_range")
+_NEEDING_SPACE = ("mkdir", "link", "rename", "pwrite", "pwritev", "copy_file_range")
 # What the commands import only when they run.
 _MODULES = ("cli.node_status", "cli.output", "primary.server", "replica.server", "replica.rewind")
 _POLL_S = 0.005
@@ -73,6 +73,10 @@ class Nursery:
             armed: steps are counted only once this file exists.
         """
         return self._launch({"fault": "killed", "step": step, "armed": str(armed or "")})
+
+    def stopping_at(self, step: int) -> Launch:
+        """A way to start a command that stops before its ``step``-th step, and goes on at SIGCONT."""
+        return self._launch({"fault": "stopped", "step": step, "armed": ""})
 
     def out_of_space_at(self, step: int) -> Launch:
         """A way to start a command whose ``step``-th step, of those that need space, finds none.
@@ -200,6 +204,10 @@ def _wrap(fault: str, step: int, armed: str) -> None:
             number = next(numbers)
         if fault == "out of space" and number == step:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if fault == "stopped":
+            if number == step:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            return
         if number != (step if fault == "killed" else step + _STEPS_AFTER_FAILURE):
             return
         os.kill(os.getpid(), signal.SIGKILL)
@@ -212,7 +220,7 @@ def _wrap(fault: str, step: int, armed: str) -> None:
 
         return counted
 
-    for name in _STEPS if fault == "killed" else _NEEDING_SPACE:
+    for name in _NEEDING_SPACE if fault == "out of space" else _STEPS:
         setattr(os, name, wrapped(getattr(os, name)))
 
 

@@ -79,6 +79,8 @@ class FaultyFront:
         self.cut_downloads = 0  # cut in the middle of the content
         self.cut_uploads = 0  # cut in the middle of the content
         self.is_silent = False  # while it is, requests are taken, and then nothing happens
+        self.may_pass = threading.Event()  # while it is cleared, requests are taken, and wait
+        self.may_pass.set()
         self.requests = 0  # so far
         self._target = target
         self._lock = threading.Lock()
@@ -110,6 +112,7 @@ class FaultyFront:
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
+        self.may_pass.set()
         self._server.shutdown()
         self._thread.join()
         self._server.socket.close()
@@ -130,6 +133,7 @@ class FaultyFront:
             self._cut(request)
             return
         body = request.rfile.read(length)
+        self.may_pass.wait()
         if self.is_silent:
             self._ended.wait()
             self._cut(request)

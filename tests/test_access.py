@@ -87,6 +87,7 @@ def test_g10_what_an_operator_or_a_replica_must_have_proved() -> None:
     assert named(Requires.ADMIN) == {
         "Sync/Salvage",
         *(f"Admin/{name}" for name in ("Promote", "Fence", "Freeze", "Thaw", "Forget", "StateDigests")),
+        *(f"Admin/{name}" for name in ("StartBackup", "CancelBackup", "WatchBackup")),
         *(f"Accounts/{name}" for name in ("PutUser", "RemoveUser", "ListUsers", "RotateKeys", "SetPolicy")),
         *(f"Accounts/{name}" for name in ("Grant", "RevokeGrant", "ListGrants")),
         *(f"Accounts/{name}" for name in ("IssueToken", "RevokeToken", "ListTokens")),

@@ -31,6 +31,7 @@ from understudy.backup import make
 from understudy.backup.make import make_backup
 from understudy.backup.manifest import read_manifest
 from understudy.common.directory import IN_PROGRESS_FILE, MANIFEST_FILE, Role
+from understudy.common.errors import CorruptionError
 
 CORRUPT = 4
 INTERRUPTED = 130
@@ -361,9 +362,9 @@ def test_a_backup_killed_at_any_step_is_refused_until_it_is_finished(
 def test_an_update_killed_at_any_step_is_finished_by_the_next(
     processes: Processes, tmp_path: Path, anew: bool
 ) -> None:
-    """G8: an update that appends, folds or copies all again can be cut off anywhere, and is finished by the next."""
+    """G8: an update that appends or copies all again can be cut off anywhere; the next, or --finish, makes it whole."""
     primary = filled(processes, tmp_path / "a", count=50)
-    backed_up(tmp_path / "a", tmp_path / "b")
+    first = backed_up(tmp_path / "a", tmp_path / "b")
     put(primary.address, "/three", (b"key", b"new"))
     checkpoint(primary.address)
     primary.terminate()
@@ -380,11 +381,68 @@ def test_an_update_killed_at_any_step_is_finished_by_the_next(
             assert ended in (0, KILLED)
             if not (target / IN_PROGRESS_FILE).exists():
                 assert_sound(target)
+            else:
+                assert first <= finished(processes, copy_node(target, tmp_path / "finished")) <= lsn
             assert backed_up(tmp_path / "a", target, update=True) == lsn
             shutil.rmtree(target)
             if ended == 0:
                 break
     assert step > 4
+
+
+def finished(processes: Processes, cut_off: Path) -> int:
+    """Finishes a backup without its source, and removes it; up to where it had reached."""
+    told = json.loads(processes.run("backup", "-t", cut_off, "--finish", "--json").stdout)
+    assert_sound(cut_off)
+    lsn = offline_status(cut_off).lsn
+    assert told["lsn"] == lsn
+    shutil.rmtree(cut_off)
+    return lsn
+
+
+def test_only_what_was_whole_once_is_finished_without_its_source(
+    processes: Processes, tmp_path: Path
+) -> None:
+    """G8: neither a first backup that was cut off, nor one that is damaged, nor one that is whole."""
+    finish = ("backup", "-t", tmp_path / "b", "--finish")
+    primary = filled(processes, tmp_path / "a", count=50)
+    checkpoint(primary.address)
+    primary.terminate()
+    process = processes.start("backup", "-f", tmp_path / "a", "-t", tmp_path / "b", "--rate", "1kB/s")
+    wait_until((tmp_path / "b" / "store" / "data.mdb").exists)
+    process.send(signal.SIGINT)
+    assert process.wait() == INTERRUPTED
+    assert "before it was whole" in complaint(processes.run(*finish, code=DIRECTORY))
+    backed_up(tmp_path / "a", tmp_path / "b", update=True)
+    assert "cut off" in complaint(processes.run(*finish, code=DIRECTORY))
+    (tmp_path / "b" / IN_PROGRESS_FILE).write_text("{}")
+    spoil(tmp_path / "b", b"late000007")
+    assert "damaged" in complaint(processes.run(*finish, code=CORRUPT))
+    processes.run("verify", tmp_path / "b", code=DIRECTORY)
+
+
+def spoil(directory: Path, key: bytes) -> None:
+    """Changes a key in a directory's store, wherever it is."""
+    store = directory / "store" / "data.mdb"
+    data = store.read_bytes()
+    assert key in data
+    store.write_bytes(data.replace(key, key[:-1] + b"x"))
+
+
+def test_damage_is_not_folded_into_a_new_digest(
+    processes: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G11: a store that is not as it was written is told before an update writes to it."""
+    primary = filled(processes, tmp_path / "a")
+    checkpoint(primary.address)
+    backed_up(tmp_path / "a", tmp_path / "b")
+    put(primary.address, "/two", (b"more", b"1"))
+    checkpoint(primary.address)
+    monkeypatch.setattr(make, "FOLD_BYTES", 1)
+    spoil(tmp_path / "b", b"late000007")
+    with pytest.raises(CorruptionError, match="not what its manifest says"):
+        make_backup(tmp_path / "a", tmp_path / "b", update=True)
+    assert (tmp_path / "b" / IN_PROGRESS_FILE).exists()
 
 
 def forget_the_log(path: Path) -> None:

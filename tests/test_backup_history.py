@@ -9,10 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness import Processes
 from running_together import run_together
 
-from understudy.backup.history import ENTRIES_MAX, Entry, History, Result
+from understudy.backup import history as history_module
+from understudy.backup.books import Books
+from understudy.backup.history import ENTRIES_MAX, WITHOUT_BACKUP_MAX, Entry, History, Result
 from understudy.backup.manifest import utc_text
+from understudy.backup.policy import Policy
+from understudy.backup.retention import Retention
+from understudy.backup.run import run_policy
 from understudy.common.errors import NewerFormat
 
 START_S = 1795262400.25
@@ -66,7 +72,7 @@ def test_a_history_that_is_not_there_is_empty(path: Path) -> None:
     """The first run has number 1."""
     history = History(path)
     assert history.entries() == []
-    history.keep({1})
+    history.forget("nightly", lambda path: False)
     assert not path.exists()
     assert add(history).number == 1
 
@@ -82,44 +88,40 @@ def test_a_result_is_one_of_four(path: Path) -> None:
 # -- what stays --------------------------------------------------------------------------------------------
 
 
-def test_entries_of_backups_that_are_gone_go_and_failures_stay(path: Path) -> None:
-    """Runs that did not end well stay if they are newer than the oldest backup."""
+def test_entries_stay_as_long_as_their_backups(path: Path) -> None:
+    """What else a policy has run is forgotten but for the last ones, and other policies' runs stay as they are."""
     history = History(path)
-    for result in [
-        Result.FAILED,
-        Result.DONE,
-        Result.DONE,
-        Result.FAILED,
-        Result.DONE,
-        Result.CANCELLED,
-        Result.DONE,
-    ]:
-        add(history, result)
-    history.keep({3, 7})
-    assert numbers(history) == [3, 4, 6, 7]
-    history.keep({7})
-    assert numbers(history) == [7]
+    kept = add(history, paths=["/repository/one/"])
+    for _ in range(2):
+        add(history, Result.FAILED, policy="hourly")
+    gone = [add(history, paths=["/repository/gone/"]) for _ in range(60)]
+    failed = [add(history, Result.FAILED) for _ in range(60)]
+    history.forget("nightly", {"/repository/one/"}.__contains__)
+    left = [entry.number for entry in (*gone, *failed)][-WITHOUT_BACKUP_MAX:]
+    assert numbers(history) == [kept.number, 2, 3, *left]
 
 
-def test_a_run_that_ended_meanwhile_stays(path: Path) -> None:
-    """Who has listed the backups before another process added one does not take its entry away."""
-    history = History(path)
-    listed = {add(history).number, add(history).number}
-    add(history)
-    history.keep(listed)
-    assert numbers(history) == [1, 2, 3]
-
-
-def test_runs_stay_while_there_is_no_backup_at_all(path: Path) -> None:
-    """What has failed until now is what an operator wants to see."""
-    history = History(path)
-    add(history, Result.FAILED)
-    history.keep(set())
-    assert numbers(history) == [1]
+def test_a_run_forgets_the_runs_whose_backups_it_has_pruned(
+    processes: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What retention keeps is in the history, and of the rest the last ones are."""
+    monkeypatch.setattr(history_module, "WITHOUT_BACKUP_MAX", 1)
+    processes.primary(tmp_path / "a")
+    (tmp_path / "repository").mkdir()
+    policy = Policy(
+        name="nightly",
+        schedule=None,
+        repositories=(str(tmp_path / "repository"),),
+        retention=Retention(last=2),
+        archive_log=False,
+    )
+    for _ in range(4):
+        assert run_policy(policy, tmp_path / "a").result is Result.DONE
+    assert numbers(Books.of(tmp_path / "a").history) == [2, 3, 4]
 
 
 def test_g9_entries_and_their_errors_are_bounded(path: Path) -> None:
-    """G9: failures without end push out the oldest, and errors without end are cut."""
+    """G9: runs without end push out the oldest, and errors without end are cut."""
     history = History(path)
     add(history, Result.FAILED, errors=["x" * 10_000_000] * 100)
     assert path.stat().st_size < 100_000
@@ -163,7 +165,7 @@ print("ready", flush=True)
 sys.stdin.read()
 for _ in range(40):
     history.add(policy=sys.argv[2], start_s=0, seconds=0, result=Result.DONE, realms=0, bytes=0, lsn=0)
-    history.keep({1})
+    history.forget(sys.argv[2], lambda path: True)
 """
 
 

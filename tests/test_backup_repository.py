@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import uuid
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,15 +31,17 @@ from s3_server import FaultyFront, S3Server, credentials
 
 from understudy.backup.archiver import Archiver
 from understudy.backup.catalog import StoredBackup, read_catalog
+from understudy.backup.drill import drill_newest
+from understudy.backup.drill_server import read_all
 from understudy.backup.encryption import Unlocking
-from understudy.backup.log_archive import list_stretches
 from understudy.backup.manifest import read_manifest
 from understudy.backup.policy import Policy
-from understudy.backup.repository import Repository, open_repository
+from understudy.backup.repository import Repository, StoredObject, open_repository
 from understudy.backup.repository_lock import locked
 from understudy.backup.restore import restore_stored
 from understudy.backup.retention import Retention
 from understudy.backup.run import RunReport, run_policy
+from understudy.backup.stretch import list_stretches
 from understudy.backup.upkeep import prune
 from understudy.common.directory import NODE_FILE, NodeFile
 from understudy.common.errors import CorruptionError
@@ -73,10 +76,14 @@ def write_config(path: Path, *folders: Path, more: str = "") -> Path:
     return path
 
 
+def archiver_of(data_dir: Path, repository: Repository) -> Archiver:
+    cluster = ClusterId(uuid.UUID(NodeFile.read(data_dir / NODE_FILE).cluster).bytes)
+    return Archiver(data_dir / "log", cluster, repository, encryption=None)
+
+
 def ship(data_dir: Path, repository: Repository) -> int:
     """Ships what there is of a node's log."""
-    cluster = ClusterId(uuid.UUID(NodeFile.read(data_dir / NODE_FILE).cluster).bytes)
-    return Archiver(data_dir / "log", cluster, repository, encryption=None).ship()
+    return archiver_of(data_dir, repository).ship()
 
 
 # -- runs ------------------------------------------------------------------------------------------------------
@@ -297,6 +304,103 @@ def test_the_log_goes_on_behind_a_failover(processes: Processes, tmp_path: Path,
     assert pairs(processes.primary(tmp_path / "c").address, "/realm") == {b"both": b"1", b"new": b"1"}
 
 
+def forked(processes: Processes, tmp_path: Path, folder: Path) -> None:
+    """A repository in which an old primary and the one that was promoted have both shipped, and the old one more."""
+    pair = Pair(processes, tmp_path)
+    put(pair.primary.address, "/realm", (b"both", b"0"))
+    repository = open_repository(str(folder))
+    done(run_policy(policy_to(folder, archive_log=False), pair.a))
+    put(pair.primary.address, "/realm", (b"both", b"1"))
+    wait_until_caught_up(pair.primary.address, pair.replica.address)
+    pair.replica.kill()
+    for number in range(9):
+        put(pair.primary.address, "/realm", (b"only", b"the old one %d" % number))
+    ship(pair.a, repository)
+    pair.primary.kill()
+    processes.run("promote", pair.b)
+    put(processes.primary(pair.b).address, "/realm", (b"new", b"1"))
+    ship(pair.b, repository)
+
+
+def test_an_old_primarys_stretch_is_left_where_its_successor_has_begun(
+    processes: Processes, tmp_path: Path, folder: Path
+) -> None:
+    """G3: the longest stretch behind the backup is of a history that was given up; --epoch gets at that one, too."""
+    forked(processes, tmp_path, folder)
+    processes.run("restore", folder, "--to", tmp_path / "new")
+    assert_sound(tmp_path / "new")
+    assert read_manifest(tmp_path / "new").epoch == 2
+    assert pairs(processes.primary(tmp_path / "new").address, "/realm") == {b"both": b"1", b"new": b"1"}
+    processes.run("restore", folder, "--to", tmp_path / "old", "--epoch", "1")
+    server = processes.primary(tmp_path / "old")
+    assert pairs(server.address, "/realm") == {b"both": b"1", b"only": b"the old one 8"}
+    assert status(server.address).epoch == 3
+
+
+def test_a_history_that_may_have_been_given_up_is_not_restored_unasked(
+    processes: Processes, tmp_path: Path, folder: Path
+) -> None:
+    """G3, G8: where the way to the highest epoch is missing, an earlier one is followed only with --epoch."""
+    forked(processes, tmp_path, folder)
+    repository = open_repository(str(folder))
+    stretches = list_stretches(repository)
+    old = max((one for one in stretches if one.epoch == 1), key=lambda one: one.last)
+    newest = max(stretches, key=lambda one: one.rank)
+    for stretch in stretches:
+        if stretch not in (old, newest):
+            repository.delete(stretch.name)
+    spoilt = replace(newest, before="0" * len(newest.before))
+    with repository.download(newest.name) as file, repository.upload(spoilt.name) as out:
+        out.write(file.read())
+    repository.delete(newest.name)
+    refused = processes.run("restore", folder, "--to", tmp_path / "restored", code=CORRUPT)
+    assert "--epoch 1" in refused.stderr.decode()
+    processes.run("restore", folder, "--to", tmp_path / "restored", "--epoch", "1")
+    assert offline_status(tmp_path / "restored").lsn == old.last
+
+
+def test_a_log_that_grows_slowly_is_few_objects(processes: Processes, tmp_path: Path, folder: Path) -> None:
+    """G9: small stretches are put together as more come, and a restore finds its way through what remains."""
+    primary = processes.primary(tmp_path / "a")
+    put(primary.address, "/realm", (b"key", b"first"))
+    done(run_policy(policy_to(folder, archive_log=False), tmp_path / "a"))
+    repository = open_repository(str(folder))
+    archiver = archiver_of(tmp_path / "a", repository)
+    for number in range(40):
+        put(primary.address, "/realm", (b"key", b"%d" % number))
+        archiver.ship()
+    assert len(list_stretches(repository)) <= 7
+    processes.run("restore", folder, "--to", tmp_path / "b")
+    assert_sound(tmp_path / "b")
+    assert pairs(processes.primary(tmp_path / "b").address, "/realm") == {b"key": b"39"}
+
+
+def test_a_stretch_that_is_replaced_while_a_restore_is_on_its_way_is_looked_for_again(
+    processes: Processes, tmp_path: Path, folder: Path
+) -> None:
+    """G8: what was listed and is gone when it is read has been replaced by a longer one."""
+    primary = processes.primary(tmp_path / "a")
+    put(primary.address, "/realm", (b"key", b"first"))
+    backup = done(run_policy(policy_to(folder, archive_log=False), tmp_path / "a"))
+    repository = open_repository(str(folder))
+    archiver = archiver_of(tmp_path / "a", repository)
+    put(primary.address, "/realm", (b"key", b"second"))
+    archiver.ship()
+    before = list(repository.list("log/"))
+    put(primary.address, "/realm", (b"key", b"third"))
+    archiver.ship()
+    assert not {stored.name for stored in before} & {stretch.name for stretch in list_stretches(repository)}
+    answers = iter([before, before])  # for the epochs to come, and for the way
+
+    def listing(prefix: str = "") -> Iterator[StoredObject]:
+        return iter(next(answers, None) or list(open_repository(str(folder)).list(prefix)))
+
+    repository.list = listing  # type: ignore[method-assign]
+    restore_stored(repository, backup, tmp_path / "b", with_log=True)
+    assert_sound(tmp_path / "b")
+    assert pairs(processes.primary(tmp_path / "b").address, "/realm") == {b"key": b"third"}
+
+
 def test_a_restore_to_before_a_promotion_begins_an_epoch_that_never_was(
     processes: Processes, tmp_path: Path, folder: Path
 ) -> None:
@@ -433,6 +537,22 @@ def test_checks_are_remembered_and_a_damaged_backup_is_passed_over(
     assert pairs(processes.primary(tmp_path / "b").address, "/realm") == {b"key": b"0"}
 
 
+def test_a_backup_is_shown_for_people_and_for_programs(
+    processes: Processes, tmp_path: Path, folder: Path
+) -> None:
+    """`backups show` says what a backup holds and what checks found; with --json also each file."""
+    put(processes.primary(tmp_path / "a").address, "/realm", (b"key", b"1"))
+    backup = done(run_policy(policy_to(folder), tmp_path / "a"))
+    processes.run("backups", "verify", folder, backup.id)
+    shown = processes.run("backups", "show", folder, backup.id).stdout.decode()
+    assert f"LSN {backup.manifest.lsn} of {backup.manifest.time}, epoch 1" in shown
+    assert "1 realm, " in shown
+    assert "intact" in shown
+    facts = json.loads(processes.run("backups", "show", folder, backup.id, "--json").stdout)
+    assert facts["files"] == [{"path": file.path, "bytes": file.bytes} for file in backup.manifest.files]
+    assert [check["finding"] for check in facts["checks"]] == ["intact"]
+
+
 def test_a_copied_backup_restores(processes: Processes, tmp_path: Path, folder: Path) -> None:
     """`backups copy` takes a backup to another repository, once however often it is asked to."""
     other = tmp_path / "other"
@@ -444,6 +564,22 @@ def test_a_copied_backup_restores(processes: Processes, tmp_path: Path, folder: 
     assert read_catalog(open_repository(str(other))).backups == [backup]
     processes.run("restore", other, "--to", tmp_path / "b")
     assert_sound(tmp_path / "b")
+
+
+def test_a_copy_is_not_published_on_another_archive(
+    processes: Processes, tmp_path: Path, folder: Path
+) -> None:
+    """G8: an archive that lies there already becomes a backup only if it is the one."""
+    other = tmp_path / "other"
+    (other / "there").mkdir(parents=True)
+    processes.primary(tmp_path / "a")
+    backup = done(run_policy(policy_to(folder), tmp_path / "a"))
+    (other / backup.folder).mkdir(parents=True)
+    (other / backup.archive_name).write_bytes(b"something else")
+    (other / "there").rmdir()
+    told = complaint(processes.run("backups", "copy", folder, backup.id, "--to", other, code=CORRUPT))
+    assert backup.archive_name in told
+    assert read_catalog(open_repository(str(other))).backups == []
 
 
 def test_the_last_backup_is_not_deleted_without_force(
@@ -482,6 +618,46 @@ def test_each_policy_prunes_its_own_backups(processes: Processes, tmp_path: Path
     for _ in range(2):
         last = done(run_policy(policy_to(folder, retention=Retention(last=1)), tmp_path / "a"))
     assert [backup.id for backup in read_catalog(open_repository(str(folder))).backups] == [kept.id, last.id]
+
+
+def test_a_node_that_does_not_know_of_its_successor_takes_no_ones_place(
+    processes: Processes, tmp_path: Path, folder: Path
+) -> None:
+    """G3, G8: its backups are partial, no retention keeps them for the successor's, and drills take the successor's."""
+    pair = Pair(processes, tmp_path)
+    put(pair.primary.address, "/realm", (b"both", b"1"))
+    wait_until_caught_up(pair.primary.address, pair.replica.address)
+    pair.replica.kill()
+    put(pair.primary.address, "/realm", (b"only", b"the old one"), (b"and", b"more"))
+    pair.primary.kill()
+    processes.run("promote", pair.b)
+    policy = policy_to(folder, retention=Retention(last=1))
+    new = done(run_policy(policy, pair.b))
+    for _ in range(2):
+        report = run_policy(policy, pair.a)
+        assert report.result == "partial"
+        assert "another node has taken over" in report.all_errors[0]
+    listed = [backup.id for backup in read_catalog(open_repository(str(folder))).backups]
+    assert new.id in listed
+    drill = drill_newest(policy, str(folder), tmp_path, read_all=read_all)
+    assert (drill.is_proven, drill.backup) == (True, new)
+    newer = done(run_policy(policy, pair.b))
+    assert [backup.id for backup in read_catalog(open_repository(str(folder))).backups] == [newer.id]
+
+
+def test_a_fenced_primary_is_not_backed_up_by_a_policy(
+    processes: Processes, tmp_path: Path, folder: Path
+) -> None:
+    """G8: the run fails and says why; by hand a copy can still be made of what the node has."""
+    primary = processes.primary(tmp_path / "a")
+    put(primary.address, "/realm", (b"key", b"1"))
+    processes.run("fence", "--server", primary.address)
+    report = run_policy(policy_to(folder), tmp_path / "a")
+    assert report.result == "failed"
+    assert "fenced" in report.all_errors[0]
+    assert read_catalog(open_repository(str(folder))).backups == []
+    processes.run("backup", "-f", tmp_path / "a", "-t", tmp_path / "b")
+    assert_sound(tmp_path / "b")
 
 
 def test_nothing_is_pruned_where_what_stays_is_not_there(

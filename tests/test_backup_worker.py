@@ -6,20 +6,24 @@ import json
 import os
 import signal
 import time
+import uuid
 from pathlib import Path
 
 import pytest
 from harness import Processes, complaint, wait_until
 from nodes import children, is_alive, pairs, put, status, wait_until_caught_up, warnings
 
+from understudy.backup.archiver import Archiver
 from understudy.backup.books import Books
 from understudy.backup.catalog import read_catalog
 from understudy.backup.history import Result
-from understudy.backup.log_archive import list_stretches
 from understudy.backup.policy import read_policies
-from understudy.backup.repository import open_repository
+from understudy.backup.repository import Repository, open_repository
+from understudy.backup.stretch import list_stretches
 from understudy.backup.worker import Worker
 from understudy.common.backup_worker import BackupWorker
+from understudy.common.directory import NODE_FILE, NodeFile
+from understudy.common.types import ClusterId
 from understudy.v1 import admin_pb2
 
 USAGE = 2
@@ -119,6 +123,35 @@ def test_the_log_waits_for_a_repository_that_is_away(
     wait_until(pruned)
 
 
+def test_a_gap_in_the_log_is_warned_of_until_a_newer_backup_is_there(
+    processes: Processes, tmp_path: Path, folder: Path
+) -> None:
+    """Neither what is shipped behind it nor a new server makes it forgotten; a backup does."""
+    primary = processes.primary(tmp_path / "a")
+    run = ("backup", "run", "nightly", "--data-dir", tmp_path / "a", "--config")
+    processes.run(*run, write_config(tmp_path / "plain.toml", folder, "archive_log = false\n"))
+    repository = open_repository(str(folder))
+    for number in range(2):
+        put(primary.address, "/realm", (b"key", b"%d" % number))
+        ship_once(tmp_path / "a", repository)
+    lost, _ = list_stretches(repository)
+    repository.delete(lost.name)
+    assert primary.terminate() == 0
+    primary = processes.primary(tmp_path / "a", "--config", write_config(tmp_path / "u.toml", folder))
+    missing = f"the log behind LSN {lost.first - 1} is not all there"
+    wait_until(lambda: missing in warnings(primary.address))
+    receipt = put(primary.address, "/realm", (b"key", b"2"))
+    wait_until(lambda: shipped(primary.address) >= receipt.lsn)
+    assert missing in warnings(primary.address)
+    processes.run("backups", "start", "nightly", "--server", primary.address)
+    wait_until(lambda: missing not in warnings(primary.address))
+
+
+def ship_once(data_dir: Path, repository: Repository) -> None:
+    cluster = ClusterId(uuid.UUID(NodeFile.read(data_dir / NODE_FILE).cluster).bytes)
+    Archiver(data_dir / "log", cluster, repository, encryption=None).ship()
+
+
 # -- runs ------------------------------------------------------------------------------------------------------
 
 
@@ -168,6 +201,26 @@ def test_a_status_warns_where_no_backup_was_proven_for_days(tmp_path: Path) -> N
         policy.last_proven_s = time.time() - age_days * DAY_S
         worker.report = admin_pb2.BackupReport(policies=[policy])
         assert any("proven" in warning for warning in worker.warnings()) == warns
+
+
+def test_a_status_warns_of_what_is_overdue_and_of_what_does_not_end(tmp_path: Path) -> None:
+    """An hour after it was due, and a day after it has begun, there is a warning that names the policy or the run."""
+    clock = Clock(1_760_000_000.0)
+    worker = BackupWorker(tmp_path, tmp_path / "u.toml", clock)
+    due = admin_pb2.BackupStatus(policy="nightly", next_s=clock.now_s - 3 * DAY_S)
+    worker.report = admin_pb2.BackupReport(policies=[due])
+    assert worker.warnings() == []  # it is made up by a server that has just started
+    clock.now_s += 3601
+    (warning,) = worker.warnings()
+    assert "nightly: was due at 2025-10-06T08:53:20Z, and has not been made" in warning
+    run = admin_pb2.BackupRun(
+        id="0a1b2c3d", policy="nightly", state=admin_pb2.BackupRun.RUNNING, started_s=clock.now_s
+    )
+    worker.runs.take([run])
+    assert worker.warnings() == []
+    clock.now_s += DAY_S + 1
+    (warning,) = worker.warnings()
+    assert "understudy backups cancel 0a1b2c3d" in warning
 
 
 def test_a_run_that_the_servers_end_cuts_off_is_made_up(

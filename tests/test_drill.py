@@ -13,6 +13,7 @@ import pytest
 from harness import ANY_PORT, Processes, complaint, wait_until
 from nodes import assert_sound, checkpoint, copy_node, pairs, put
 
+from understudy.backup import drill_server
 from understudy.backup import staging as staging_module
 from understudy.backup.archiver import Archiver
 from understudy.backup.catalog import StoredBackup, read_catalog
@@ -201,6 +202,34 @@ def test_a_drill_that_can_not_be_done_says_nothing_about_the_backup(
 # -- keys ------------------------------------------------------------------------------------------------------
 
 
+HANGING = """
+import json, threading
+print(json.dumps({"realm": "/realm", "read": 1}), flush=True)
+threading.Event().wait()
+"""
+
+
+def test_a_server_that_hangs_is_ended_and_is_no_damage(
+    processes: Processes, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing more is read for some time the drill could not be done, and the backup stays what it was."""
+    processes.primary(tmp_path / "a")
+    backed_up(policy_to(folder), tmp_path / "a")
+    (tmp_path / "hanging_server.py").write_text(HANGING)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(drill_server, "MODULE", "hanging_server")
+
+    def read_impatiently(directory: Path) -> ReadReport:
+        with drill_server.proven_server(directory, ANY_PORT, stalled_s=1.0) as (report, _):
+            return report
+
+    drill = drilled(policy_to(folder), folder, tmp_path, read_all=read_impatiently)
+    assert drill.finding is None
+    assert "has read nothing for 1 s" in drill.problem
+    assert states(folder) == ["unchecked"]
+    assert left_over(tmp_path) == []
+
+
 def test_a_wrong_passphrase_is_no_damage(processes: Processes, tmp_path: Path, folder: Path) -> None:
     """G10: what does not open could not be proven, and is not called damaged; with the right one it is proven."""
     processes.primary(tmp_path / "a")
@@ -240,8 +269,10 @@ def test_backups_for_recipients_need_a_key(processes: Processes, tmp_path: Path,
     assert "identity_file" in drilled(without, folder, tmp_path).problem
     assert states(folder) == ["unchecked"]
     (tmp_path / "key").write_text(f"{key}\n")
-    (tmp_path / "key").chmod(0o600)
     policy = parse_policy({**table, "identity_file": str(tmp_path / "key")}, "u.toml")
+    (tmp_path / "key").chmod(0o644)
+    assert "chmod 600" in drilled(policy, folder, tmp_path).problem
+    (tmp_path / "key").chmod(0o600)
     assert drilled(policy, folder, tmp_path).is_proven
 
 

@@ -712,7 +712,7 @@ def test_entries_of_the_tail_come_back(
 def test_manifests_of_before_are_read(tmp_path: Path, source: Source) -> None:
     """One without the keys of forms and choices is that of a whole backup of pages."""
     facts = json.loads(read_manifest(source.path).encode())
-    for key in ("form", "realms_chosen", "realms_excluded", "failed"):
+    for key in ("form", "realms_chosen", "realms_excluded", "failed", "seal"):
         del facts[key]
     manifest = Manifest.decode(json.dumps(facts).encode(), "name")
     assert manifest == read_manifest(source.path)

@@ -70,20 +70,25 @@ class PowerLoss:
 
         In that moment it can still talk, and must not say that something is durable.
         """
+        self.unplug()
+        let_run(process, self._chance.random() * _AFTERLIFE_S_MAX)
+        process.kill()
+        self.plug_in()
+
+    def unplug(self) -> None:
+        """From now on everything on the disk fails, and what was not durable is lost."""
         fd = os.open(self._mount_point, os.O_RDONLY)
         try:
             flags = struct.pack("I", _EXT4_GOING_FLAGS_NOLOGFLUSH)
             fcntl.ioctl(fd, _EXT4_IOC_SHUTDOWN, flags)
         finally:
             os.close(fd)
-        let_run(process, self._chance.random() * _AFTERLIFE_S_MAX)
-        process.kill()
-        self._unmount()
-        _run("mount", self._device, self._mount_point)
 
-    def _unmount(self) -> None:
+    def plug_in(self) -> None:
+        """Mounts the disk again, once nobody has a file on it open any more."""
         # The process that writes checkpoints ends by itself, a moment after its parent.
         wait_until(lambda: _try("umount", self._mount_point), what=lambda: f"{self._mount_point} is in use")
+        _run("mount", self._device, self._mount_point)
 
 
 def let_run(process: Process, seconds: float) -> None:

@@ -192,7 +192,7 @@ def main() -> int:
         if story["problem"]:
             show(story)
         else:
-            print("\n".join(story["trace"]))
+            print("\n".join([*story["trace"], f"\nseed {options.seed}: no promise was broken"]))
         return bool(story["problem"])
     first = secrets.randbelow(1 << 31) if options.first is None else options.first
     print(f"first seed {first}", flush=True)

@@ -27,7 +27,7 @@ from understudy.v1 import replication_pb2 as understudy_dot_v1_dot_replication__
 from understudy.v1 import sync_pb2 as understudy_dot_v1_dot_sync__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19understudy/v1/admin.proto\x12\runderstudy.v1\x1a\x17understudy/v1/log.proto\x1a\x1funderstudy/v1/replication.proto\x1a\x18understudy/v1/sync.proto\"\x0f\n\rStatusRequest\"\xe6\x03\n\x0eStatusResponse\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63luster\x18\x02 \x01(\x0c\x12\x0c\n\x04node\x18\x03 \x01(\x0c\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x0b\n\x03lsn\x18\x05 \x01(\x04\x12\x13\n\x0b\x64urable_lsn\x18\x06 \x01(\x04\x12\x15\n\rcommitted_lsn\x18\x07 \x01(\x04\x12\x16\n\x0e\x63heckpoint_lsn\x18\x08 \x01(\x04\x12\x0e\n\x06\x64igest\x18\t \x01(\x0c\x12\x0e\n\x06realms\x18\n \x01(\x04\x12\x12\n\ndurability\x18\x0b \x01(\t\x12.\n\x08replicas\x18\x0c \x03(\x0b\x32\x1c.understudy.v1.ReplicaStatus\x12/\n\x08upstream\x18\r \x01(\x0b\x32\x1d.understudy.v1.UpstreamStatus\x12\x10\n\x08warnings\x18\x0e \x03(\t\x12\x0f\n\x07version\x18\x0f \x01(\t\x12(\n\x05proof\x18\x10 \x01(\x0b\x32\x19.understudy.v1.EpochProof\x12\x0e\n\x06\x61\x63\x63\x65ss\x18\x11 \x01(\t\x12\'\n\x07healing\x18\x12 \x01(\x0b\x32\x16.understudy.v1.Healing\x12,\n\x07\x62\x61\x63kups\x18\x13 \x03(\x0b\x32\x1b.understudy.v1.BackupStatus\"\xea\x01\n\x0c\x42\x61\x63kupStatus\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12\x0e\n\x06next_s\x18\x02 \x01(\x01\x12\x0f\n\x07running\x18\x03 \x01(\x08\x12\x16\n\x0elast_success_s\x18\x04 \x01(\x01\x12\x16\n\x0elast_failure_s\x18\x05 \x01(\x01\x12\x12\n\nlast_error\x18\x06 \x01(\t\x12\x15\n\rlast_proven_s\x18\x07 \x01(\x01\x12\x17\n\x0f\x64rill_warn_days\x18\x08 \x01(\r\x12\x35\n\x0crepositories\x18\t \x03(\x0b\x32\x1f.understudy.v1.RepositoryStatus\"E\n\x10RepositoryStatus\x12\x0b\n\x03url\x18\x01 \x01(\t\x12\x13\n\x0bshipped_lsn\x18\x02 \x01(\x04\x12\x0f\n\x07problem\x18\x03 \x01(\t\"T\n\x0c\x42\x61\x63kupReport\x12-\n\x08policies\x18\x01 \x03(\x0b\x32\x1b.understudy.v1.BackupStatus\x12\x15\n\rkeep_from_lsn\x18\x02 \x01(\x04\"_\n\x07Healing\x12\x14\n\x0cseconds_left\x18\x01 \x01(\x01\x12\x0f\n\x07\x63lients\x18\x02 \x01(\x04\x12-\n\nhomecoming\x18\x03 \x01(\x0b\x32\x19.understudy.v1.Homecoming\"\xa4\x01\n\rReplicaStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12\x11\n\tconnected\x18\x02 \x01(\x08\x12\r\n\x05state\x18\x03 \x01(\t\x12\x13\n\x0b\x64urable_lsn\x18\x04 \x01(\x04\x12\x13\n\x0b\x61pplied_lsn\x18\x05 \x01(\x04\x12\x13\n\x0blag_entries\x18\x06 \x01(\x04\x12\x11\n\tlag_bytes\x18\x07 \x01(\x04\x12\x13\n\x0blag_seconds\x18\x08 \x01(\x01\"q\n\x0eUpstreamStatus\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x11\n\tconnected\x18\x02 \x01(\x08\x12\x13\n\x0blag_entries\x18\x03 \x01(\x04\x12\x11\n\tlag_bytes\x18\x04 \x01(\x04\x12\x13\n\x0blag_seconds\x18\x05 \x01(\x01\"\x1f\n\x0ePromoteRequest\x12\r\n\x05serve\x18\x01 \x01(\x08\"`\n\x0fPromoteResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0b\n\x03lsn\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\x12\x10\n\x08warnings\x18\x05 \x03(\t\"\x0e\n\x0c\x46\x65nceRequest\"\x1e\n\rFenceResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\" \n\rFreezeRequest\x12\x0f\n\x07seconds\x18\x01 \x01(\x01\"C\n\x0e\x46reezeResponse\x12\x0b\n\x03lsn\x18\x01 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x12\x14\n\x0cseconds_left\x18\x03 \x01(\x01\"\r\n\x0bThawRequest\"\"\n\x0cThawResponse\x12\x12\n\nwas_frozen\x18\x01 \x01(\x08\"#\n\rForgetRequest\x12\x12\n\nreplica_id\x18\x01 \x01(\t\"=\n\x0e\x46orgetResponse\x12\x13\n\x0b\x64urable_lsn\x18\x01 \x01(\x04\x12\x16\n\x0ereleased_bytes\x18\x02 \x01(\x04\"?\n\x13StateDigestsRequest\x12\x14\n\x0c\x61t_least_lsn\x18\x01 \x01(\x04\x12\x12\n\ncheckpoint\x18\x02 \x01(\x08\"\x87\x01\n\x14StateDigestsResponse\x12\x0b\n\x03lsn\x18\x01 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x12\x14\n\x0cstate_digest\x18\x03 \x01(\x0c\x12*\n\x06realms\x18\x04 \x03(\x0b\x32\x1a.understudy.v1.RealmDigest\x12\x10\n\x08problems\x18\x05 \x03(\t2\x84\x04\n\x05\x41\x64min\x12\x45\n\x06Status\x12\x1c.understudy.v1.StatusRequest\x1a\x1d.understudy.v1.StatusResponse\x12H\n\x07Promote\x12\x1d.understudy.v1.PromoteRequest\x1a\x1e.understudy.v1.PromoteResponse\x12\x42\n\x05\x46\x65nce\x12\x1b.understudy.v1.FenceRequest\x1a\x1c.understudy.v1.FenceResponse\x12\x45\n\x06\x46reeze\x12\x1c.understudy.v1.FreezeRequest\x1a\x1d.understudy.v1.FreezeResponse\x12?\n\x04Thaw\x12\x1a.understudy.v1.ThawRequest\x1a\x1b.understudy.v1.ThawResponse\x12\x45\n\x06\x46orget\x12\x1c.understudy.v1.ForgetRequest\x1a\x1d.understudy.v1.ForgetResponse\x12W\n\x0cStateDigests\x12\".understudy.v1.StateDigestsRequest\x1a#.understudy.v1.StateDigestsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19understudy/v1/admin.proto\x12\runderstudy.v1\x1a\x17understudy/v1/log.proto\x1a\x1funderstudy/v1/replication.proto\x1a\x18understudy/v1/sync.proto\"\x0f\n\rStatusRequest\"\xe6\x03\n\x0eStatusResponse\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63luster\x18\x02 \x01(\x0c\x12\x0c\n\x04node\x18\x03 \x01(\x0c\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x0b\n\x03lsn\x18\x05 \x01(\x04\x12\x13\n\x0b\x64urable_lsn\x18\x06 \x01(\x04\x12\x15\n\rcommitted_lsn\x18\x07 \x01(\x04\x12\x16\n\x0e\x63heckpoint_lsn\x18\x08 \x01(\x04\x12\x0e\n\x06\x64igest\x18\t \x01(\x0c\x12\x0e\n\x06realms\x18\n \x01(\x04\x12\x12\n\ndurability\x18\x0b \x01(\t\x12.\n\x08replicas\x18\x0c \x03(\x0b\x32\x1c.understudy.v1.ReplicaStatus\x12/\n\x08upstream\x18\r \x01(\x0b\x32\x1d.understudy.v1.UpstreamStatus\x12\x10\n\x08warnings\x18\x0e \x03(\t\x12\x0f\n\x07version\x18\x0f \x01(\t\x12(\n\x05proof\x18\x10 \x01(\x0b\x32\x19.understudy.v1.EpochProof\x12\x0e\n\x06\x61\x63\x63\x65ss\x18\x11 \x01(\t\x12\'\n\x07healing\x18\x12 \x01(\x0b\x32\x16.understudy.v1.Healing\x12,\n\x07\x62\x61\x63kups\x18\x13 \x03(\x0b\x32\x1b.understudy.v1.BackupStatus\"\xf7\x01\n\x0c\x42\x61\x63kupStatus\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12\x0e\n\x06next_s\x18\x02 \x01(\x01\x12\x0f\n\x07running\x18\x03 \x01(\x08\x12\x16\n\x0elast_success_s\x18\x04 \x01(\x01\x12\x16\n\x0elast_failure_s\x18\x05 \x01(\x01\x12\x12\n\nlast_error\x18\x06 \x01(\t\x12\x15\n\rlast_proven_s\x18\x07 \x01(\x01\x12\x17\n\x0f\x64rill_warn_days\x18\x08 \x01(\r\x12\x35\n\x0crepositories\x18\t \x03(\x0b\x32\x1f.understudy.v1.RepositoryStatus\x12\x0b\n\x03run\x18\n \x01(\t\"R\n\x10RepositoryStatus\x12\x0b\n\x03url\x18\x01 \x01(\t\x12\x13\n\x0bshipped_lsn\x18\x02 \x01(\x04\x12\x0f\n\x07problem\x18\x03 \x01(\t\x12\x0b\n\x03gap\x18\x04 \x01(\t\"|\n\x0c\x42\x61\x63kupReport\x12-\n\x08policies\x18\x01 \x03(\x0b\x32\x1b.understudy.v1.BackupStatus\x12\x15\n\rkeep_from_lsn\x18\x02 \x01(\x04\x12&\n\x04runs\x18\x03 \x03(\x0b\x32\x18.understudy.v1.BackupRun\"\x80\x01\n\x0b\x42\x61\x63kupOrder\x12\x31\n\x05start\x18\x01 \x01(\x0b\x32 .understudy.v1.BackupOrder.StartH\x00\x12\x10\n\x06\x63\x61ncel\x18\x02 \x01(\tH\x00\x1a#\n\x05Start\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06policy\x18\x02 \x01(\tB\x07\n\x05order\"\xa4\x02\n\tBackupRun\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12-\n\x05state\x18\x03 \x01(\x0e\x32\x1e.understudy.v1.BackupRun.State\x12\x11\n\tstarted_s\x18\x04 \x01(\x01\x12\x0f\n\x07seconds\x18\x05 \x01(\x01\x12\x12\n\ndone_bytes\x18\x06 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x07 \x01(\x04\x12\r\n\x05paths\x18\x08 \x03(\t\x12\x0e\n\x06\x65rrors\x18\t \x03(\t\"`\n\x05State\x12\x0b\n\x07UNKNOWN\x10\x00\x12\x0b\n\x07WAITING\x10\x01\x12\x0b\n\x07RUNNING\x10\x02\x12\x08\n\x04\x44ONE\x10\x03\x12\x0b\n\x07PARTIAL\x10\x04\x12\n\n\x06\x46\x41ILED\x10\x05\x12\r\n\tCANCELLED\x10\x06\"_\n\x07Healing\x12\x14\n\x0cseconds_left\x18\x01 \x01(\x01\x12\x0f\n\x07\x63lients\x18\x02 \x01(\x04\x12-\n\nhomecoming\x18\x03 \x01(\x0b\x32\x19.understudy.v1.Homecoming\"\xa4\x01\n\rReplicaStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12\x11\n\tconnected\x18\x02 \x01(\x08\x12\r\n\x05state\x18\x03 \x01(\t\x12\x13\n\x0b\x64urable_lsn\x18\x04 \x01(\x04\x12\x13\n\x0b\x61pplied_lsn\x18\x05 \x01(\x04\x12\x13\n\x0blag_entries\x18\x06 \x01(\x04\x12\x11\n\tlag_bytes\x18\x07 \x01(\x04\x12\x13\n\x0blag_seconds\x18\x08 \x01(\x01\"q\n\x0eUpstreamStatus\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x11\n\tconnected\x18\x02 \x01(\x08\x12\x13\n\x0blag_entries\x18\x03 \x01(\x04\x12\x11\n\tlag_bytes\x18\x04 \x01(\x04\x12\x13\n\x0blag_seconds\x18\x05 \x01(\x01\"\x1f\n\x0ePromoteRequest\x12\r\n\x05serve\x18\x01 \x01(\x08\"`\n\x0fPromoteResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0b\n\x03lsn\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\x12\x10\n\x08warnings\x18\x05 \x03(\t\"\x0e\n\x0c\x46\x65nceRequest\"\x1e\n\rFenceResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\" \n\rFreezeRequest\x12\x0f\n\x07seconds\x18\x01 \x01(\x01\"C\n\x0e\x46reezeResponse\x12\x0b\n\x03lsn\x18\x01 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x12\x14\n\x0cseconds_left\x18\x03 \x01(\x01\"\r\n\x0bThawRequest\"\"\n\x0cThawResponse\x12\x12\n\nwas_frozen\x18\x01 \x01(\x08\"$\n\x12StartBackupRequest\x12\x0e\n\x06policy\x18\x01 \x01(\t\"8\n\x13StartBackupResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\x15\n\rwas_under_way\x18\x02 \x01(\x08\"!\n\x13\x43\x61ncelBackupRequest\x12\n\n\x02id\x18\x01 \x01(\t\"=\n\x14\x43\x61ncelBackupResponse\x12%\n\x03run\x18\x01 \x01(\x0b\x32\x18.understudy.v1.BackupRun\" \n\x12WatchBackupRequest\x12\n\n\x02id\x18\x01 \x01(\t\"#\n\rForgetRequest\x12\x12\n\nreplica_id\x18\x01 \x01(\t\"=\n\x0e\x46orgetResponse\x12\x13\n\x0b\x64urable_lsn\x18\x01 \x01(\x04\x12\x16\n\x0ereleased_bytes\x18\x02 \x01(\x04\"?\n\x13StateDigestsRequest\x12\x14\n\x0c\x61t_least_lsn\x18\x01 \x01(\x04\x12\x12\n\ncheckpoint\x18\x02 \x01(\x08\"\x87\x01\n\x14StateDigestsResponse\x12\x0b\n\x03lsn\x18\x01 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x12\x14\n\x0cstate_digest\x18\x03 \x01(\x0c\x12*\n\x06realms\x18\x04 \x03(\x0b\x32\x1a.understudy.v1.RealmDigest\x12\x10\n\x08problems\x18\x05 \x03(\t2\x81\x06\n\x05\x41\x64min\x12\x45\n\x06Status\x12\x1c.understudy.v1.StatusRequest\x1a\x1d.understudy.v1.StatusResponse\x12H\n\x07Promote\x12\x1d.understudy.v1.PromoteRequest\x1a\x1e.understudy.v1.PromoteResponse\x12\x42\n\x05\x46\x65nce\x12\x1b.understudy.v1.FenceRequest\x1a\x1c.understudy.v1.FenceResponse\x12\x45\n\x06\x46reeze\x12\x1c.understudy.v1.FreezeRequest\x1a\x1d.understudy.v1.FreezeResponse\x12?\n\x04Thaw\x12\x1a.understudy.v1.ThawRequest\x1a\x1b.understudy.v1.ThawResponse\x12\x45\n\x06\x46orget\x12\x1c.understudy.v1.ForgetRequest\x1a\x1d.understudy.v1.ForgetResponse\x12T\n\x0bStartBackup\x12!.understudy.v1.StartBackupRequest\x1a\".understudy.v1.StartBackupResponse\x12W\n\x0c\x43\x61ncelBackup\x12\".understudy.v1.CancelBackupRequest\x1a#.understudy.v1.CancelBackupResponse\x12L\n\x0bWatchBackup\x12!.understudy.v1.WatchBackupRequest\x1a\x18.understudy.v1.BackupRun0\x01\x12W\n\x0cStateDigests\x12\".understudy.v1.StateDigestsRequest\x1a#.understudy.v1.StateDigestsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,41 +39,59 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STATUSRESPONSE']._serialized_start=146
   _globals['_STATUSRESPONSE']._serialized_end=632
   _globals['_BACKUPSTATUS']._serialized_start=635
-  _globals['_BACKUPSTATUS']._serialized_end=869
-  _globals['_REPOSITORYSTATUS']._serialized_start=871
-  _globals['_REPOSITORYSTATUS']._serialized_end=940
-  _globals['_BACKUPREPORT']._serialized_start=942
-  _globals['_BACKUPREPORT']._serialized_end=1026
-  _globals['_HEALING']._serialized_start=1028
-  _globals['_HEALING']._serialized_end=1123
-  _globals['_REPLICASTATUS']._serialized_start=1126
-  _globals['_REPLICASTATUS']._serialized_end=1290
-  _globals['_UPSTREAMSTATUS']._serialized_start=1292
-  _globals['_UPSTREAMSTATUS']._serialized_end=1405
-  _globals['_PROMOTEREQUEST']._serialized_start=1407
-  _globals['_PROMOTEREQUEST']._serialized_end=1438
-  _globals['_PROMOTERESPONSE']._serialized_start=1440
-  _globals['_PROMOTERESPONSE']._serialized_end=1536
-  _globals['_FENCEREQUEST']._serialized_start=1538
-  _globals['_FENCEREQUEST']._serialized_end=1552
-  _globals['_FENCERESPONSE']._serialized_start=1554
-  _globals['_FENCERESPONSE']._serialized_end=1584
-  _globals['_FREEZEREQUEST']._serialized_start=1586
-  _globals['_FREEZEREQUEST']._serialized_end=1618
-  _globals['_FREEZERESPONSE']._serialized_start=1620
-  _globals['_FREEZERESPONSE']._serialized_end=1687
-  _globals['_THAWREQUEST']._serialized_start=1689
-  _globals['_THAWREQUEST']._serialized_end=1702
-  _globals['_THAWRESPONSE']._serialized_start=1704
-  _globals['_THAWRESPONSE']._serialized_end=1738
-  _globals['_FORGETREQUEST']._serialized_start=1740
-  _globals['_FORGETREQUEST']._serialized_end=1775
-  _globals['_FORGETRESPONSE']._serialized_start=1777
-  _globals['_FORGETRESPONSE']._serialized_end=1838
-  _globals['_STATEDIGESTSREQUEST']._serialized_start=1840
-  _globals['_STATEDIGESTSREQUEST']._serialized_end=1903
-  _globals['_STATEDIGESTSRESPONSE']._serialized_start=1906
-  _globals['_STATEDIGESTSRESPONSE']._serialized_end=2041
-  _globals['_ADMIN']._serialized_start=2044
-  _globals['_ADMIN']._serialized_end=2560
+  _globals['_BACKUPSTATUS']._serialized_end=882
+  _globals['_REPOSITORYSTATUS']._serialized_start=884
+  _globals['_REPOSITORYSTATUS']._serialized_end=966
+  _globals['_BACKUPREPORT']._serialized_start=968
+  _globals['_BACKUPREPORT']._serialized_end=1092
+  _globals['_BACKUPORDER']._serialized_start=1095
+  _globals['_BACKUPORDER']._serialized_end=1223
+  _globals['_BACKUPORDER_START']._serialized_start=1179
+  _globals['_BACKUPORDER_START']._serialized_end=1214
+  _globals['_BACKUPRUN']._serialized_start=1226
+  _globals['_BACKUPRUN']._serialized_end=1518
+  _globals['_BACKUPRUN_STATE']._serialized_start=1422
+  _globals['_BACKUPRUN_STATE']._serialized_end=1518
+  _globals['_HEALING']._serialized_start=1520
+  _globals['_HEALING']._serialized_end=1615
+  _globals['_REPLICASTATUS']._serialized_start=1618
+  _globals['_REPLICASTATUS']._serialized_end=1782
+  _globals['_UPSTREAMSTATUS']._serialized_start=1784
+  _globals['_UPSTREAMSTATUS']._serialized_end=1897
+  _globals['_PROMOTEREQUEST']._serialized_start=1899
+  _globals['_PROMOTEREQUEST']._serialized_end=1930
+  _globals['_PROMOTERESPONSE']._serialized_start=1932
+  _globals['_PROMOTERESPONSE']._serialized_end=2028
+  _globals['_FENCEREQUEST']._serialized_start=2030
+  _globals['_FENCEREQUEST']._serialized_end=2044
+  _globals['_FENCERESPONSE']._serialized_start=2046
+  _globals['_FENCERESPONSE']._serialized_end=2076
+  _globals['_FREEZEREQUEST']._serialized_start=2078
+  _globals['_FREEZEREQUEST']._serialized_end=2110
+  _globals['_FREEZERESPONSE']._serialized_start=2112
+  _globals['_FREEZERESPONSE']._serialized_end=2179
+  _globals['_THAWREQUEST']._serialized_start=2181
+  _globals['_THAWREQUEST']._serialized_end=2194
+  _globals['_THAWRESPONSE']._serialized_start=2196
+  _globals['_THAWRESPONSE']._serialized_end=2230
+  _globals['_STARTBACKUPREQUEST']._serialized_start=2232
+  _globals['_STARTBACKUPREQUEST']._serialized_end=2268
+  _globals['_STARTBACKUPRESPONSE']._serialized_start=2270
+  _globals['_STARTBACKUPRESPONSE']._serialized_end=2326
+  _globals['_CANCELBACKUPREQUEST']._serialized_start=2328
+  _globals['_CANCELBACKUPREQUEST']._serialized_end=2361
+  _globals['_CANCELBACKUPRESPONSE']._serialized_start=2363
+  _globals['_CANCELBACKUPRESPONSE']._serialized_end=2424
+  _globals['_WATCHBACKUPREQUEST']._serialized_start=2426
+  _globals['_WATCHBACKUPREQUEST']._serialized_end=2458
+  _globals['_FORGETREQUEST']._serialized_start=2460
+  _globals['_FORGETREQUEST']._serialized_end=2495
+  _globals['_FORGETRESPONSE']._serialized_start=2497
+  _globals['_FORGETRESPONSE']._serialized_end=2558
+  _globals['_STATEDIGESTSREQUEST']._serialized_start=2560
+  _globals['_STATEDIGESTSREQUEST']._serialized_end=2623
+  _globals['_STATEDIGESTSRESPONSE']._serialized_start=2626
+  _globals['_STATEDIGESTSRESPONSE']._serialized_end=2761
+  _globals['_ADMIN']._serialized_start=2764
+  _globals['_ADMIN']._serialized_end=3533
 # @@protoc_insertion_point(module_scope)

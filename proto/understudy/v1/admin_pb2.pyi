@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from understudy.v1 import log_pb2 as _log_pb2
 from understudy.v1 import replication_pb2 as _replication_pb2
 from understudy.v1 import sync_pb2 as _sync_pb2
@@ -138,6 +139,7 @@ class BackupStatus(_message.Message):
     LAST_PROVEN_S_FIELD_NUMBER: _builtins.int
     DRILL_WARN_DAYS_FIELD_NUMBER: _builtins.int
     REPOSITORIES_FIELD_NUMBER: _builtins.int
+    RUN_FIELD_NUMBER: _builtins.int
     policy: _builtins.str
     next_s: _builtins.float
     """when it is planned"""
@@ -151,6 +153,8 @@ class BackupStatus(_message.Message):
     """the last drill that proved a backup"""
     drill_warn_days: _builtins.int
     """without one for so long, there is a warning"""
+    run: _builtins.str
+    """the id of the run that is under way"""
     @_builtins.property
     def repositories(self) -> _containers.RepeatedCompositeFieldContainer[Global___RepositoryStatus]: ...
     def __init__(
@@ -165,10 +169,11 @@ class BackupStatus(_message.Message):
         last_proven_s: _builtins.float = ...,
         drill_warn_days: _builtins.int = ...,
         repositories: _abc.Iterable[Global___RepositoryStatus] | None = ...,
+        run: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["drill_warn_days", b"drill_warn_days", "last_error", b"last_error", "last_failure_s", b"last_failure_s", "last_proven_s", b"last_proven_s", "last_success_s", b"last_success_s", "next_s", b"next_s", "policy", b"policy", "repositories", b"repositories", "running", b"running"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drill_warn_days", b"drill_warn_days", "last_error", b"last_error", "last_failure_s", b"last_failure_s", "last_proven_s", b"last_proven_s", "last_success_s", b"last_success_s", "next_s", b"next_s", "policy", b"policy", "repositories", b"repositories", "run", b"run", "running", b"running"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -181,21 +186,25 @@ class RepositoryStatus(_message.Message):
     URL_FIELD_NUMBER: _builtins.int
     SHIPPED_LSN_FIELD_NUMBER: _builtins.int
     PROBLEM_FIELD_NUMBER: _builtins.int
+    GAP_FIELD_NUMBER: _builtins.int
     url: _builtins.str
     shipped_lsn: _builtins.int
     """up to where the log is there"""
     problem: _builtins.str
     """why it is not there further; empty: it will be in seconds"""
+    gap: _builtins.str
+    """what of it is missing there for good, until a new backup makes up for that"""
     def __init__(
         self,
         *,
         url: _builtins.str = ...,
         shipped_lsn: _builtins.int = ...,
         problem: _builtins.str = ...,
+        gap: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["problem", b"problem", "shipped_lsn", b"shipped_lsn", "url", b"url"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gap", b"gap", "problem", b"problem", "shipped_lsn", b"shipped_lsn", "url", b"url"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -209,23 +218,154 @@ class BackupReport(_message.Message):
 
     POLICIES_FIELD_NUMBER: _builtins.int
     KEEP_FROM_LSN_FIELD_NUMBER: _builtins.int
+    RUNS_FIELD_NUMBER: _builtins.int
     keep_from_lsn: _builtins.int
     """the log before it is in all repositories that want it"""
     @_builtins.property
     def policies(self) -> _containers.RepeatedCompositeFieldContainer[Global___BackupStatus]: ...
+    @_builtins.property
+    def runs(self) -> _containers.RepeatedCompositeFieldContainer[Global___BackupRun]:
+        """that wait, that is under way, and the last that have ended"""
+
     def __init__(
         self,
         *,
         policies: _abc.Iterable[Global___BackupStatus] | None = ...,
         keep_from_lsn: _builtins.int = ...,
+        runs: _abc.Iterable[Global___BackupRun] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["keep_from_lsn", b"keep_from_lsn", "policies", b"policies"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keep_from_lsn", b"keep_from_lsn", "policies", b"policies", "runs", b"runs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___BackupReport: _TypeAlias = BackupReport  # noqa: Y015
+
+@_typing.final
+class BackupOrder(_message.Message):
+    """What a node asks of that process."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Start(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        ID_FIELD_NUMBER: _builtins.int
+        POLICY_FIELD_NUMBER: _builtins.int
+        id: _builtins.str
+        """that the run is to have"""
+        policy: _builtins.str
+        def __init__(
+            self,
+            *,
+            id: _builtins.str = ...,
+            policy: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "policy", b"policy"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    START_FIELD_NUMBER: _builtins.int
+    CANCEL_FIELD_NUMBER: _builtins.int
+    cancel: _builtins.str
+    """a run's id"""
+    @_builtins.property
+    def start(self) -> Global___BackupOrder.Start: ...
+    def __init__(
+        self,
+        *,
+        start: Global___BackupOrder.Start | None = ...,
+        cancel: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "order", b"order", "start", b"start"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "order", b"order", "start", b"start"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_order: _TypeAlias = _typing.Literal["start", "cancel"]  # noqa: Y015
+    _WhichOneofArgType_order: _TypeAlias = _typing.Literal["order", b"order"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_order) -> _WhichOneofReturnType_order | None: ...
+
+Global___BackupOrder: _TypeAlias = BackupOrder  # noqa: Y015
+
+@_typing.final
+class BackupRun(_message.Message):
+    """A run of a policy, as its server knows it: since the server was started, and if it is not too long ago."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _State:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _StateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[BackupRun._State.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        UNKNOWN: BackupRun._State.ValueType  # 0
+        WAITING: BackupRun._State.ValueType  # 1
+        RUNNING: BackupRun._State.ValueType  # 2
+        DONE: BackupRun._State.ValueType  # 3
+        PARTIAL: BackupRun._State.ValueType  # 4
+        FAILED: BackupRun._State.ValueType  # 5
+        CANCELLED: BackupRun._State.ValueType  # 6
+
+    class State(_State, metaclass=_StateEnumTypeWrapper): ...
+    UNKNOWN: BackupRun.State.ValueType  # 0
+    WAITING: BackupRun.State.ValueType  # 1
+    RUNNING: BackupRun.State.ValueType  # 2
+    DONE: BackupRun.State.ValueType  # 3
+    PARTIAL: BackupRun.State.ValueType  # 4
+    FAILED: BackupRun.State.ValueType  # 5
+    CANCELLED: BackupRun.State.ValueType  # 6
+
+    ID_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    STARTED_S_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    DONE_BYTES_FIELD_NUMBER: _builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    PATHS_FIELD_NUMBER: _builtins.int
+    ERRORS_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    policy: _builtins.str
+    state: Global___BackupRun.State.ValueType
+    started_s: _builtins.float
+    """seconds since 1970; 0 while it waits"""
+    seconds: _builtins.float
+    """how long it has taken until now"""
+    done_bytes: _builtins.int
+    """of the backup that is being made, or restored to prove it"""
+    total_bytes: _builtins.int
+    """0: not known"""
+    @_builtins.property
+    def paths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """the backups that were made"""
+
+    @_builtins.property
+    def errors(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        policy: _builtins.str = ...,
+        state: Global___BackupRun.State.ValueType = ...,
+        started_s: _builtins.float = ...,
+        seconds: _builtins.float = ...,
+        done_bytes: _builtins.int = ...,
+        total_bytes: _builtins.int = ...,
+        paths: _abc.Iterable[_builtins.str] | None = ...,
+        errors: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done_bytes", b"done_bytes", "errors", b"errors", "id", b"id", "paths", b"paths", "policy", b"policy", "seconds", b"seconds", "started_s", b"started_s", "state", b"state", "total_bytes", b"total_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BackupRun: _TypeAlias = BackupRun  # noqa: Y015
 
 @_typing.final
 class Healing(_message.Message):
@@ -493,6 +633,108 @@ class ThawResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ThawResponse: _TypeAlias = ThawResponse  # noqa: Y015
+
+@_typing.final
+class StartBackupRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICY_FIELD_NUMBER: _builtins.int
+    policy: _builtins.str
+    def __init__(
+        self,
+        *,
+        policy: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StartBackupRequest: _TypeAlias = StartBackupRequest  # noqa: Y015
+
+@_typing.final
+class StartBackupResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    WAS_UNDER_WAY_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    was_under_way: _builtins.bool
+    """the policy's run of that id was waiting or under way already"""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        was_under_way: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "was_under_way", b"was_under_way"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StartBackupResponse: _TypeAlias = StartBackupResponse  # noqa: Y015
+
+@_typing.final
+class CancelBackupRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelBackupRequest: _TypeAlias = CancelBackupRequest  # noqa: Y015
+
+@_typing.final
+class CancelBackupResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def run(self) -> Global___BackupRun:
+        """as it was when it was asked to end"""
+
+    def __init__(
+        self,
+        *,
+        run: Global___BackupRun | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelBackupResponse: _TypeAlias = CancelBackupResponse  # noqa: Y015
+
+@_typing.final
+class WatchBackupRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchBackupRequest: _TypeAlias = WatchBackupRequest  # noqa: Y015
 
 @_typing.final
 class ForgetRequest(_message.Message):

@@ -64,6 +64,21 @@ class AdminStub:
                 request_serializer=understudy_dot_v1_dot_admin__pb2.ForgetRequest.SerializeToString,
                 response_deserializer=understudy_dot_v1_dot_admin__pb2.ForgetResponse.FromString,
                 _registered_method=True)
+        self.StartBackup = channel.unary_unary(
+                '/understudy.v1.Admin/StartBackup',
+                request_serializer=understudy_dot_v1_dot_admin__pb2.StartBackupRequest.SerializeToString,
+                response_deserializer=understudy_dot_v1_dot_admin__pb2.StartBackupResponse.FromString,
+                _registered_method=True)
+        self.CancelBackup = channel.unary_unary(
+                '/understudy.v1.Admin/CancelBackup',
+                request_serializer=understudy_dot_v1_dot_admin__pb2.CancelBackupRequest.SerializeToString,
+                response_deserializer=understudy_dot_v1_dot_admin__pb2.CancelBackupResponse.FromString,
+                _registered_method=True)
+        self.WatchBackup = channel.unary_stream(
+                '/understudy.v1.Admin/WatchBackup',
+                request_serializer=understudy_dot_v1_dot_admin__pb2.WatchBackupRequest.SerializeToString,
+                response_deserializer=understudy_dot_v1_dot_admin__pb2.BackupRun.FromString,
+                _registered_method=True)
         self.StateDigests = channel.unary_unary(
                 '/understudy.v1.Admin/StateDigests',
                 request_serializer=understudy_dot_v1_dot_admin__pb2.StateDigestsRequest.SerializeToString,
@@ -117,6 +132,27 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def StartBackup(self, request, context):
+        """Only where there are policies: runs one now, behind those that wait for their turn. Answered at once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelBackup(self, request, context):
+        """Only where there are policies: ends a run that waits or is under way. Answered before it has ended.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchBackup(self, request, context):
+        """Only where there are policies: how a run stands, now and whenever that changes, up to its end.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def StateDigests(self, request, context):
         """Recomputes the state digests of the checkpoint at or after an LSN by a full scan.
         """
@@ -156,6 +192,21 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Forget,
                     request_deserializer=understudy_dot_v1_dot_admin__pb2.ForgetRequest.FromString,
                     response_serializer=understudy_dot_v1_dot_admin__pb2.ForgetResponse.SerializeToString,
+            ),
+            'StartBackup': grpc.unary_unary_rpc_method_handler(
+                    servicer.StartBackup,
+                    request_deserializer=understudy_dot_v1_dot_admin__pb2.StartBackupRequest.FromString,
+                    response_serializer=understudy_dot_v1_dot_admin__pb2.StartBackupResponse.SerializeToString,
+            ),
+            'CancelBackup': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelBackup,
+                    request_deserializer=understudy_dot_v1_dot_admin__pb2.CancelBackupRequest.FromString,
+                    response_serializer=understudy_dot_v1_dot_admin__pb2.CancelBackupResponse.SerializeToString,
+            ),
+            'WatchBackup': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchBackup,
+                    request_deserializer=understudy_dot_v1_dot_admin__pb2.WatchBackupRequest.FromString,
+                    response_serializer=understudy_dot_v1_dot_admin__pb2.BackupRun.SerializeToString,
             ),
             'StateDigests': grpc.unary_unary_rpc_method_handler(
                     servicer.StateDigests,
@@ -325,6 +376,87 @@ class Admin:
             '/understudy.v1.Admin/Forget',
             understudy_dot_v1_dot_admin__pb2.ForgetRequest.SerializeToString,
             understudy_dot_v1_dot_admin__pb2.ForgetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StartBackup(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/understudy.v1.Admin/StartBackup',
+            understudy_dot_v1_dot_admin__pb2.StartBackupRequest.SerializeToString,
+            understudy_dot_v1_dot_admin__pb2.StartBackupResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelBackup(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/understudy.v1.Admin/CancelBackup',
+            understudy_dot_v1_dot_admin__pb2.CancelBackupRequest.SerializeToString,
+            understudy_dot_v1_dot_admin__pb2.CancelBackupResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchBackup(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/understudy.v1.Admin/WatchBackup',
+            understudy_dot_v1_dot_admin__pb2.WatchBackupRequest.SerializeToString,
+            understudy_dot_v1_dot_admin__pb2.BackupRun.FromString,
             options,
             channel_credentials,
             insecure,

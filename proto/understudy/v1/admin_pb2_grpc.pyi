@@ -46,6 +46,12 @@ class AdminStub:
     """Primary only: ends that."""
     Forget: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ForgetRequest, _admin_pb2.ForgetResponse]
     """Primary only: removes the slot of a replica that will never come back; durable when answered."""
+    StartBackup: _grpc.UnaryUnaryMultiCallable[_admin_pb2.StartBackupRequest, _admin_pb2.StartBackupResponse]
+    """Only where there are policies: runs one now, behind those that wait for their turn. Answered at once."""
+    CancelBackup: _grpc.UnaryUnaryMultiCallable[_admin_pb2.CancelBackupRequest, _admin_pb2.CancelBackupResponse]
+    """Only where there are policies: ends a run that waits or is under way. Answered before it has ended."""
+    WatchBackup: _grpc.UnaryStreamMultiCallable[_admin_pb2.WatchBackupRequest, _admin_pb2.BackupRun]
+    """Only where there are policies: how a run stands, now and whenever that changes, up to its end."""
     StateDigests: _grpc.UnaryUnaryMultiCallable[_admin_pb2.StateDigestsRequest, _admin_pb2.StateDigestsResponse]
     """Recomputes the state digests of the checkpoint at or after an LSN by a full scan."""
 
@@ -67,6 +73,12 @@ class AdminAsyncStub(AdminStub):
     """Primary only: ends that."""
     Forget: _aio.UnaryUnaryMultiCallable[_admin_pb2.ForgetRequest, _admin_pb2.ForgetResponse]  # type: ignore[assignment]
     """Primary only: removes the slot of a replica that will never come back; durable when answered."""
+    StartBackup: _aio.UnaryUnaryMultiCallable[_admin_pb2.StartBackupRequest, _admin_pb2.StartBackupResponse]  # type: ignore[assignment]
+    """Only where there are policies: runs one now, behind those that wait for their turn. Answered at once."""
+    CancelBackup: _aio.UnaryUnaryMultiCallable[_admin_pb2.CancelBackupRequest, _admin_pb2.CancelBackupResponse]  # type: ignore[assignment]
+    """Only where there are policies: ends a run that waits or is under way. Answered before it has ended."""
+    WatchBackup: _aio.UnaryStreamMultiCallable[_admin_pb2.WatchBackupRequest, _admin_pb2.BackupRun]  # type: ignore[assignment]
+    """Only where there are policies: how a run stands, now and whenever that changes, up to its end."""
     StateDigests: _aio.UnaryUnaryMultiCallable[_admin_pb2.StateDigestsRequest, _admin_pb2.StateDigestsResponse]  # type: ignore[assignment]
     """Recomputes the state digests of the checkpoint at or after an LSN by a full scan."""
 
@@ -121,6 +133,30 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.ForgetResponse, _abc.Awaitable[_admin_pb2.ForgetResponse]]:
         """Primary only: removes the slot of a replica that will never come back; durable when answered."""
+
+    @_abc_1.abstractmethod
+    def StartBackup(
+        self,
+        request: _admin_pb2.StartBackupRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.StartBackupResponse, _abc.Awaitable[_admin_pb2.StartBackupResponse]]:
+        """Only where there are policies: runs one now, behind those that wait for their turn. Answered at once."""
+
+    @_abc_1.abstractmethod
+    def CancelBackup(
+        self,
+        request: _admin_pb2.CancelBackupRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.CancelBackupResponse, _abc.Awaitable[_admin_pb2.CancelBackupResponse]]:
+        """Only where there are policies: ends a run that waits or is under way. Answered before it has ended."""
+
+    @_abc_1.abstractmethod
+    def WatchBackup(
+        self,
+        request: _admin_pb2.WatchBackupRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_admin_pb2.BackupRun], _abc.AsyncIterator[_admin_pb2.BackupRun]]:
+        """Only where there are policies: how a run stands, now and whenever that changes, up to its end."""
 
     @_abc_1.abstractmethod
     def StateDigests(
