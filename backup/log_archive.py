@@ -188,15 +188,16 @@ class _Following:
         """
         targets = [one for one in self._stretches if self._is_followed(one.epoch)]
         usable = [one for one in self._stretches if one not in self._unusable]
-        legs = find_path([one for one in targets if one in usable], usable, head, self._seen)
+        reachable = [one for one in targets if one not in self._unusable]
+        legs = find_path(reachable, usable, head, self._seen)
         highest = max((one.epoch for one in targets), default=self._epoch)
         if legs and legs[-1].stretch.epoch < highest:
             self._raise_unusable()
             raise CorruptionError(
                 f"the log in {self._repository.url} goes on behind LSN {head.lsn} in epoch {legs[-1].stretch.epoch}, "
                 f"but nothing there leads to epoch {highest}, which has taken over from it",
-                remedy=f"follow the earlier history with --epoch {legs[-1].stretch.epoch}, or name an earlier backup, "
-                f"or one of epoch {highest}",
+                remedy=f"name an earlier backup, with --epoch {highest}, or follow the earlier history with --epoch "
+                f"{legs[-1].stretch.epoch}",
             )
         return legs
 
@@ -211,11 +212,14 @@ class _Following:
         if beyond:
             self._raise_unusable()
             epoch, lsn = max(beyond)
+            remedy = f"restore up to --lsn {end}, or a backup that reaches further by its id"
+            if lsn <= end:  # so that its history has left this one earlier
+                remedy = f"name an earlier backup, with --epoch {epoch}"
             raise CorruptionError(
                 f"the log in {self._repository.url} ends with LSN {end} of epoch {self._epoch}, but there were entries "
                 f"up to LSN {lsn} of epoch {epoch}: what comes between was not shipped, or belongs to a history that "
                 "was given up",
-                remedy=f"restore up to --lsn {end}, or a backup that reaches further by its id",
+                remedy=remedy,
             )
 
     def _raise_unusable(self) -> None:

@@ -23,15 +23,14 @@ from understudy.backup.manifest import FileEntry
 from understudy.backup.progress import Meter
 from understudy.common.files import OsFile, storage_errors
 
-_BUFFER_BYTES = 4 << 20  # of what has to be copied
-_BATCH_BYTES = 16 << 20  # of one write
+_BATCH_BYTES = 4 << 20  # of one write; a server's fdatasync waits for all that are under way
 _PIECES_MAX = os.sysconf("SC_IOV_MAX") - 1  # of one write; one more may be open
 _UNDER_WAY_MAX = 2
 _BUFFERS = _UNDER_WAY_MAX + 1  # one is filled while the others are on their way to the disk
 _BLOCK_BYTES = 4096  # what a write past the cache must begin at and consist of
 _HOLE_BYTES_MIN = 1 << 20  # smaller holes would only cut writes into small ones
 _READ_BYTES = 1 << 20
-_ZEROS = bytes(_BUFFER_BYTES)
+_ZEROS = bytes(_BATCH_BYTES)
 
 
 class FileWriter:
@@ -86,11 +85,11 @@ class FileWriter:
 
     def _copy(self, data: memoryview) -> None:
         while data:
-            count = min(len(data), _BUFFER_BYTES - self._filled)
+            count = min(len(data), _BATCH_BYTES - self._filled)
             self._buffers[0][self._filled : self._filled + count] = data[:count]
             self._filled += count
             data = data[count:]
-            if self._filled == _BUFFER_BYTES:
+            if self._filled == _BATCH_BYTES:
                 self._flush()
 
     def _take_filled(self) -> None:
@@ -185,7 +184,7 @@ class FileWriter:
 
 def _buffer() -> memoryview:
     """Memory that begins where a page does, of huge pages where there are any: the disk takes those twice as fast."""
-    memory = mmap.mmap(-1, _BUFFER_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = mmap.mmap(-1, _BATCH_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel that was built without them
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memoryview(memory)

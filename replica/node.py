@@ -15,7 +15,7 @@ from understudy.common.version import VERSION
 from understudy.replica.copy import Copy
 from understudy.replica.follower import Follower
 from understudy.replica.promote import Promotion
-from understudy.replica.promotion import begin_reign
+from understudy.replica.takeover import begin_reign
 from understudy.v1 import admin_pb2
 
 

@@ -60,7 +60,7 @@ async def promote_directory(path: Path, *, serve: bool = False) -> Promotion:
                 f"no replica runs in {path} that could go on as the primary",
                 remedy=f"run `understudy promote {path}`, then `understudy primary --data-dir {path}`",
             )
-        from understudy.replica.promotion import promote_stopped
+        from understudy.replica.takeover import promote_stopped
 
         return await promote_stopped(directory, started_s=started_s)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import shutil
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
+from typing import Any, NamedTuple
 
 import pyrage
 import pytest
@@ -17,20 +19,27 @@ from harness import Processes
 from killing import KILLED, Nursery
 from nodes import DIRECTORY, assert_sound, checkpoint, copy_node, put
 
+from understudy.backup import archive as archive_module
+from understudy.backup import archiver as archiver_module
 from understudy.backup.archive import write_archive
 from understudy.backup.archiver import Archiver
 from understudy.backup.catalog import read_catalog
 from understudy.backup.choice import choose_backup
+from understudy.backup.drill import drill_newest
+from understudy.backup.drill_server import ReadReport
 from understudy.backup.encryption import Encryption, Unlocking
 from understudy.backup.make import make_backup
-from understudy.backup.manifest import Manifest
+from understudy.backup.manifest import Manifest, read_manifest
 from understudy.backup.policy import parse_policy
-from understudy.backup.repository import open_repository
+from understudy.backup.repository import Repository, StoredObject, open_repository
+from understudy.backup.repository_lock import LOCK, locked
 from understudy.backup.restore import restore_backup, restore_stored
+from understudy.backup.retention import Retention
 from understudy.backup.run import run_policy
 from understudy.backup.selection import Selection
+from understudy.backup.upkeep import delete_backup, prune
 from understudy.common.directory import IN_PROGRESS_FILE
-from understudy.common.errors import UnderstudyError
+from understudy.common.errors import CorruptionError, ExitCode, NotStored, RepositoryError, UnderstudyError
 
 KEY = pyrage.x25519.Identity.generate()
 ENCRYPTION = Encryption("", (str(KEY.to_public()),))
@@ -235,3 +244,194 @@ def test_a_flipped_bit_anywhere_in_a_repository_is_never_restored(
         return replace(restore(to), checkpoint_lsn=0, state_digest="", files=[])
 
     assert_no_bit_counts(folder, restore_alike, contents(data_dir), Random(seed), tmp_path)
+
+
+def test_no_bit_of_a_manifest_counts(origin: Origin, tmp_path: Path) -> None:
+    """G11: whichever bit of it is changed, a manifest is refused, or says what it said."""
+    good = make_backup(origin.path, tmp_path / "a").manifest
+    data = good.encode()
+    for at in range(len(data)):
+        changed = bytearray(data)
+        changed[at] ^= 1 << at % 8
+        with contextlib.suppress(UnderstudyError):
+            assert Manifest.decode(bytes(changed), "name") == good, at
+
+
+# -- a damaged source ------------------------------------------------------------------------------------------
+
+PAGE_BYTES = 4096
+
+
+def test_no_damage_of_a_source_is_taken_into_records(
+    tmp_path: Path, nursery: Nursery, processes: Processes, origin: Origin, seed: int
+) -> None:
+    """G8, G11: wherever its pages are damaged, even where LMDB gives up, what was not named as lost is as it was."""
+    chance, source = Random(seed), copy_node(origin.path, tmp_path / "a")
+    store = source / "store" / "data.mdb"
+    good = store.read_bytes()
+    for number in range(40):
+        bad = bytearray(good)
+        # In the head of a page, or in its table of rows, where LMDB looks more often than anywhere else.
+        at = chance.randrange(len(good) // PAGE_BYTES) * PAGE_BYTES + chance.randrange(64)
+        bad[at] ^= 1 << chance.randrange(8)
+        store.write_bytes(bad)
+        target = tmp_path / f"b{number}"
+        command = ("backup", "-f", source, "--exclude", "/none", "-t", target)
+        ended = processes.start(*command, launch=nursery.dying_at(0)).wait()
+        if not looks_whole(target):
+            assert ended not in (0, ExitCode.USAGE), at
+            continue
+        assert ended in (0, ExitCode.FAILED)
+        assert_sound(target)
+        lost = {one.realm for one in read_manifest(target).failed}
+        assert (ended == 0) == (not lost), at
+        if "" not in lost:
+            assert contents(target) == {
+                realm: content for realm, content in origin.contents.items() if realm not in lost
+            }, at
+
+
+# -- what lies in a repository ---------------------------------------------------------------------------------
+
+
+class _Lies(NamedTuple):
+    key: str
+    value: object
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        _Lies("lsn", 5),
+        _Lies("digest", "00" * 32),
+        _Lies("realms", 7),
+        _Lies("checkpoint_lsn", 1),
+        _Lies("state_digest", "00" * 16),
+    ],
+    ids=lambda lie: lie.key,
+)
+def test_a_drill_does_not_believe_a_manifest(
+    tmp_path: Path, origin: Origin, monkeypatch: pytest.MonkeyPatch, lie: _Lies
+) -> None:
+    """G11: one that fits its archive, and says of it what is not so, is found by restoring."""
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    table = {"name": "n", "repositories": [str(folder)], "retries": 0, "archive_log": False}
+    policy = parse_policy(table, "u.toml")
+    with monkeypatch.context() as patched:
+        truth = archive_module.describe
+        patched.setattr(
+            archive_module, "describe", lambda *of, **how: replace(truth(*of, **how), **{lie.key: lie.value})
+        )
+        assert run_policy(policy, copy_node(origin.path, tmp_path / "a")).all_errors == []
+
+    def read_nothing(_: Path) -> ReadReport:
+        raise AssertionError("a server was started on it")
+
+    drill = drill_newest(policy, str(folder), tmp_path, read_all=read_nothing)
+    assert drill.finding == "damaged"
+    assert "its manifest says" in drill.problem
+
+
+def lose(repository: Repository) -> None:
+    """Somebody else takes the lock over."""
+    stored = repository.read(LOCK)
+    assert repository.swap(LOCK, stored.replace(b'"owner": "', b'"owner": "not '), stored)
+
+
+def test_who_has_lost_the_lock_publishes_and_removes_nothing(tmp_path: Path, origin: Origin) -> None:
+    """G4, G8: a run that hung for too long finds out before it changes what others rely on."""
+    folder, data_dir = tmp_path / "repository", copy_node(origin.path, tmp_path / "a")
+    folder.mkdir()
+    table = {"name": "n", "repositories": [str(folder)], "retries": 0, "retention": {"last": 1}}
+    repository = open_repository(str(folder))
+    policy = parse_policy({**table, "retention": {}}, "u.toml")
+    made = [run_policy(policy, data_dir).backups[0].id for _ in range(3)]
+    taken = once(lambda: lose(repository))
+    report = run_policy(parse_policy(table, "u.toml"), data_dir, progress=taken)
+    assert report.result == "failed"
+    assert "lost to another run" in report.all_errors[0]
+    (folder / LOCK).unlink()
+    with locked(repository, "test") as lock:
+        lose(repository)
+        with pytest.raises(RepositoryError, match="lost to another run"):
+            prune(repository, lock, Retention(last=1))
+    assert [backup.id for backup in read_catalog(repository).backups] == made
+
+
+def once(action: Callable[[], None]) -> Callable[..., None]:
+    """Does it at the first call only."""
+    left = [action]
+
+    def call(*_: object) -> None:
+        while left:
+            left.pop()()
+
+    return call
+
+
+def test_log_that_could_not_be_stored_is_shipped_by_the_next_attempt(
+    tmp_path: Path, processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G1: nothing counts as shipped before the repository has it."""
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    primary = processes.primary(tmp_path / "a")
+    put(primary.address, "/realm", (b"key", b"1"))
+    table = {"name": "n", "repositories": [str(folder)], "retries": 0}
+    backup = run_policy(parse_policy(table, "u.toml"), tmp_path / "a").backups[0]
+    repository = open_repository(str(folder))
+    archiver = Archiver(tmp_path / "a" / "log", backup.manifest.cluster_id, repository, encryption=None)
+    archiver.ship()
+    receipt = put(primary.address, "/realm", (b"key", b"2"))
+    with monkeypatch.context() as patched:
+        patched.setattr(archiver_module, "ship", fail)
+        with pytest.raises(RepositoryError, match="away"):
+            archiver.ship()
+    assert archiver.ship() >= receipt.lsn
+    restore_stored(repository, backup, tmp_path / "b", with_log=True)
+    assert contents(tmp_path / "b")["/realm"][2] == [(b"key", b"2")]
+
+
+def fail(*_: object, **__: object) -> None:
+    raise RepositoryError("the repository is away")
+
+
+# -- listings that are old -------------------------------------------------------------------------------------
+
+
+class OldListings:
+    """A repository whose listings are those of an earlier moment, as some storages give them for a while."""
+
+    def __init__(self, repository: Repository) -> None:
+        self._repository = repository
+        self._listed = list(repository.list())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._repository, name)
+
+    def list(self, prefix: str = "") -> Iterator[StoredObject]:
+        """What was there."""
+        return iter([one for one in self._listed if one.name.startswith(prefix)])
+
+
+def test_old_listings_take_nothing_that_is_needed(tmp_path: Path, origin: Origin) -> None:
+    """G8: neither what has been made since they were true goes, nor the last backup in favour of one that is gone."""
+    folder, data_dir = tmp_path / "repository", copy_node(origin.path, tmp_path / "a")
+    folder.mkdir()
+    repository = open_repository(str(folder))
+    table = {"name": "n", "repositories": [str(folder)], "retries": 0}
+    policy = parse_policy(table, "u.toml")
+    made = [run_policy(policy, data_dir).backups[0] for _ in range(2)]
+    before_the_third: Any = OldListings(repository)
+    made.append(run_policy(policy, data_dir).backups[0])
+    with locked(repository, "test") as lock:
+        prune(before_the_third, lock, Retention(last=1))
+    assert [one.id for one in read_catalog(repository).backups] == [made[1].id, made[2].id]
+    old: Any = OldListings(repository)
+    delete_backup(repository, made[2])
+    with locked(repository, "test") as lock, pytest.raises((CorruptionError, NotStored)):
+        prune(old, lock, Retention(last=1))
+    assert [one.id for one in read_catalog(repository).backups] == [made[1].id]
+    restore_stored(repository, made[1], tmp_path / "b", with_log=False)
+    assert contents(tmp_path / "b") == origin.contents

@@ -337,6 +337,21 @@ def test_an_old_primarys_stretch_is_left_where_its_successor_has_begun(
     assert status(server.address).epoch == 3
 
 
+def test_a_backup_of_a_history_that_was_given_up_is_told_as_such(
+    processes: Processes, tmp_path: Path, folder: Path
+) -> None:
+    """G3: the newest backup is an old primary's, made behind the fork: the error says how to get the successor's."""
+    forked(processes, tmp_path, folder)
+    done(run_policy(policy_to(folder, archive_log=False), tmp_path / "a"))
+    first, _ = read_catalog(open_repository(str(folder))).backups
+    refused = processes.run("restore", folder, "--to", tmp_path / "restored", code=CORRUPT)
+    assert "an earlier backup, with --epoch 2" in refused.stderr.decode()
+    shutil.rmtree(tmp_path / "restored")
+    processes.run("restore", folder, first.id, "--to", tmp_path / "restored", "--epoch", "2")
+    server = processes.primary(tmp_path / "restored")
+    assert pairs(server.address, "/realm") == {b"both": b"1", b"new": b"1"}
+
+
 def test_a_history_that_may_have_been_given_up_is_not_restored_unasked(
     processes: Processes, tmp_path: Path, folder: Path
 ) -> None:

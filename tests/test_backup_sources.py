@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,8 @@ from backup_helpers import RealmContent, contents
 from harness import Process, Processes, wait_until
 from nodes import RESET_NEEDED, Load, Pair, assert_sound, checkpoint, copy_node, put, wait_until_caught_up
 
+from understudy.backup import archive as archive_module
+from understudy.backup import make as make_module
 from understudy.backup import source as source_module
 from understudy.backup.archive import write_archive
 from understudy.backup.log_files import LogFiles
@@ -19,6 +22,7 @@ from understudy.backup.make import make_backup
 from understudy.backup.manifest import read_manifest
 from understudy.backup.restore import restore_backup
 from understudy.backup.selection import Selection
+from understudy.backup.source import Source, open_source
 from understudy.common.directory import IN_PROGRESS_FILE, DataDirectory
 from understudy.common.errors import UnderstudyError
 from understudy.common.records import Record
@@ -91,7 +95,7 @@ def once(action: Callable[[], None]) -> Callable[..., None]:
 
 
 def arrange(patched: pytest.MonkeyPatch, moment: str, event: Callable[..., None]) -> None:
-    """Lets something happen once the store is open, or once the log behind it was read."""
+    """Lets something happen once the store is open, once the log behind it was read, or behind all that."""
     pin, durable_records = source_module._pin, LogFiles.durable_records
 
     def pin_first(*arguments: Any) -> Any:
@@ -103,7 +107,16 @@ def arrange(patched: pytest.MonkeyPatch, moment: str, event: Callable[..., None]
         yield from durable_records(*arguments)
         event()
 
-    if moment == "store opened":
+    @contextlib.contextmanager
+    def open_first(path: Path) -> Iterator[Source]:
+        with open_source(path) as opened:
+            event()
+            yield opened
+
+    if moment == "source opened":
+        for module in (make_module, archive_module):
+            patched.setattr(module, "open_source", open_first)
+    elif moment == "store opened":
         patched.setattr(source_module, "_pin", pin_first)
     elif moment == "log read":
         patched.setattr(LogFiles, "durable_records", read_first)
@@ -122,7 +135,7 @@ def back_up(way: str, source: Path, folder: Path, progress: Callable[..., None])
 
 
 @pytest.mark.parametrize("way", ["directory", "records", "archive"])
-@pytest.mark.parametrize("moment", ["store opened", "log read", "copying"])
+@pytest.mark.parametrize("moment", ["store opened", "log read", "source opened", "copying"])
 @pytest.mark.parametrize("successor", ["new", "later"])
 def test_a_source_that_is_replaced_is_backed_up_as_one_of_the_two(
     tmp_path: Path, copies: Copies, monkeypatch: pytest.MonkeyPatch, way: str, moment: str, successor: str
@@ -134,7 +147,8 @@ def test_a_source_that_is_replaced_is_backed_up_as_one_of_the_two(
         arrange(patched, moment, event)
         backup = back_up(way, source, tmp_path, event if moment == "copying" else lambda *_: None)
     assert_sound(backup)
-    assert contents(backup) == contents(copies.old if moment == "copying" else source)
+    pinned = moment in ("source opened", "copying")
+    assert contents(backup) == contents(copies.old if pinned else source)
     assert_sound(source)
 
 

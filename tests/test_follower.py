@@ -25,8 +25,8 @@ from understudy.replica.follow_session import FollowSession, SendProgress
 from understudy.replica.follower import Follower
 from understudy.replica.node import ReplicaNode
 from understudy.replica.promote import Promotion
-from understudy.replica.promotion import begin_reign
 from understudy.replica.server import serving_replica
+from understudy.replica.takeover import begin_reign
 
 
 def _settings(folder: Path, primary: str) -> ReplicaSettings:

@@ -22,8 +22,10 @@ import grpc.aio
 import lmdb
 import structlog  # noqa: F401  # here, as importing it takes from a story's chance
 from sim.disk import Disk
+from sim.grpc_client import Channel
+from sim.grpc_server import Server
 from sim.loop import number_of
-from sim.network import Channel, Network, Server
+from sim.network import Network
 from sim.threads import Future, Local, RLock, SimpleQueue, Threading
 from sim.universe import START_US, Process, Universe
 

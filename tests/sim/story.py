@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from random import Random
 
 from sim.cluster import BrokenPromise, Cluster, Node, check_epochs, epochs_of
 from sim.devices import Device
+from sim.faults import Nemesis, planned
 from sim.lab import Lab
 from sim.readers import Reader, Views
 from sim.universe import Universe
@@ -25,44 +25,6 @@ LENGTH_S = (8.0, 30.0)
 SETTLE_S = 300.0
 RESTART_S = (0.2, 8.0)
 LOOK_S = 0.5
-
-# How often each thing happens, among all that happens.
-FAULTS = {
-    "kill": 10,
-    "kill in the file layer": 8,
-    "lose power": 8,
-    "lose all power": 1,
-    "partition": 6,
-    "partition one way": 4,
-    "cut": 6,
-    "sync fails": 2,
-    "write fails": 2,
-    "disk full": 3,
-    "slow disk": 3,
-    "slow network": 2,
-    "promote": 5,
-    "rewind": 2,
-    "copy": 2,
-    "restore": 1,
-    "clock jumps": 2,
-    "rot": 1,
-    "kill a device": 4,
-    "device offline": 3,
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """Something that happens at a time, to whom the numbers point."""
-
-    at_s: float
-    what: str
-    node: int
-    other: int
-    amount: float
-
-    def __str__(self) -> str:
-        return f"{self.at_s:8.3f} {self.what} node {self.node} other {self.other} amount {self.amount:.3f}"
 
 
 @dataclass
@@ -96,9 +58,7 @@ class Story:
         )
         floor_bytes = plan.choice((0, 32 << 10, 64 << 20))
         self.cluster = Cluster(self.lab, count, durability, floor_bytes)
-        self.faults = [
-            one for at, one in enumerate(_planned(plan, self.length_s, count)) if at not in without
-        ]
+        self.faults = [one for at, one in enumerate(planned(plan, self.length_s, count)) if at not in without]
         self.writers = [Writer(self.cluster, f"w{index}") for index in range(plan.choice((1, 2, 3)))]
         for writer in self.writers:
             self.lab.machine(writer.name)
@@ -115,8 +75,8 @@ class Story:
             self.lab.machine(reader.name)
             reader.pause_s = plan.choice((0.3, 1.0))
         self.cluster.heal_window_s = plan.choice((0.0, 0.0, 2.0, 6.0))
-        self._copies: dict[int, Path] = {}
-        self._rotten: set[str] = set()
+        clients = [one.name for one in (*self.writers, *self.readers, *self.devices)]
+        self._nemesis = Nemesis(self.cluster, clients, self.devices)
 
     # -- telling ---------------------------------------------------------------------------------------------
 
@@ -128,7 +88,7 @@ class Story:
             for fault in self.faults:
                 self._pass(fault.at_s - universe.now_s)
                 universe.trace("fault", fault.what, fault.node, fault.other, f"{fault.amount:.3f}")
-                self._strike(fault)
+                self._nemesis.strike(fault)
                 self._look()
             self._pass(self.length_s - universe.now_s)
             self._settle()
@@ -171,142 +131,13 @@ class Story:
         """What must never be seen, looked at often."""
         for node in self.cluster.nodes:
             engine = node.engine
-            if engine is not None and engine.mismatches and not self._rotten:
+            if engine is not None and engine.mismatches and not self._nemesis.rotten:
                 raise BrokenPromise(f"G11: {node}: {engine.mismatches}")
-            if isinstance(node.why, CorruptionError) and not self._rotten:
+            if isinstance(node.why, CorruptionError) and not self._nemesis.rotten:
                 raise BrokenPromise(f"G2: {node} says that it is damaged: {node.why}")
         self.cluster.look()
         if self.universe.problems:
             raise BrokenPromise(self.universe.problems[0])
-
-    # -- what befalls it -----------------------------------------------------------------------------------------
-
-    def _strike(self, fault: Fault) -> None:
-        node = self.cluster.nodes[fault.node]
-        other = self.cluster.nodes[fault.other]
-        getattr(self, "_" + fault.what.replace(" ", "_"))(node, other, fault.amount)
-
-    def _later(self, delay_s: float, what: Callable[[], None]) -> None:
-        self.universe.at(delay_s, what)
-
-    def _kill(self, node: Node, other: Node, amount: float) -> None:
-        self.universe.crashes += node.is_up
-        node.kill()
-
-    def _kill_in_the_file_layer(self, node: Node, other: Node, amount: float) -> None:
-        action = self.universe.rng.choice(("write", "sync", "sync directory", "create", "remove", "truncate"))
-        node.disk.fail(action, 1 + int(amount * 10), 0)
-
-    def _lose_power(self, node: Node, other: Node, amount: float) -> None:
-        self.universe.crashes += node.is_up
-        node.lose_power()
-
-    def _lose_all_power(self, node: Node, other: Node, amount: float) -> None:
-        for one in self.cluster.nodes:
-            self._lose_power(one, one, amount)
-
-    def _partition(self, node: Node, other: Node, amount: float) -> None:
-        ways = self._ways(node, other)
-        self._block([*ways, *((target, source) for source, target in ways)], amount * 30)
-
-    def _partition_one_way(self, node: Node, other: Node, amount: float) -> None:
-        self._block(self._ways(node, other), amount * 30)
-
-    def _ways(self, node: Node, other: Node) -> list[tuple[str, str]]:
-        if node is not other:
-            return [(node.name, other.name)]
-        clients = (*self.writers, *self.readers, *self.devices)  # from these, then
-        return [(client.name, node.name) for client in clients]
-
-    def _block(self, ways: list[tuple[str, str]], seconds: float) -> None:
-        self.lab.network.block(ways)
-        self._later(seconds, lambda: self.lab.network.unblock(ways))
-
-    def _cut(self, node: Node, other: Node, amount: float) -> None:
-        connections = self.lab.network.connections
-        if connections:
-            self.lab.network.cut(connections[int(amount * len(connections))])
-
-    def _sync_fails(self, node: Node, other: Node, amount: float) -> None:
-        node.disk.fail("sync", 1 + int(amount * 10), errno.EIO)
-
-    def _write_fails(self, node: Node, other: Node, amount: float) -> None:
-        node.disk.fail("write", 1 + int(amount * 10), errno.EIO)
-
-    def _disk_full(self, node: Node, other: Node, amount: float) -> None:
-        node.disk.space = 0
-
-        def free() -> None:
-            node.disk.space = None
-
-        self._later(amount * 5, free)
-
-    def _slow_disk(self, node: Node, other: Node, amount: float) -> None:
-        before = node.disk.sync_s
-        node.disk.sync_s = (0.01, 0.3)
-        if node.process is not None:
-            node.process.wake_s = node.disk.sync_s
-
-        def recover() -> None:
-            node.disk.sync_s = before
-            if node.process is not None:
-                node.process.wake_s = before
-
-        self._later(amount * 10, recover)
-
-    def _slow_network(self, node: Node, other: Node, amount: float) -> None:
-        network = self.lab.network
-        before, network.latency_s = network.latency_s, (0.01, 0.5)
-
-        def recover() -> None:
-            network.latency_s = before
-
-        self._later(amount * 10, recover)
-
-    def _promote(self, node: Node, other: Node, amount: float) -> None:
-        if not node.is_busy and node.role in (Role.REPLICA, Role.PROMOTING):
-            node.promote(serve=node.is_up and amount < 0.5)
-
-    def _rewind(self, node: Node, other: Node, amount: float) -> None:
-        if node is not other and not node.is_busy and not node.is_up and node.role is not None:
-            node.rewind(other)
-
-    def _copy(self, node: Node, other: Node, amount: float) -> None:
-        if node.role is None or node.is_busy:
-            return
-        node.kill()
-        copy = self.lab.root / f"copy-of-{node.name}"
-        node.copy_to(copy)
-        self._copies[int(node.name[1:])] = copy
-
-    def _restore(self, node: Node, other: Node, amount: float) -> None:
-        copy = self._copies.get(int(node.name[1:]))
-        if copy is not None and not node.is_busy:
-            self.cluster.is_tampered_with = True
-            node.kill()
-            node.restore(copy)
-
-    def _clock_jumps(self, node: Node, other: Node, amount: float) -> None:
-        self.lab.skew_us[node.name] += int((amount - 0.5) * 20e6)
-
-    def _rot(self, node: Node, other: Node, amount: float) -> None:
-        node = self.cluster.nodes[-1]  # always the same: sound copies are left, or nothing could be asked for
-        if not node.is_busy:
-            path = node.disk.rot()
-            if path is not None:
-                self._rotten.add(node.name)
-                self.cluster.is_tampered_with = True
-
-    def _kill_a_device(self, node: Node, other: Node, amount: float) -> None:
-        if self.devices:
-            device = self.devices[int(amount * len(self.devices))]
-            if device.process is not None:
-                self.universe.crashes += device.process.is_alive
-                device.process.kill()
-
-    def _device_offline(self, node: Node, other: Node, amount: float) -> None:
-        ways = [(device.name, one.name) for device in self.devices[:1] for one in self.cluster.nodes]
-        self._block([*ways, *((target, source) for source, target in ways)], amount * 20)
 
     # -- the operator ------------------------------------------------------------------------------------------
 
@@ -321,7 +152,7 @@ class Story:
             self._raise_up(node)
         for device in self.devices:
             device.start()
-        self._later(rng.uniform(*RESTART_S), self._tend)
+        self.universe.at(rng.uniform(*RESTART_S), self._tend)
 
     def _raise_up(self, node: Node) -> None:
         role, reigning = node.role, self.cluster.primaries()
@@ -362,7 +193,7 @@ class Story:
                 self._join(node, chief)
         universe.run(lambda: self._agree(chief), for_s=20)
         for node in cluster.nodes:
-            if node.name in self._rotten and node is not chief and not self._agrees(node, chief):
+            if node.name in self._nemesis.rotten and node is not chief and not self._agrees(node, chief):
                 node.kill()  # it says in its status that its log is damaged, and what to do
                 node.wipe()
                 node.start(as_replica=True)
@@ -386,7 +217,7 @@ class Story:
             try:
                 epoch, head = node.examine()
             except UnderstudyError as error:
-                if node.name not in self._rotten:
+                if node.name not in self._nemesis.rotten:
                     raise BrokenPromise(f"G2: {node} can't be opened: {error!r}") from error
                 continue
             if epoch:
@@ -467,19 +298,3 @@ def _pairs(state: State) -> dict[bytes, bytes]:
         keys, values, is_over = scan.page(bytes_max=1 << 30, pairs_max=1 << 30)
     assert is_over
     return dict(zip(keys, values, strict=True))
-
-
-def _planned(plan: Random, length_s: float, nodes: int) -> list[Fault]:
-    """What happens when; some stories have little of it, and some of one kind only."""
-    kinds = dict(FAULTS)
-    if plan.random() < 0.3:
-        kinds = {kind: FAULTS[kind] for kind in plan.sample(sorted(FAULTS), 3)}
-    count = int(length_s * plan.choice((0.1, 0.3, 1.0)))
-    moments = sorted(plan.uniform(0.5, length_s) for _ in range(count))
-    names, weights = list(kinds), list(kinds.values())
-    return [
-        Fault(
-            at, plan.choices(names, weights)[0], plan.randrange(nodes), plan.randrange(nodes), plan.random()
-        )
-        for at in moments
-    ]

@@ -1,4 +1,4 @@
-"""Promotion: a replica's directory becomes a primary's."""
+"""The takeover: a replica's directory, open in this process, becomes a primary's."""
 
 from __future__ import annotations
 
