@@ -49,6 +49,7 @@ def promote(directory: Path, serve: bool, as_json: bool) -> None:
                 "lsn": promotion.lsn,
                 "digest": promotion.digest.hex(),
                 "seconds": round(promotion.seconds, 3),
+                "durability": promotion.durability or None,
             }
         )
         return
@@ -57,5 +58,8 @@ def promote(directory: Path, serve: bool, as_json: bool) -> None:
         f"digest {promotion.digest.hex()}"
     )
     start = f"understudy primary --data-dir {directory}, and the other options of the old primary"
-    click.echo(f"it serves; should it end, start it with: {start}" if serve else f"start it with: {start}")
+    if serve:
+        click.echo(f"it serves, at durability {promotion.durability}; should it end, start it with: {start}")
+    else:
+        click.echo(f"start it with: {start}")
     click.echo(f"it takes the old one's tokens; `understudy token admin {directory}` makes one for operators")

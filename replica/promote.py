@@ -31,6 +31,7 @@ class Promotion:
     lsn: Lsn
     digest: Digest
     seconds: float
+    durability: str = ""  # at which the new primary serves, if it does
     warnings: list[str] = field(default_factory=list)
 
 
@@ -69,13 +70,18 @@ async def _ask_owner(path: Path, *, serve: bool) -> Promotion:
     role = NodeFile.read(path / NODE_FILE).role
     if role not in (Role.REPLICA, Role.PROMOTING) and not (serve and role is Role.PRIMARY):
         raise WrongRole(f"{path} is in use, and its role is {role.value}: it can't be promoted")
+    durability = ""
     try:
         with short_socket_path(path / CONTROL_SOCKET) as socket:
             async with open_channel(f"unix:{socket}") as channel:
                 with peer_errors(str(path / CONTROL_SOCKET)):
-                    response = await admin_pb2_grpc.AdminStub(channel).Promote(
+                    owner = admin_pb2_grpc.AdminStub(channel)
+                    response = await owner.Promote(
                         admin_pb2.PromoteRequest(serve=serve), timeout=PROMOTE_S_MAX
                     )
+                    if serve:
+                        status = await owner.Status(admin_pb2.StatusRequest(), timeout=PROMOTE_S_MAX)
+                        durability = status.durability
     except PeerUnreachable as error:
         raise DirectoryInUse(
             f"the process that has {path} open does not answer: {error.message}",
@@ -88,6 +94,7 @@ async def _ask_owner(path: Path, *, serve: bool) -> Promotion:
         lsn=Lsn(response.lsn),
         digest=Digest(response.digest),
         seconds=response.seconds,
+        durability=durability,
         warnings=list(response.warnings),
     )
 

@@ -236,5 +236,6 @@ def test_promote_tells_the_facts(processes: Processes, tmp_path: Path) -> None:
     pair = Pair(processes, tmp_path)
     pair.primary.kill()
     facts = json.loads(processes.run("promote", pair.b, "--serve", "--json").stdout)
-    assert set(facts) == {"epoch", "lsn", "digest", "seconds"}
+    assert facts["durability"] == status(pair.replica.address).durability
+    assert set(facts) == {"epoch", "lsn", "digest", "seconds", "durability"}
     assert facts["epoch"] == 2
