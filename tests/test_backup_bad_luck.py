@@ -296,7 +296,7 @@ def test_no_damage_of_a_source_is_taken_into_records(
 
 class _Lies(NamedTuple):
     key: str
-    value: object
+    value: Any
 
 
 @pytest.mark.parametrize(

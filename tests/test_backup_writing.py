@@ -32,12 +32,13 @@ def in_memory(data: bytes) -> memoryview:
 def pieces(seed: int) -> Iterator[bytes | memoryview]:
     """Pieces of all kinds, more than fit into a few writes: copied and not, in whole blocks and not, of zeros too."""
     source = random.Random(seed)
-    for _ in range(60):
+    for _ in range(40):
         blocks, odd = source.randrange(64), source.randrange(BLOCK)
         yield in_memory(source.randbytes((blocks + 1) * BLOCK))
         yield source.randbytes(blocks * BLOCK)
         if source.random() < 0.2:
             yield source.randbytes(odd)
+            yield in_memory(source.randbytes(BLOCK))
             yield source.randbytes(BLOCK - odd)
         if source.random() < 0.2:
             yield in_memory(bytes(MIB))
