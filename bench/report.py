@@ -46,11 +46,11 @@ def _cells(figure: Figure) -> list[str]:
 # -- Markdown ----------------------------------------------------------------------------------------------
 
 
-def as_markdown(machine: Mapping[str, Any], scale: str, rows: Sequence[RowResult]) -> str:
-    """What stands in ``docs/benchmarks.md``."""
+def as_markdown(machine: Mapping[str, Any], scale: str, rows: Sequence[RowResult], command: str) -> str:
+    """What stands in ``docs/benchmarks.md`` and the files beside it; ``command`` has made it."""
     parts = [
         "# Benchmarks",
-        "Made by `make bench ARGS='--markdown docs/benchmarks.md'`; nothing here is written by hand. All processes of "
+        f"Made by `{command}`; nothing here is written by hand. All processes of "
         "a row share one machine and its loopback; fdatasync is on; references are measured in the same run. "
         "[peers.md](peers.md) sets PostgreSQL, Redis and etcd beside it.",
         machine_text(machine, scale),

@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import attached
+import backup_load
+import backups
 import bootstrap
 import catchup
 import commits
@@ -33,6 +35,7 @@ import machine
 import memory
 import promotion
 import realms
+import replay
 import report
 import stages
 import upload
@@ -56,6 +59,9 @@ ROWS: dict[str, Callable[[Bench], RowResult]] = {
     "download": download.measure,
     "fanout": fanout.measure,
     "realms": realms.measure,
+    "backup": backups.measure,
+    "backup_load": backup_load.measure,
+    "replay": replay.measure,
 }
 
 
@@ -78,7 +84,7 @@ def main() -> int:
     if options.json:
         options.json.write_text(json.dumps(report.as_json(facts, scale.name, rows), indent=1) + "\n")
     if options.markdown:
-        options.markdown.write_text(report.as_markdown(facts, scale.name, rows))
+        options.markdown.write_text(report.as_markdown(facts, scale.name, rows, _command(options)))
     return 1 if failed else 0
 
 
@@ -98,6 +104,16 @@ def _options() -> Any:
     parser.add_argument("--dir", type=Path, metavar="DIR",
                         help="where the data lie meanwhile; build/ of the checkout if not set")  # fmt: skip
     return parser.parse_args()
+
+
+def _command(options: Any) -> str:
+    """The command that makes the same tables again; where the data lay is nobody's business."""
+    arguments = ["--quick"] * options.quick
+    if options.rounds:
+        arguments += ["--rounds", str(options.rounds)]
+    if options.only != list(ROWS):
+        arguments += ["--only", *options.only]
+    return f"make bench ARGS='{' '.join([*arguments, '--markdown', str(options.markdown)])}'"
 
 
 def _scale(options: Any) -> Scale:

@@ -23,6 +23,7 @@ class Scale:
     small_store_bytes: int
     memory_bytes: int  # of values that go through
     memory_commits: int
+    replayed_entries: int
     local_commits: int  # relaxed; a tenth of it durable
     uploaded_changes: int
     downloaded_keys: int
@@ -46,6 +47,7 @@ FULL = Scale(
     small_store_bytes=20 * MIB,
     memory_bytes=2 * GIB,
     memory_commits=2_000_000,
+    replayed_entries=300_000,
     local_commits=20_000,
     uploaded_changes=10_000,
     downloaded_keys=100_000,
@@ -69,6 +71,7 @@ QUICK = Scale(
     small_store_bytes=20 * MIB,
     memory_bytes=128 * MIB,
     memory_commits=100_000,
+    replayed_entries=100_000,
     local_commits=3_000,
     uploaded_changes=3_000,
     downloaded_keys=30_000,

@@ -71,6 +71,7 @@ def main() -> int:
                 kinds=kinds,
                 missing=missing,
                 plot=picture.name,
+                command=_command(options),
             )
         )
     return 1 if failed else 0
@@ -102,6 +103,20 @@ def _options() -> Any:
         or set(options.peers) != set(_PEERS)
     )
     return options
+
+
+def _command(options: Any) -> str:
+    """The command that makes the same tables again; where the data lay is nobody's business."""
+    arguments = ["--quick"] * options.quick
+    for name in ("rounds", "seconds"):
+        if (value := getattr(options, name)) is not None:
+            arguments += [f"--{name}", f"{value:g}"]
+    for name, every in (("only", list(ROWS)), ("peers", list(_PEERS))):
+        if (chosen := getattr(options, name)) != every:
+            arguments += [f"--{name}", *chosen]
+    if options.markdown:
+        arguments += ["--markdown", str(options.markdown)]
+    return f"make bench-peers ARGS='{' '.join(arguments)}'" if arguments else "make bench-peers"
 
 
 def _scale(options: Any) -> Scale:

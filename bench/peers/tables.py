@@ -24,11 +24,12 @@ def document(
     kinds: Iterable[type[System]],
     missing: Sequence[str],
     plot: str,
+    command: str,
 ) -> str:
-    """What stands in ``docs/peers.md``. ``plot``: the picture's name beside it."""
+    """What stands in ``docs/peers.md``. ``plot``: the picture's name beside it; ``command`` has made both."""
     parts = [
         "# The peers, side by side",
-        "Made by `make bench-peers`; nothing here is written by hand, and no figure comes from another run. "
+        f"Made by `{command}`; nothing here is written by hand, and no figure comes from another run. "
         "The systems take turns in one run, round by round, on one machine, its loopback and one disk. *Ours "
         "against it* says how many times better Understudy did at the same work, by medians: above 1 it leads.",
         machine_text(machine, scale),
