@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
 from understudy.backup.sinks import Sink
-from understudy.common.errors import CorruptionError, NotPermitted
+from understudy.common.errors import OTHER_BACKUP, CorruptionError, NotPermitted
 
 INTRO = b"age-encryption.org/v1\n"
 _SCRYPT_LABEL = b"age-encryption.org/v1/scrypt"
@@ -180,7 +180,7 @@ class PassphraseReader:
         return data
 
     def _damaged(self, why: str) -> CorruptionError:
-        return CorruptionError(f"{self._name} is damaged: {why}", remedy="use another backup")
+        return CorruptionError(f"{self._name} is damaged: {why}", remedy=OTHER_BACKUP)
 
 
 def _read_up_to(source: IO[bytes], count: int) -> bytes:

@@ -10,7 +10,8 @@ import contextlib
 import re
 import tarfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any, cast
@@ -22,85 +23,76 @@ from understudy.backup.archive_names import ENCRYPTED_SUFFIX, SUFFIX
 from understudy.backup.contents import Member, copy_members, describe, node_member, token_member
 from understudy.backup.encryption import Encryption, Unlocking, is_encrypted, peekable
 from understudy.backup.make import BackupReport
-from understudy.backup.manifest import FileEntry, Manifest
+from understudy.backup.manifest import MANIFEST_BYTES_MAX, FileEntry, Manifest
 from understudy.backup.progress import Meter, OnProgress
 from understudy.backup.records import Records
 from understudy.backup.selection import EVERYTHING, Selection
 from understudy.backup.sinks import Sink, Stream
 from understudy.backup.source import Source, open_source
-from understudy.common.directory import MANIFEST_FILE
-from understudy.common.errors import CorruptionError, UsageError
+from understudy.common.directory import MANIFEST_FILE, NODE_FILE
+from understudy.common.errors import OTHER_BACKUP, CorruptionError, UsageError
 from understudy.common.files import publishing
 
 DEFAULT_LEVEL = 3
 _THREADS = 2
 _BLOCK_BYTES = 512  # tar's
 _PIECE_BYTES = 1 << 20
-_MANIFEST_BYTES_MAX = 64 << 20
 # Anything else has no business in a data directory, and is not written anywhere.
 _KNOWN_NAMES = re.compile(
     r"(node\.json|backup\.json|admin-token|store/data\.mdb|log/[0-9]{20}\.seg|records/[a-z]+-[0-9]{6}\.rows)\Z"
 )
-_OTHER_BACKUP = "use another backup"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArchiveOptions:
+    """What an archive is to be."""
+
+    selection: Selection = EVERYTHING  # what of the source, and in which form
+    encryption: Encryption | None = None
+    level: int = DEFAULT_LEVEL  # of zstd
+    rate: int | None = None  # bytes a second at the most that are read
+
+    @property
+    def suffix(self) -> str:
+        """What its name ends in."""
+        return SUFFIX if self.encryption is None else ENCRYPTED_SUFFIX
+
+
+_PLAIN = ArchiveOptions()  # of everything, not encrypted
 
 
 def write_archive(
-    source: Path,
-    target: Path,
-    *,
-    selection: Selection = EVERYTHING,
-    encryption: Encryption | None = None,
-    level: int = DEFAULT_LEVEL,
-    rate: int | None = None,
-    progress: OnProgress | None = None,
+    source: Path, target: Path, options: ArchiveOptions = _PLAIN, *, progress: OnProgress | None = None
 ) -> BackupReport:
     """Backs the data directory ``source`` up into the file ``target``, which appears when it is whole.
 
     Args:
-        target: ends in ``.tar.zst.age`` with ``encryption``, else in ``.tar.zst``; must not be there yet.
-        selection: what of the source, and in which form.
-        level: of zstd.
-        rate: bytes a second at the most that are read.
+        target: ends in the options' suffix; must not be there yet.
         progress: told of bytes done and in all.
 
     Raises:
         UsageError: the name does not say what the file would be, or it is there already.
         and what :func:`understudy.backup.make.make_backup` raises of the source.
     """
-    _check_name(target, encryption)
+    _check_name(target, options)
     if target.exists():
         raise UsageError(f"{target} is there already", remedy="give another name, or remove it")
     with open_source(source) as pinned, publishing(target) as file:
-        return stream_archive(
-            pinned,
-            file,
-            selection=selection,
-            encryption=encryption,
-            level=level,
-            rate=rate,
-            progress=progress,
-        )
+        return stream_archive(pinned, file, options, progress=progress)
 
 
-def _check_name(target: Path, encryption: Encryption | None) -> None:
-    wanted = ENCRYPTED_SUFFIX if encryption is not None else SUFFIX
-    if not target.name.endswith(wanted):
-        what = "an encrypted archive" if encryption is not None else "an archive that is not encrypted"
-        remedy = f"end the name in {wanted}"
-        if encryption is None:
+def _check_name(target: Path, options: ArchiveOptions) -> None:
+    if not target.name.endswith(options.suffix):
+        is_encrypted = options.encryption is not None
+        what = "an encrypted archive" if is_encrypted else "an archive that is not encrypted"
+        remedy = f"end the name in {options.suffix}"
+        if not is_encrypted:
             remedy += ", or say what to encrypt it with: --recipient or --passphrase-file"
         raise UsageError(f"{target} is no name for {what}", remedy=remedy)
 
 
 def stream_archive(
-    source: Source,
-    out: Sink,
-    *,
-    selection: Selection = EVERYTHING,
-    encryption: Encryption | None,
-    level: int = DEFAULT_LEVEL,
-    rate: int | None = None,
-    progress: OnProgress | None = None,
+    source: Source, out: Sink, options: ArchiveOptions, *, progress: OnProgress | None = None
 ) -> BackupReport:
     """Writes a pinned source as an archive, from its beginning to its end.
 
@@ -108,10 +100,11 @@ def stream_archive(
         OSError: ``out`` can't be written.
         CorruptionError, StorageFailed, UsageError.
     """
+    selection, encryption = options.selection, options.encryption
     started_s = time.monotonic()
     contents = Records(source, selection) if selection.needs_records else _Pages(source)
-    meter = Meter(contents.total_bytes, rate=rate, progress=progress)
-    compressor = zstandard.ZstdCompressor(level=level, threads=_THREADS, write_checksum=True)
+    meter = Meter(contents.total_bytes, rate=options.rate, progress=progress)
+    compressor = zstandard.ZstdCompressor(level=options.level, threads=_THREADS, write_checksum=True)
     with (
         encryption.encrypting(out) if encryption is not None else contextlib.nullcontext(out) as encrypted,
         compressor.stream_writer(cast(IO[bytes], encrypted), closefd=False) as compressed,
@@ -156,7 +149,7 @@ class _TarWriter:
         """One file; says what it was."""
         info = tarfile.TarInfo(member.name)
         info.size, info.mode, info.mtime = member.size, 0o600, self._made_s
-        self._out.write(info.tobuf(tarfile.PAX_FORMAT))
+        self._out.write(info.tobuf(tarfile.GNU_FORMAT))
         digest = xxhash.xxh3_128()
         for piece in member.pieces if meter is None else meter.metered(member.pieces):
             digest.update(piece)
@@ -200,49 +193,92 @@ def _damage(name: str) -> Iterator[None]:
     try:
         yield
     except (zstandard.ZstdError, tarfile.TarError, EOFError) as error:
-        raise CorruptionError(f"{name} is damaged: {error}", remedy=_OTHER_BACKUP) from error
+        raise CorruptionError(f"{name} is damaged: {error}", remedy=OTHER_BACKUP) from error
 
 
-@contextlib.contextmanager
-def reading_archive(file: IO[bytes], name: str, unlocking: Unlocking) -> Iterator[Iterator[Member]]:
-    """The files of an archive, in their order, each to be read before the next is taken; see :func:`opening`.
+def unpack(file: IO[bytes], name: str, unlocking: Unlocking, take: Callable[[Member], FileEntry]) -> Manifest:
+    """Reads an archive to its end, and compares each of its files with what the manifest says.
+
+    Args:
+        file, name, unlocking: see :func:`opening`.
+        take: reads all of a file, and says what it was; all but ``node.json``, which the manifest says nothing of.
 
     Raises:
-        CorruptionError: it holds something else than a backup.
-        and what :func:`opening` raises.
+        CorruptionError: it is damaged, cut off, or something else than a backup.
+        NotPermitted, NewerFormat, and what ``take`` raises.
     """
+    found: dict[str, FileEntry] = {}
+    manifest = None
     with opening(file, name, unlocking) as plain:
-        yield _members(plain, name)
+        for member in _members(plain, name):
+            if member.name == MANIFEST_FILE:
+                manifest = _decode_manifest(member, name)
+            elif member.name == NODE_FILE:
+                for _ in member.pieces:  # what is restored gets one of its own
+                    pass
+            else:
+                found[member.name] = take(member)
+    if manifest is None:
+        raise CorruptionError(f"{name} has no manifest: it was cut off", remedy=OTHER_BACKUP)
+    for entry in manifest.files:
+        check_entry(found.pop(entry.path, None), entry, name)
+    if found:
+        raise CorruptionError(
+            f"{name} holds {min(found)}, which its manifest does not name", remedy=OTHER_BACKUP
+        )
+    return manifest
 
 
-def _members(plain: Any, name: str) -> Iterator[Member]:
-    with tarfile.open(fileobj=plain, mode="r|", bufsize=_PIECE_BYTES) as tar:
-        for info in tar:
-            if not info.isreg() or not _KNOWN_NAMES.match(info.name):
-                raise CorruptionError(
-                    f"{name} holds {info.name!r}, which no backup does", remedy=_OTHER_BACKUP
-                )
-            content = tar.extractfile(info)
-            assert content is not None, "a regular file has content"
-            yield Member(info.name, info.size, _pieces(content, info, name))
+def check_entry(found: FileEntry | None, expected: FileEntry, name: str) -> None:
+    """Compares a file of the backup ``name`` with what the manifest says.
+
+    Raises:
+        CorruptionError.
+    """
+    if found != expected:
+        raise CorruptionError(
+            f"{expected.path} of {name} is not what its manifest says: "
+            + ("it is missing" if found is None else f"{found.bytes:,} bytes, XXH3 {found.xxh3}"),
+            remedy=OTHER_BACKUP,
+        )
 
 
-def _pieces(content: IO[bytes], info: tarfile.TarInfo, name: str) -> Iterator[bytes]:
-    left = info.size
-    while left:
-        piece = content.read(min(_PIECE_BYTES, left))
+def _members(plain: Stream, name: str) -> Iterator[Member]:
+    """The files, in their order; what is not read of one before the next is asked for is skipped.
+
+    tarfile itself would take in whatever long names and attributes a header announces.
+    """
+    while True:
+        block = _read_exactly(plain, _BLOCK_BYTES, name)
+        if not any(block):
+            break
+        info = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
+        if info.type != tarfile.REGTYPE or info.size < 0 or not _KNOWN_NAMES.match(info.name):
+            raise CorruptionError(f"{name} holds {info.name!r}, which no backup does", remedy=OTHER_BACKUP)
+        pieces = _pieces(plain, info.size, name)
+        yield Member(info.name, info.size, pieces)
+        for _ in pieces:
+            pass
+        _read_exactly(plain, -info.size % _BLOCK_BYTES, name)
+    while rest := plain.read(_PIECE_BYTES):
+        if any(rest):
+            raise CorruptionError(f"{name} goes on behind its end", remedy=OTHER_BACKUP)
+
+
+def _pieces(plain: Stream, size: int, name: str) -> Iterator[bytes]:
+    while size:
+        piece = plain.read(min(_PIECE_BYTES, size))
         if not piece:
-            raise CorruptionError(f"{name} ends within {info.name}", remedy=_OTHER_BACKUP)
-        left -= len(piece)
+            raise CorruptionError(f"{name} was cut off", remedy=OTHER_BACKUP)
+        size -= len(piece)
         yield piece
 
 
-def decode_manifest(member: Member, name: str) -> Manifest:
-    """The manifest of an archive.
+def _read_exactly(plain: Stream, count: int, name: str) -> bytes:
+    return b"".join(_pieces(plain, count, name))
 
-    Raises:
-        CorruptionError, NewerFormat.
-    """
-    if member.size > _MANIFEST_BYTES_MAX:
-        raise CorruptionError(f"the manifest in {name} has {member.size:,} bytes", remedy=_OTHER_BACKUP)
+
+def _decode_manifest(member: Member, name: str) -> Manifest:
+    if member.size > MANIFEST_BYTES_MAX:
+        raise CorruptionError(f"the manifest in {name} has {member.size:,} bytes", remedy=OTHER_BACKUP)
     return Manifest.decode(b"".join(member.pieces), f"{MANIFEST_FILE} in {name}")

@@ -6,6 +6,7 @@ from one to the next: a segment that takes weeks to fill is some twenty objects,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,13 +59,20 @@ class Archiver:
         self._epoch = Epoch(0)  # of the last entry shipped
         self._pieces: list[_Piece] = []  # each at least twice as large as the next
 
-    @property
-    def shipped_lsn(self) -> Lsn | None:
-        """Up to where the log is in the repository; None as long as that was not looked for."""
-        return self._shipped.position.lsn if self._shipped is not None else None
-
     def ship(self) -> Lsn:
         """Ships what is durable and not in the repository yet; returns up to which LSN it reaches now.
+
+        Raises:
+            As :meth:`ship_parts`.
+        """
+        *_, shipped = self.ship_parts()
+        return shipped
+
+    def ship_parts(self) -> Iterator[Lsn]:
+        """Ships what is durable and not in the repository yet, segment by segment.
+
+        Yields:
+            Up to which LSN it reaches: before anything is shipped, and after each part.
 
         Raises:
             RepositoryError: what could not be shipped is shipped by the next call.
@@ -74,14 +82,16 @@ class Archiver:
         with LogFiles(self._log, self._cluster) as files:
             if self._shipped is None:
                 self._shipped = self._find_shipped(files)
+            yield self._shipped.position.lsn
             end, epochs = self._scan(files, self._shipped)
+            if end.position.lsn == self._shipped.position.lsn:
+                return
+            begin = files.begin_of_segment(Lsn(self._shipped.position.lsn + 1))
+            *sealed, _ = files.parts(begin, end)
+            yield from self._ship_whole(files, sealed, epochs)
             if end.position.lsn > self._shipped.position.lsn:
-                *sealed, last = files.parts(self._shipped, end)
-                for part in sealed:
-                    self._ship_whole(files, part, epochs)
-                if last.record_bytes:
-                    self._ship_piece(files, self._shipped, end, epochs)
-        return self._shipped.position.lsn
+                self._ship_piece(files, self._shipped, end, epochs)
+                yield end.position.lsn
 
     def _find_shipped(self, files: LogFiles) -> LogPlace:
         """Where the newest stretch of this history in the repository ends.
@@ -99,15 +109,19 @@ class Archiver:
                 return place
         return files.begin
 
-    def _ship_whole(self, files: LogFiles, part: LogPart, epochs: dict[Lsn, Epoch]) -> None:
-        """Ships the segment that ends with ``part``, and removes what of it was shipped while it was being written."""
-        begin = files.begin_of_segment(part.end.position.lsn)
-        whole = self._ship(files.parts(begin, part.end)[0], epochs)
-        self._pieces.clear()
-        for stretch in list_stretches(self._repository):
-            within = whole.first <= stretch.first and stretch.last <= whole.last and stretch != whole
-            if within and _is_of(stretch, files):
-                self._repository.delete(stretch.name)
+    def _ship_whole(
+        self, files: LogFiles, segments: list[LogPart], epochs: dict[Lsn, Epoch]
+    ) -> Iterator[Lsn]:
+        """Ships whole segments, and removes what of each was shipped while it was being written."""
+        shipped = list_stretches(self._repository) if segments else []
+        for segment in segments:
+            whole = self._ship(segment, epochs)
+            self._pieces.clear()
+            for stretch in shipped:
+                within = whole.first <= stretch.first and stretch.last <= whole.last and stretch != whole
+                if within and _is_of(stretch, files):
+                    self._repository.delete(stretch.name)
+            yield whole.last
 
     def _ship_piece(self, files: LogFiles, begin: LogPlace, end: LogPlace, epochs: dict[Lsn, Epoch]) -> None:
         """Ships what the unfinished segment has got, in one stretch with the pieces before that are not much larger."""

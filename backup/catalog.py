@@ -10,12 +10,13 @@
         checks/20261122T020000Z-1f2e3d.json  what a check of it has found
     log/…                                    see :mod:`understudy.backup.log_archive`
 
-Nothing is ever overwritten. A backup is there once its manifest is, and gone once that is deleted, which happens
-before anything else of it is.
+Nothing is ever overwritten; of checks that found the same, the newest stays. A backup is there once its manifest
+is, and gone once that is deleted, which happens before anything else of it is.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import enum
 import json
@@ -24,15 +25,24 @@ import secrets
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 
-from understudy.backup.manifest import Manifest, sealed, unsealed, utc_text
+from understudy.backup.manifest import Manifest, sealed, unsealed, utc_seconds, utc_text
 from understudy.backup.repository import Repository
-from understudy.common.errors import CorruptionError, NewerFormat, UsageError
+from understudy.common.errors import (
+    OTHER_BACKUP,
+    CorruptionError,
+    NewerFormat,
+    NotStored,
+    RepositoryError,
+    StorageFailed,
+    UsageError,
+)
 from understudy.common.types import LSN_DIGITS, Lsn, format_lsn
 
 FORMAT_VERSION = 1
 BACKUPS = "backups/"
 _MANIFEST = "manifest.json"
 _CHECKS = "checks/"
+_LISTINGS_MAX = 10  # a check takes far longer than reading what others have found
 _ID = re.compile(rf"[0-9]{{8}}T[0-9]{{6}}Z-[0-9]{{{LSN_DIGITS}}}-[0-9a-f]{{6}}\Z")
 
 
@@ -51,6 +61,14 @@ class Check:
     finding: Finding
     at: str  # UTC
     detail: str = ""
+
+    @property
+    def kind(self) -> tuple[Finding, bool]:
+        """What it can be replaced by a newer one of: a drill that finds the log behind it damaged says so in detail."""
+        return self.finding, bool(self.detail)
+
+
+_DIGEST_FITS = Check(finding=Finding.INTACT, at="").kind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,12 +98,7 @@ class StoredBackup:
     @property
     def made_s(self) -> float:
         """When it was made, seconds since 1970."""
-        return datetime.datetime.fromisoformat(self.manifest.made).timestamp()
-
-    @property
-    def is_proven(self) -> bool:
-        """Whether it was restored and verified, and nothing has been found wrong since."""
-        return self.state == Finding.PROVEN.value
+        return utc_seconds(self.manifest.made)
 
     @property
     def last_check(self) -> Check | None:
@@ -104,12 +117,16 @@ class StoredBackup:
 
     @property
     def state(self) -> str:
-        """In a word: ``proven``, ``intact``, ``damaged`` or ``unchecked``."""
-        if self.is_damaged:
-            return Finding.DAMAGED.value
-        if any(check.finding is Finding.PROVEN for check in self.checks):
+        """In a word: ``proven``, ``intact``, ``damaged`` or ``unchecked``.
+
+        The last check decides; only that the digest still fits takes nothing from a proof before it.
+        """
+        if self.last_check is None:
+            return "unchecked"
+        others = [check for check in self.checks if check.kind != _DIGEST_FITS]
+        if self.last_check.kind == _DIGEST_FITS and others and others[-1].finding is Finding.PROVEN:
             return Finding.PROVEN.value
-        return Finding.INTACT.value if self.checks else "unchecked"
+        return self.last_check.finding.value
 
     def encode(self) -> bytes:
         """``manifest.json``."""
@@ -152,7 +169,7 @@ def publish_backup(repository: Repository, backup: StoredBackup) -> None:
 def note_check(
     repository: Repository, backup: StoredBackup, finding: Finding, detail: str, at_s: float
 ) -> None:
-    """Remembers what a check of a backup has found.
+    """Remembers what a check of a backup has found, in the place of older ones of its kind.
 
     Raises:
         RepositoryError.
@@ -160,7 +177,20 @@ def note_check(
     check = Check(finding=finding, at=utc_text(at_s), detail=detail)
     stamp = datetime.datetime.fromtimestamp(at_s, datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
     name = f"{backup.folder}{_CHECKS}{stamp}-{secrets.token_hex(3)}.json"
-    repository.put(name, json.dumps(asdict(check), indent=2).encode() + b"\n")
+    repository.put(name, sealed(asdict(check)))
+    # An old check that stays does no harm, and some storages let nobody remove anything.
+    with contextlib.suppress(RepositoryError, StorageFailed):
+        _forget_superseded(repository, backup.folder)
+
+
+def _forget_superseded(repository: Repository, folder: str) -> None:
+    newer: set[tuple[Finding, bool]] = set()
+    names = [stored.name for stored in repository.list(folder + _CHECKS)]
+    for name in sorted(names, reverse=True):
+        kind = decode_check(repository.read(name), name).kind
+        if kind in newer:
+            repository.delete(name)
+        newer.add(kind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +242,7 @@ def read_catalog(repository: Repository) -> Catalog:
 def last_proven_s(catalog: Catalog) -> float:
     """When a drill last proved a backup, seconds since 1970; 0 for never."""
     proofs = (
-        datetime.datetime.fromisoformat(check.at).timestamp()
+        utc_seconds(check.at)
         for backup in catalog.backups
         for check in backup.checks
         if check.finding is Finding.PROVEN
@@ -232,12 +262,20 @@ def _read_backup(repository: Repository, folder: str, names: Iterable[str]) -> S
     backup = decode_backup(repository.read(folder + _MANIFEST), f"{folder}{_MANIFEST} in {repository.url}")
     if backup.folder != folder:
         raise CorruptionError(f"{folder}{_MANIFEST} in {repository.url} is of another backup, {backup.id}")
-    checks = (
-        decode_check(repository.read(folder + name), f"{folder}{name} in {repository.url}")
-        for name in sorted(names)
-        if name.startswith(_CHECKS)
-    )
-    return replace(backup, checks=tuple(checks))
+    checks = [folder + name for name in names if name.startswith(_CHECKS)]
+    return replace(backup, checks=_read_checks(repository, folder, checks))
+
+
+def _read_checks(repository: Repository, folder: str, names: list[str]) -> tuple[Check, ...]:
+    """All of a backup, oldest first; where one has been superseded meanwhile, what is there then."""
+    for _ in range(_LISTINGS_MAX):
+        try:
+            return tuple(
+                decode_check(repository.read(name), f"{name} in {repository.url}") for name in sorted(names)
+            )
+        except NotStored:
+            names = [stored.name for stored in repository.list(folder + _CHECKS)]
+    raise RepositoryError(f"the checks in {folder} of {repository.url} go on changing", remedy="try again")
 
 
 def decode_backup(data: bytes, name: str) -> StoredBackup:
@@ -268,7 +306,7 @@ def decode_backup(data: bytes, name: str) -> StoredBackup:
         ):
             raise ValueError("a value is of another kind")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, UsageError) as error:
-        raise CorruptionError(f"{name} can't be read: {error}", remedy="use another backup") from error
+        raise CorruptionError(f"{name} can't be read: {error}", remedy=OTHER_BACKUP) from error
     return backup
 
 
@@ -279,7 +317,8 @@ def decode_check(data: bytes, name: str) -> Check:
         name: what a message calls it.
     """
     try:
-        raw = json.loads(data)
-        return Check(finding=Finding(raw["finding"]), at=str(raw["at"]), detail=str(raw["detail"]))
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raw = unsealed(data)
+        utc_seconds(raw["at"])
+        return Check(finding=Finding(raw["finding"]), at=raw["at"], detail=str(raw["detail"]))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return Check(finding=Finding.DAMAGED, at="", detail=f"{name} can't be read: {error}")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import datetime
-
 from understudy.backup.catalog import Catalog, StoredBackup
+from understudy.backup.manifest import utc_seconds
 from understudy.backup.point import Point
 from understudy.common.errors import UsageError
 from understudy.common.types import Epoch, Lsn
@@ -42,4 +41,4 @@ def choose_backup(
 
 
 def _time_us(backup: StoredBackup) -> int:
-    return round(datetime.datetime.fromisoformat(backup.manifest.time).timestamp() * 1e6)
+    return round(utc_seconds(backup.manifest.time) * 1e6)

@@ -277,11 +277,10 @@ class _Proving:
 
     def _read(self, target: Path, reached: Reached) -> None:
         report: ReadReport = self._read_all(target)
-        if len(report.pairs) != reached.realms:
-            raise CorruptionError(f"a server on it shows {len(report.pairs)} realms of {reached.realms}")
+        if report.realms != reached.realms:
+            raise CorruptionError(f"a server on it shows {report.realms} realms of {reached.realms}")
         self._drill.lsn = reached.place.position.lsn
-        self._drill.realms = len(report.pairs)
-        self._drill.pairs = sum(report.pairs.values())
+        self._drill.realms, self._drill.pairs = report.realms, report.pairs
 
 
 def _tell(journal: Journal | None, drill: Drill) -> None:

@@ -34,7 +34,8 @@ class ReadReport:
     """What a client has read of a server."""
 
     address: str
-    pairs: dict[str, int]  # by realm
+    realms: int
+    pairs: int  # of all realms
 
 
 # Starts a server on a data directory, reads all of it, and ends the server.
@@ -88,7 +89,7 @@ def proven_server(
                 code = process.wait()
                 said.seek(0)
                 raise _problem(code, said.read().decode(errors="replace"))
-            yield ReadReport(address=facts["address"], pairs=facts["pairs"]), process.wait
+            yield ReadReport(**facts), process.wait
         except _Stalled:
             process.kill()  # it would not end by itself either
             raise

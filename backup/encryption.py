@@ -12,13 +12,20 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, TypeVar, cast
 
 import pyrage
 
 from understudy.backup.age_passphrase import INTRO, PassphraseReader, PassphraseWriter
 from understudy.backup.sinks import Sink, Stream
-from understudy.common.errors import CorruptionError, NotPermitted, StorageFailed, UsageError
+from understudy.common.errors import (
+    OTHER_BACKUP,
+    CorruptionError,
+    NotPermitted,
+    StorageFailed,
+    UnderstudyError,
+    UsageError,
+)
 from understudy.common.files import storage_errors
 
 _PIECE_BYTES = 1 << 20
@@ -103,6 +110,7 @@ class Unlocking:
         Raises:
             NotPermitted: it does not open with what is given.
             CorruptionError: it was changed or cut off.
+            and what ``source`` raises when it is read.
         """
         if _is_for_passphrase(source):
             if not self.passphrase:
@@ -111,18 +119,25 @@ class Unlocking:
             return
         if not self.identities:
             raise NotPermitted(f"{name} is encrypted for recipients", remedy="give a key with --identity")
-        encrypted: Any = source
+        encrypted: Any = _Remembering(source)
         try:
             with _pumped_in(lambda out: pyrage.decrypt_io(encrypted, out, list(self.identities))) as file:
                 yield file
-        except pyrage.DecryptError as error:
-            if "No matching keys" in str(error):
-                raise NotPermitted(f"{name} does not open with these keys") from error
-            raise CorruptionError(f"{name} is damaged: {error}", remedy="use another backup") from error
-        except _PumpFailed as error:
-            raise CorruptionError(
-                f"{name} is damaged, or can't be read: {error.__cause__}", remedy="use another backup"
-            ) from error
+        except Exception as error:
+            # Where reading fails, the stream ends early, and whoever reads it takes it for damaged.
+            if encrypted.error is not None:
+                raise encrypted.error from error
+            if isinstance(error, pyrage.DecryptError | _PumpFailed):
+                raise _unopened(error, name) from error
+            raise
+
+
+def _unopened(error: Exception, name: object) -> UnderstudyError:
+    if isinstance(error, _PumpFailed):
+        return CorruptionError(f"{name} is damaged: {error.__cause__}", remedy=OTHER_BACKUP)
+    if "No matching keys" in str(error):
+        return NotPermitted(f"{name} does not open with these keys")
+    return CorruptionError(f"{name} is damaged: {error}", remedy=OTHER_BACKUP)
 
 
 def is_encrypted(source: io.BufferedReader) -> bool:
@@ -237,17 +252,20 @@ class _PumpFailed(Exception):
 
 
 class _Remembering:
-    """A sink that knows its first error: pyrage makes one of its own of it, or none."""
+    """A file that knows its first error: pyrage makes one of its own of it, or none."""
 
-    def __init__(self, out: Sink) -> None:
+    def __init__(self, file: Any) -> None:
         self.error: BaseException | None = None
-        self._out = out
+        self._file = file
+
+    def read(self, count: int) -> bytes:
+        return self._noting(lambda: cast(bytes, self._file.read(count)))
 
     def write(self, data: bytes) -> int:
-        return self._noting(lambda: self._out.write(data))
+        return self._noting(lambda: cast(int, self._file.write(data)))
 
     def flush(self) -> None:
-        self._noting(self._out.flush)
+        self._noting(self._file.flush)
 
     def _noting(self, step: Callable[[], _T]) -> _T:
         try:

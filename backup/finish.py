@@ -14,7 +14,7 @@ from understudy.backup.make import BackupReport
 from understudy.backup.manifest import read_manifest, write_manifest
 from understudy.backup.target_log import describe_settled
 from understudy.common.directory import IN_PROGRESS_FILE, MANIFEST_FILE, DataDirectory
-from understudy.common.errors import CorruptionError, NotADataDirectory, UnfinishedBackup
+from understudy.common.errors import OTHER_BACKUP, CorruptionError, NotADataDirectory, UnfinishedBackup
 from understudy.common.files import storage_errors, sync_directory, sync_tree
 from understudy.common.verify import verify_opened
 
@@ -43,9 +43,7 @@ def finish_backup(target: Path) -> BackupReport:
         manifest = describe_settled(directory, read_manifest(target))
         found = verify_opened(directory)
         if found.problems:
-            raise CorruptionError(
-                f"{target} is damaged: {'; '.join(found.problems)}", remedy="use another backup"
-            )
+            raise CorruptionError(f"{target} is damaged: {'; '.join(found.problems)}", remedy=OTHER_BACKUP)
         sync_tree(target)
         write_manifest(target, manifest)
         mark = target / IN_PROGRESS_FILE

@@ -18,6 +18,7 @@ from understudy.common.files import storage_errors, sync_directory
 # Files that are being written. No object's name begins with a dot.
 _TEMPORARY = ".writing-"
 _GUARD = ".lock-guard"
+_CREATE_ATTEMPTS = 10  # each fails only where somebody removes the folder just then
 # What file systems without hard links say: FAT, and some of the network or in user space.
 _NO_LINKS = frozenset(
     {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EACCES}
@@ -98,7 +99,8 @@ class FolderRepository:
         path = self._path(name)
         with self._errors("remove", path), contextlib.suppress(*_ABSENT):
             path.unlink()
-            sync_directory(path.parent)
+            _sync_if_there(path.parent)
+            self._remove_empty(path.parent)
         self.check_root()
 
     def swap(self, name: str, data: bytes, expected: bytes | None) -> bool:
@@ -147,10 +149,9 @@ class FolderRepository:
     @contextlib.contextmanager
     def _written(self, path: Path) -> Iterator[tuple[IO[bytes], Path]]:
         """A new file beside ``path``, with its own path; it is removed in the end if it is still there."""
-        self._make_folders(path.parent)
         temporary = path.with_name(f"{_TEMPORARY}{secrets.token_hex(8)}")
         with self._errors("write", path):
-            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            fd = self._create(temporary)
             file = os.fdopen(fd, "wb")  # closed below: closing flushes, which fails again where it has failed
             try:
                 yield file, temporary
@@ -160,14 +161,32 @@ class FolderRepository:
                 with contextlib.suppress(OSError):
                     os.unlink(temporary)
 
+    def _create(self, path: Path) -> int:
+        """A new file, with the folders above it, which others may remove as empty until it is there."""
+        for attempts_left in reversed(range(_CREATE_ATTEMPTS)):
+            try:
+                self._make_folders(path.parent)
+                return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            except FileNotFoundError:
+                if not attempts_left:
+                    raise
+        raise AssertionError("the last attempt ends in one way or the other")
+
     def _make_folders(self, folder: Path) -> None:
         """Makes what is missing between the root and ``folder``, durably; never the root."""
         if folder == self._root or folder.is_dir():
             return
         self._make_folders(folder.parent)
-        with self._errors("make", folder), contextlib.suppress(FileExistsError):
+        with contextlib.suppress(FileExistsError):
             os.mkdir(folder, 0o700)
-        sync_directory(folder.parent)
+        _sync_if_there(folder.parent)
+
+    def _remove_empty(self, folder: Path) -> None:
+        """Removes folders in which nothing is left, up to the root; one that stays does no harm."""
+        with contextlib.suppress(OSError):
+            while folder != self._root:
+                folder.rmdir()
+                folder = folder.parent
 
     def _name(self, temporary: Path, path: Path) -> bool:
         """Gives a finished file its name, durably, unless another has it."""
@@ -235,6 +254,15 @@ class FolderRepository:
         """The clock that the files' times are told by: on a network folder, another machine's."""
         with self._written(self._root / "clock") as (file, _):
             return os.fstat(file.fileno()).st_mtime
+
+
+def _sync_if_there(folder: Path) -> None:
+    """Makes the names in a folder durable; others may have removed it, as it was empty."""
+    try:
+        sync_directory(folder)
+    except StorageFailed:
+        if folder.is_dir():
+            raise
 
 
 def _finish(file: IO[bytes]) -> None:

@@ -23,8 +23,8 @@ WITHOUT_BACKUP_MAX = 100
 # Of all policies: an hour's backups, kept for two years. It is all loaded when it has changed.
 ENTRIES_MAX = 20_000
 # Enough to see what went wrong; all entries together stay below what is read.
-_ERRORS_MAX = 10
-_ERROR_CHARACTERS_MAX = 2000
+ERRORS_MAX = 10
+ERROR_CHARACTERS_MAX = 2000
 _FILE_BYTES_MAX = 256 << 20
 
 
@@ -107,9 +107,25 @@ class History:
         with side_lock(self._path):
             return list(self._load().entries)
 
+    def reserve(self, floor: int = 0) -> int:
+        """The next number, which nobody else is given.
+
+        Args:
+            floor: the highest number that a backup bears, so that none is given twice though the file was lost.
+
+        Raises:
+            NewerFormat, DiskFull, StorageFailed.
+        """
+        with side_lock(self._path):
+            known = self._load()
+            number = max(known.last_number, floor) + 1
+            self._store(_Content(number, known.entries))
+        return number
+
     def add(
         self,
         *,
+        number: int,
         policy: str,
         start_s: float,
         seconds: float,
@@ -119,14 +135,13 @@ class History:
         lsn: int,
         paths: Sequence[str] = (),
         errors: Sequence[str] = (),
-        floor: int = 0,
     ) -> Entry:
-        """Adds a run under the next number.
+        """Adds a run, or replaces what was said of it.
 
         Args:
+            number: as :meth:`reserve` gave it.
             start_s: when it began, seconds since 1970.
             errors: the first of them are kept, and of each the beginning.
-            floor: the highest number that a backup bears, so that none is given twice though the file was lost.
 
         Raises:
             NewerFormat, DiskFull, StorageFailed.
@@ -134,7 +149,7 @@ class History:
         with side_lock(self._path):
             known = self._load()
             entry = Entry(
-                number=max(known.last_number, floor) + 1,
+                number=number,
                 policy=policy,
                 start=utc_text(start_s),
                 seconds=seconds,
@@ -143,9 +158,11 @@ class History:
                 bytes=bytes,
                 lsn=lsn,
                 paths=list(paths),
-                errors=[error[:_ERROR_CHARACTERS_MAX] for error in errors[:_ERRORS_MAX]],
+                errors=[error[:ERROR_CHARACTERS_MAX] for error in errors[:ERRORS_MAX]],
             )
-            self._store(_Content(entry.number, [*known.entries, entry][-ENTRIES_MAX:]))
+            others = [other for other in known.entries if other.number != number]
+            entries = sorted([*others, entry], key=lambda each: each.number)  # runs may end in another order
+            self._store(_Content(max(known.last_number, number), entries[-ENTRIES_MAX:]))
         return entry
 
     def forget(self, policy: str, is_there: Callable[[str], bool]) -> None:

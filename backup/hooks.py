@@ -9,7 +9,7 @@ import selectors
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any
 
 from understudy.common.errors import HookFailed
@@ -22,7 +22,13 @@ _PIPE_BYTES = 1 << 20  # at least what a pipe holds
 _POLL_S = 0.05  # a process that has closed its output is looked at so often
 
 
-def run_hook(program: Sequence[str], report: Mapping[str, Any], *, timeout_s: float = 300) -> None:
+def run_hook(
+    program: Sequence[str],
+    report: Mapping[str, Any],
+    *,
+    timeout_s: float = 300,
+    check: Callable[[], object] = lambda: None,
+) -> None:
     """Runs ``program`` without a shell, with ``report`` as one line of JSON on its standard input, and waits for it.
 
     It need not read. What it says, on standard output or error, is in the error if it fails. It has a session of its
@@ -32,13 +38,14 @@ def run_hook(program: Sequence[str], report: Mapping[str, Any], *, timeout_s: fl
         program: a path or a name in ``PATH``, and arguments.
         report: what JSON can hold.
         timeout_s: how long it may take.
+        check: called again and again meanwhile; what it raises ends the hook.
 
     Raises:
         HookFailed: it can't be started, ended with another status than 0, or took too long.
     """
     hook = _Hook(program, json.dumps(report).encode() + b"\n")
     try:
-        in_time = hook.wait(timeout_s)
+        in_time = hook.wait(timeout_s, check)
     finally:
         hook.end()
     if not in_time:
@@ -98,10 +105,11 @@ class _Hook:
         said = self._output.decode("utf-8", "replace").strip()
         return HookFailed(f"the hook {self._name} {why}" + (f"; it said: {said}" if said else ""))
 
-    def wait(self, timeout_s: float) -> bool:
+    def wait(self, timeout_s: float, check: Callable[[], object] = lambda: None) -> bool:
         """Whether it ends within that time; until then it is written to and listened to."""
         deadline_s = time.monotonic() + timeout_s
         while not self._has_ended():
+            check()
             left_s = deadline_s - time.monotonic()
             if left_s <= 0:
                 return False

@@ -26,7 +26,7 @@ from understudy.backup.writing import write_member
 from understudy.common.changelog import ChangeLog
 from understudy.common.checkpoint_process import Checkpointer
 from understudy.common.directory import DataDirectory, Role
-from understudy.common.errors import CorruptionError
+from understudy.common.errors import OTHER_BACKUP, CorruptionError
 from understudy.common.files import OsFileSystem, storage_errors, sync_directory
 from understudy.common.log_reader import LogPlace
 from understudy.common.memtable import Memtable
@@ -37,7 +37,6 @@ from understudy.common.store_layout import Environment, create_environment, lmdb
 from understudy.common.store_rows import put_rows
 from understudy.common.types import Digest, Epoch, Lsn, Position
 
-_OTHER_BACKUP = "use another backup"
 _ROWS_AT_ONCE = 8_192
 
 
@@ -69,7 +68,7 @@ class Loading:
             DiskFull, StorageFailed, and what reading the member raises.
         """
         if member.size > PART_BYTES_MAX:
-            raise CorruptionError(f"{member.name} has {member.size:,} bytes", remedy=_OTHER_BACKUP)
+            raise CorruptionError(f"{member.name} has {member.size:,} bytes", remedy=OTHER_BACKUP)
         data = b"".join(meter.metered(member.pieces))
         database = database_of(member.name)
         if database == TAIL:
@@ -78,7 +77,7 @@ class Loading:
         elif database and self._environment is not None:
             self._put(self._environment, database, decode_rows(data, member.name))
         else:
-            raise CorruptionError(f"{member.name} has no place there", remedy=_OTHER_BACKUP)
+            raise CorruptionError(f"{member.name} has no place there", remedy=OTHER_BACKUP)
         return FileEntry(path=member.name, bytes=len(data), xxh3=xxhash.xxh3_128_hexdigest(data))
 
     @staticmethod
@@ -155,9 +154,7 @@ class _Replay:
             before.lsn + 1,
             chain_digest(before.digest, position.lsn, row.payload),
         ):
-            raise CorruptionError(
-                f"entry {position.lsn} does not follow entry {before}", remedy=_OTHER_BACKUP
-            )
+            raise CorruptionError(f"entry {position.lsn} does not follow entry {before}", remedy=OTHER_BACKUP)
         self._state.apply(Record(position.lsn, position.digest, row.payload))
         while self._state.frozen:
             self._write(self._state.frozen[-1])
@@ -173,7 +170,7 @@ class _Replay:
         state = self._state
         if (state.applied, state.offset) != end:
             raise CorruptionError(
-                f"the records lead to entry {state.applied}, not to {end.position}", remedy=_OTHER_BACKUP
+                f"the records lead to entry {state.applied}, not to {end.position}", remedy=OTHER_BACKUP
             )
         if state.applied.lsn > self._store.current.checkpoint.lsn:
             state.active.freeze(state.applied, state.offset, state.time_us)
@@ -198,5 +195,6 @@ def load_selected(directory: DataDirectory, source: Source, selection: Selection
         manifest = records.describe(entries)
         loading.finish(manifest)
     directory.begin(Role.BACKUP, source.cluster)
-    secrets = [write_member(directory.path, member, meter) for member in token_member(source)]
-    return describe_settled(directory, replace(manifest, files=secrets))
+    secrets = () if selection.is_filtered else token_member(source)
+    written = [write_member(directory.path, member, meter) for member in secrets]
+    return describe_settled(directory, replace(manifest, files=written))

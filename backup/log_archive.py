@@ -249,7 +249,8 @@ class _Following:
     def _append(self, log: ChangeLog, plain: Stream, leg: Leg, name: str) -> None:
         block = _read_exactly(plain, RECORDS_START, name)
         header = SegmentHeader.decode(block[:SECTOR_BYTES], Path(name))
-        if header.cluster != self._cluster or header.before.lsn > log.end.lsn:
+        begins = (header.first_lsn, short_digest(header.previous))
+        if header.cluster != self._cluster or begins != (leg.stretch.first, leg.stretch.before):
             raise CorruptionError(f"{name} is of another log", remedy="restore to a point before it")
         known = _skip(plain, header, log.end_offset, name)
         if known != log.end:

@@ -26,7 +26,7 @@ from understudy.backup.in_progress import (
     must_begin_anew,
     was_begun_from,
 )
-from understudy.backup.manifest import FailedRealm, FileEntry, Form, Manifest, read_manifest, write_manifest
+from understudy.backup.manifest import FileEntry, Form, Manifest, read_manifest, write_manifest
 from understudy.backup.progress import Meter, OnProgress
 from understudy.backup.selection import EVERYTHING, Selection
 from understudy.backup.source import Source, open_source
@@ -61,11 +61,6 @@ class BackupReport:
     manifest: Manifest
     bytes_copied: int
     seconds: float
-
-    @property
-    def failed(self) -> list[FailedRealm]:
-        """Realms that are damaged in the source and were left out."""
-        return self.manifest.failed
 
 
 def make_backup(
@@ -238,7 +233,8 @@ class _Making:
 
         records = Records(self._source, selection)
         shutil.rmtree(self._root / FOLDER, ignore_errors=True)
-        members = chain(records.members(), token_member(self._source))
+        secrets = () if selection.is_filtered else token_member(self._source)
+        members = chain(records.members(), secrets)
         return records.describe([write_member(self._root, member, meter) for member in members])
 
     # -- all anew ------------------------------------------------------------------------------------------
@@ -273,25 +269,39 @@ class _Making:
             for part in parts:
                 append_records(target.log, meter.metered(part.records()), part.header.epoch)
             folds = target.unfolded_bytes > FOLD_BYTES
+            is_as_described = target.checkpoint.lsn == read_manifest(self._root).checkpoint_lsn
         self.bytes_copied = meter.done
+        if folds or self._was_cut_off:
+            self._check_store(is_as_described=is_as_described)
         if folds:
-            self._check_store()
             settle(self._target)
         # A store that nobody has written to is as the manifest says; reading all of it would take longer than all else.
-        unread = [] if folds or self._was_cut_off else [STORE_FILE]
-        known = [entry for entry in read_manifest(self._root).files if entry.path in unread] if unread else []
+        unread = [STORE_FILE] if is_as_described and not folds else []
+        known = [entry for entry in read_manifest(self._root).files if entry.path in unread]
         names = [name for name in (STORE_FILE, *log_files(self._root)) if name not in unread]
         return known + [describe_file(self._root, name) for name in names]
 
-    def _check_store(self) -> None:
-        """What is written to gets a new digest: damage since the backup was made must not be taken into that."""
-        entries = read_manifest(self._root).files if not self._was_cut_off else []
-        for entry in entries:
-            if entry.path == STORE_FILE and describe_file(self._root, STORE_FILE) != entry:
-                raise CorruptionError(
-                    f"{self._root / STORE_FILE} is not what its manifest says: it was damaged since it was written",
-                    remedy=_ANEW,
-                )
+    def _check_store(self, *, is_as_described: bool) -> None:
+        """Damage since the backup was made must not be taken into a new digest.
+
+        Args:
+            is_as_described: no update that was cut off has written to the store since its manifest was.
+        """
+        from understudy.common.verify import verify_opened  # seldom needed, and takes its time
+
+        if not is_as_described:
+            problems = verify_opened(self._target).problems
+        else:
+            entries = read_manifest(self._root).files
+            known = next((entry for entry in entries if entry.path == STORE_FILE), None)
+            problems = (
+                [] if describe_file(self._root, STORE_FILE) == known else ["it is not what its manifest says"]
+            )
+        if problems:
+            raise CorruptionError(
+                f"{self._root / STORE_FILE} was damaged since it was written: {'; '.join(problems)}",
+                remedy=_ANEW,
+            )
 
     # -- what it says of itself ----------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from understudy.common.types import ClusterId, Epoch, Lsn
 
 FORMAT_VERSION = 1
 # Beyond it, what is read is no manifest: one lists a few files for each 64 MiB of log.
-_MANIFEST_BYTES_MAX = 64 << 20
+MANIFEST_BYTES_MAX = 64 << 20
 _SEAL = "seal"
 _PROBLEMS_MAX = 20  # where there are so many, more say nothing new
 
@@ -146,6 +146,8 @@ class Manifest:
             if not parts or file.path.startswith("/") or ".." in parts or len(file.xxh3) != 32:
                 raise ValueError(f"it names a file {file.path!r}")
         uuid.UUID(self.cluster)
+        for moment in (self.time, self.made):
+            utc_seconds(moment)
         bytes.fromhex(self.digest)
         numbers = (self.epoch, self.lsn, self.log_offset, self.checkpoint_lsn, self.realms)
         if not all(isinstance(number, int) and number >= 0 for number in numbers):
@@ -190,7 +192,7 @@ def read_manifest(directory: Path) -> Manifest:
         if not path.is_file():
             raise NotADataDirectory(f"{directory} is not a backup: it has no {MANIFEST_FILE}")
         with path.open("rb") as file:
-            data = file.read(_MANIFEST_BYTES_MAX)
+            data = file.read(MANIFEST_BYTES_MAX)
     return Manifest.decode(data, path)
 
 
@@ -207,3 +209,15 @@ def utc_text(time_s: float) -> str:
     """A time of the wall clock, seconds since 1970, as manifests have it."""
     moment = datetime.datetime.fromtimestamp(time_s, datetime.UTC)
     return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def utc_seconds(text: str) -> float:
+    """The inverse of :func:`utc_text`.
+
+    Raises:
+        ValueError, TypeError: that is no such time.
+    """
+    moment = datetime.datetime.fromisoformat(text)
+    if moment.tzinfo is None:
+        raise ValueError(f"{text!r} has no time zone")
+    return moment.timestamp()

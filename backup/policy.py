@@ -89,12 +89,18 @@ def read_passphrase(path: Path) -> str:
 
     Raises:
         NotPermitted: others may read it.
-        UsageError: it can't be read, or is empty.
+        UsageError: it can't be read, is empty, or is no text.
     """
-    lines = read_private(path).decode(errors="replace").splitlines()
-    if not lines or not lines[0]:
+    try:
+        text = read_private(path).decode()
+    except UnicodeDecodeError:  # which holds the passphrase
+        raise UsageError(
+            f"{path} is no text in UTF-8", remedy="write a passphrase on its first line"
+        ) from None
+    passphrase = text.partition("\n")[0].removesuffix("\r")
+    if not passphrase:
         raise UsageError(f"{path} holds no passphrase", remedy="write it on the first line")
-    return lines[0]
+    return passphrase
 
 
 def read_policies(path: Path) -> dict[str, Policy]:

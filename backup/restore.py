@@ -6,20 +6,21 @@ clients who saw later things are told apart, and heal or reset.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import struct
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Self
 
-from understudy.backup.archive import decode_manifest, reading_archive
+from understudy.backup.archive import check_entry, unpack
 from understudy.backup.catalog import Catalog, StoredBackup
 from understudy.backup.contents import Member
 from understudy.backup.encryption import Unlocking
-from understudy.backup.in_progress import in_progress, was_begun_from
+from understudy.backup.in_progress import in_progress, is_in_progress, was_begun_from
 from understudy.backup.load_records import Loading, load_selected
 from understudy.backup.log_archive import append_archived
 from understudy.backup.manifest import FileEntry, Form, Manifest, read_manifest, write_manifest
@@ -32,12 +33,19 @@ from understudy.backup.source import open_source
 from understudy.backup.stretch import list_stretches
 from understudy.backup.target_log import describe_settled
 from understudy.backup.writing import read_blocks, write_member
-from understudy.common.directory import MANIFEST_FILE, NODE_FILE, DataDirectory, Role, check_finished
-from understudy.common.errors import CorruptionError, DirectoryError, NotADataDirectory, UsageError, WrongRole
+from understudy.common.directory import DataDirectory, Role, check_finished
+from understudy.common.errors import (
+    OTHER_BACKUP,
+    CorruptionError,
+    DirectoryError,
+    DirectoryInUse,
+    NotADataDirectory,
+    StorageFailed,
+    UsageError,
+    WrongRole,
+)
 from understudy.common.files import storage_errors, sync_tree
 from understudy.common.types import Epoch
-
-_OTHER_BACKUP = "use another backup"
 
 # Writes a backup's files into a directory and returns what its manifest says.
 Fill = Callable[[DataDirectory], Manifest]
@@ -75,7 +83,8 @@ def restore_backup(
         progress: told of bytes done, and in all.
 
     Raises:
-        NotADataDirectory, UnfinishedBackup, WrongRole, DirectoryInUse: of one or the other.
+        NotADataDirectory, UnfinishedBackup, WrongRole, DirectoryInUse: of one or the other, or the backup was updated
+            while it was read.
         CorruptionError: the backup is damaged; ``target`` is left marked as unfinished.
         NotPermitted: it does not open.
         UsageError: it does not hold that point.
@@ -89,9 +98,7 @@ def restore_backup(
     def fill(directory: DataDirectory) -> Manifest:
         if backup.is_dir():
             return _copy_files(backup, directory, progress)
-        with storage_errors("read", backup):
-            file = backup.open("rb")
-        with file:
+        with storage_errors("read", backup), backup.open("rb") as file:
             return _extract(file, str(backup), directory, unlocking or Unlocking(), progress)
 
     def restore(target: Path) -> RestoreReport:
@@ -135,7 +142,7 @@ def restore_stored(
         with repository.download(backup.archive_name) as file:
             manifest = _extract(file, name, directory, unlocking, progress)
         if manifest != backup.manifest:
-            raise CorruptionError(f"{name} holds another backup than its manifest says", remedy=_OTHER_BACKUP)
+            raise CorruptionError(f"{name} holds another backup than its manifest says", remedy=OTHER_BACKUP)
         return manifest
 
     def follow(directory: DataDirectory) -> None:
@@ -278,54 +285,40 @@ class _Unpacking:
 def _copy_files(backup: Path, directory: DataDirectory, progress: OnProgress | None) -> Manifest:
     manifest = read_manifest(backup)
     _check_readable(manifest, str(backup))
-    with _Unpacking(directory, Meter(manifest.total_bytes, progress=progress)) as unpacking:
+    meter = Meter(manifest.total_bytes, progress=progress)
+    with _unchanged(backup, manifest), _Unpacking(directory, meter) as unpacking:
         for entry in manifest.files:
             member = Member(entry.path, entry.bytes, read_blocks(backup / entry.path))
-            _check_entry(unpacking.take(member), entry, str(backup))
+            check_entry(unpacking.take(member), entry, str(backup))
         unpacking.finish(manifest)
     return manifest
+
+
+@contextlib.contextmanager
+def _unchanged(backup: Path, manifest: Manifest) -> Iterator[None]:
+    """Tells a backup that is brought up to date while it is read from a damaged one.
+
+    Raises:
+        DirectoryInUse: somebody does that.
+    """
+    try:
+        yield
+    except (CorruptionError, StorageFailed) as error:
+        if is_in_progress(backup) or read_manifest(backup) != manifest:
+            raise DirectoryInUse(
+                f"{backup} was changed meanwhile", remedy="give the command again when that has ended"
+            ) from error
+        raise
 
 
 def _extract(
     file: IO[bytes], name: str, directory: DataDirectory, unlocking: Unlocking, progress: OnProgress | None
 ) -> Manifest:
     with _Unpacking(directory, Meter(None, progress=progress)) as unpacking:
-        manifest = _unpack(file, name, unpacking, unlocking)
+        manifest = unpack(file, name, unlocking, unpacking.take)
+        _check_readable(manifest, name)
         unpacking.finish(manifest)
     return manifest
-
-
-def _unpack(file: IO[bytes], name: str, unpacking: _Unpacking, unlocking: Unlocking) -> Manifest:
-    found: dict[str, FileEntry] = {}
-    manifest = None
-    with reading_archive(file, name, unlocking) as members:
-        for member in members:
-            if member.name == MANIFEST_FILE:
-                manifest = decode_manifest(member, name)
-            elif member.name == NODE_FILE:
-                for _ in member.pieces:  # what is restored gets one of its own
-                    pass
-            else:
-                found[member.name] = unpacking.take(member)
-    if manifest is None:
-        raise CorruptionError(f"{name} has no manifest: it was cut off", remedy=_OTHER_BACKUP)
-    _check_readable(manifest, name)
-    for entry in manifest.files:
-        _check_entry(found.pop(entry.path, None), entry, name)
-    if found:
-        raise CorruptionError(
-            f"{name} holds {min(found)}, which its manifest does not name", remedy=_OTHER_BACKUP
-        )
-    return manifest
-
-
-def _check_entry(found: FileEntry | None, expected: FileEntry, name: str) -> None:
-    if found != expected:
-        raise CorruptionError(
-            f"{expected.path} of {name} is not what its manifest says: "
-            + ("it is missing" if found is None else f"{found.bytes:,} bytes, XXH3 {found.xxh3}"),
-            remedy=_OTHER_BACKUP,
-        )
 
 
 def _check_readable(manifest: Manifest, name: str) -> None:

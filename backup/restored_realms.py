@@ -9,23 +9,15 @@ from itertools import chain
 
 from understudy.backup.realm_bases import Bases
 from understudy.backup.selection import Selection
+from understudy.common.batches import in_batches
 from understudy.common.entries import parse_change
-from understudy.common.operations import (
-    OPERATION_OVERHEAD_BYTES,
-    Delete,
-    DeleteRange,
-    Operation,
-    Put,
-    from_proto,
-)
+from understudy.common.operations import Delete, DeleteRange, Operation, Put, from_proto, operation_bytes
 from understudy.common.state import State
 from understudy.common.types import is_system_realm
 
 Pair = tuple[bytes, bytes]
 
-# Large enough that a transaction costs little beside its content, small enough that others get their turn.
-TRANSACTION_BYTES = 1 << 20
-TRANSACTION_OPERATIONS = 1_000
+_TRANSACTION_OPERATIONS = 1_000
 # Read at a time, so that neither a page nor a realm's past fills the memory.
 _PAGE_PAIRS = 10_000
 _PAGE_BYTES = 1 << 20
@@ -64,28 +56,9 @@ def differences(present: Iterable[Pair], wanted: Iterable[Pair]) -> Iterator[Dif
             here, there = next(ours, None), next(theirs, None)
 
 
-def operation_bytes(operation: Operation) -> int:
-    """About what an operation counts for in a transaction."""
-    match operation:
-        case Put(key, value):
-            return len(key) + len(value) + OPERATION_OVERHEAD_BYTES
-        case _:
-            return OPERATION_OVERHEAD_BYTES
-
-
 def in_transactions(operations: Iterable[Operation]) -> Iterator[list[Operation]]:
     """The operations in order, in transactions of bounded size."""
-    batch: list[Operation] = []
-    size = 0
-    for operation in operations:
-        more = operation_bytes(operation)
-        if batch and (len(batch) == TRANSACTION_OPERATIONS or size + more > TRANSACTION_BYTES):
-            yield batch
-            batch, size = [], 0
-        batch.append(operation)
-        size += more
-    if batch:
-        yield batch
+    return in_batches(operations, operation_bytes, count_max=_TRANSACTION_OPERATIONS)
 
 
 class RestoredRealms:
@@ -151,7 +124,7 @@ class RestoredRealms:
         """The operations of each change behind a version."""
         while True:
             rows = self._state.history(
-                path, version + 1, count_max=TRANSACTION_OPERATIONS, bytes_max=_PAGE_BYTES
+                path, version + 1, count_max=_TRANSACTION_OPERATIONS, bytes_max=_PAGE_BYTES
             )
             assert rows is not None, "known from there on"
             for row in rows:

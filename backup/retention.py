@@ -49,7 +49,7 @@ class Retention:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Kept:
+class Candidate:
     """A backup that is there."""
 
     name: str  # unique
@@ -61,11 +61,11 @@ class Kept:
 class Split:
     """Every backup once, the newest first."""
 
-    kept: list[tuple[Kept, tuple[str, ...]]]  # each with why, such as "daily 2026-11-20"
-    removable: list[Kept]  # in any order
+    kept: list[tuple[Candidate, tuple[str, ...]]]  # each with why, such as "daily 2026-11-20"
+    removable: list[Candidate]  # in any order
 
 
-def split(backups: Sequence[Kept], retention: Retention, *, now_s: float) -> Split:
+def split(backups: Sequence[Candidate], retention: Retention, *, now_s: float) -> Split:
     """Tells the backups that are kept from those that may go.
 
     Whatever the retention says, these stay: the newest restorable backup, which every rule keeps; what is damaged
@@ -92,29 +92,29 @@ def split(backups: Sequence[Kept], retention: Retention, *, now_s: float) -> Spl
     )
 
 
-_Reasons = Iterator[tuple[Kept, str]]
+_Reasons = Iterator[tuple[Candidate, str]]
 
 
-def _of_all(backups: list[Kept], retention: Retention) -> _Reasons:
+def _of_all(backups: list[Candidate], retention: Retention) -> _Reasons:
     if retention.keeps_all:
         yield from ((backup, "all") for backup in backups)
 
 
-def _of_future(backups: list[Kept], now_s: float) -> _Reasons:
+def _of_future(backups: list[Candidate], now_s: float) -> _Reasons:
     yield from ((backup, "future") for backup in backups if backup.made_s > now_s)
 
 
-def _of_bad(past: list[Kept], good: list[Kept]) -> _Reasons:
+def _of_bad(past: list[Candidate], good: list[Candidate]) -> _Reasons:
     for backup in past:
         if not backup.restorable and not (good and good[0].made_s > backup.made_s):
             yield backup, "nothing newer"
 
 
-def _of_last(good: list[Kept], count: int) -> _Reasons:
+def _of_last(good: list[Candidate], count: int) -> _Reasons:
     yield from ((backup, "last") for backup in good[:count])
 
 
-def _of_periods(good: list[Kept], retention: Retention) -> _Reasons:
+def _of_periods(good: list[Candidate], retention: Retention) -> _Reasons:
     zone = zone_named(retention.zone)
     for kind, form in _PERIODS.items():
         wanted: int = getattr(retention, kind)
@@ -126,7 +126,7 @@ def _of_periods(good: list[Kept], retention: Retention) -> _Reasons:
                 yield backup, f"{kind} {period}"
 
 
-def _of_minimum(good: list[Kept], minimum: int, reasons: dict[str, list[str]]) -> _Reasons:
+def _of_minimum(good: list[Candidate], minimum: int, reasons: dict[str, list[str]]) -> _Reasons:
     """As many more of the newest as others have left below it."""
     unwanted = [backup for backup in good if not reasons[backup.name]]
     missing = max(minimum - (len(good) - len(unwanted)), 0)

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from understudy.common.errors import CorruptionError
+from understudy.common.errors import OTHER_BACKUP, CorruptionError
 from understudy.common.log_reader import LogPlace
 from understudy.common.records import PAYLOAD_BYTES_MAX
 from understudy.common.types import DIGEST_BYTES, Digest, Lsn, Position
@@ -26,7 +26,6 @@ _KEY_BYTES_MAX = 511  # of LMDB
 _ROW = struct.Struct("<II")
 _LSN = struct.Struct(">Q")  # so that the order of bytes is the order of numbers
 _TAIL_ROW = struct.Struct(f"<{DIGEST_BYTES}sQQ")
-_OTHER_BACKUP = "use another backup"
 
 
 def part_name(database: str, number: int) -> str:
@@ -93,11 +92,11 @@ def decode_tail(data: bytes, name: str) -> Iterator[TailRow]:
     """
     for key, value in decode_rows(data, name):
         if len(key) != _LSN.size or len(value) < _TAIL_ROW.size:
-            raise CorruptionError(f"{name} holds a row that is no entry of a log", remedy=_OTHER_BACKUP)
+            raise CorruptionError(f"{name} holds a row that is no entry of a log", remedy=OTHER_BACKUP)
         digest, offset, time_us = _TAIL_ROW.unpack_from(value)
         position = Position(Lsn(_LSN.unpack(key)[0]), Digest(digest))
         yield TailRow(LogPlace(position, offset), time_us, value[_TAIL_ROW.size :])
 
 
 def _damaged(name: str, at: int, why: str) -> CorruptionError:
-    return CorruptionError(f"{name} is damaged at byte {at}: {why}", remedy=_OTHER_BACKUP)
+    return CorruptionError(f"{name} is damaged at byte {at}: {why}", remedy=OTHER_BACKUP)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from understudy.backup.archive import ArchiveOptions
 from understudy.backup.archiver import Archiver
 from understudy.backup.books import Books
 from understudy.backup.catalog import BACKUPS, StoredBackup, read_catalog
@@ -23,15 +25,22 @@ from understudy.backup.progress import OnProgress
 from understudy.backup.repository import Repository, claim, open_repository
 from understudy.backup.repository_lock import RepositoryLock, locked
 from understudy.backup.source import Source, open_source
-from understudy.backup.store_backup import store_backup
+from understudy.backup.store_backup import publish_stored, store_archive
 from understudy.backup.upkeep import prune
 from understudy.common.directory import Role
 from understudy.common.errors import UnderstudyError, UsageError
 from understudy.common.events import log
 
+# Rather than throw away what took hours to store. Who has crashed is not waited for: a lock lapses within a minute.
+_LOCK_WAIT_S = 6 * 3600.0
+
 
 class Cancelled(Exception):
     """Whoever watches a run wants it to end."""
+
+
+class CutOff(Cancelled):
+    """The process is about to end, and has no time left for anything else."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -121,6 +130,7 @@ def run_policy(
     progress: OnProgress | None = None,
     clock: Callable[[], float] = time.time,
     sleep: Callable[[float], object] = time.sleep,
+    check: Callable[[], object] = lambda: None,
     read_all: ReadAll = read_all,
 ) -> RunReport:
     """Runs a policy once, whatever its schedule says; what goes wrong is in the report.
@@ -130,18 +140,19 @@ def run_policy(
         progress: told of bytes done and in all, of each repository anew; it may raise :class:`Cancelled`.
         clock: seconds since 1970.
         sleep: waits between attempts, and for a repository's lock; it may raise :class:`Cancelled`, too.
+        check: called again and again while a hook runs; it may raise :class:`Cancelled`, too.
         read_all: what drills read restored backups with.
 
     Raises:
         DiskFull, StorageFailed, NewerFormat: journal or history can't be kept.
     """
     books = Books.of(data_dir)
-    run = _Run(policy, data_dir, books, progress, sleep, read_all, started_s=clock())
+    run = _Run(policy, data_dir, books, progress, sleep, check, read_all, started_s=clock())
     started_s = time.monotonic()
     run.run()
     run.report.seconds = time.monotonic() - started_s
-    run.tell_hooks()
     run.write_down()
+    run.tell_hooks()
     return run.report
 
 
@@ -151,8 +162,34 @@ def note_cancelled(policy: str, data_dir: Path, why: str, *, clock: Callable[[],
     Raises:
         DiskFull, StorageFailed, NewerFormat: journal or history can't be kept.
     """
-    report = RunReport(number=0, policy=policy, started_s=clock(), errors=[why], is_cancelled=True)
-    _write_down(Books.of(data_dir), report, floor=0)
+    books = Books.of(data_dir)
+    number = books.history.reserve()
+    report = RunReport(number=number, policy=policy, started_s=clock(), errors=[why], is_cancelled=True)
+    _write_down(books, report)
+
+
+def note_failed(
+    policy: Policy,
+    data_dir: Path,
+    why: str,
+    *,
+    clock: Callable[[], float] = time.time,
+    check: Callable[[], object] = lambda: None,
+) -> RunReport:
+    """Writes down a run that is not made, and tells the operator's hook.
+
+    Args:
+        check: as of :func:`run_policy`.
+
+    Raises:
+        DiskFull, StorageFailed, NewerFormat: journal or history can't be kept.
+    """
+    books = Books.of(data_dir)
+    number = books.history.reserve()
+    report = RunReport(number=number, policy=policy.name, started_s=clock(), errors=[why])
+    _write_down(books, report)
+    _tell_hooks(policy, books, report, check)
+    return report
 
 
 class _Run:
@@ -163,6 +200,7 @@ class _Run:
         books: Books,
         progress: OnProgress | None,
         sleep: Callable[[float], object],
+        check: Callable[[], object],
         read_all: ReadAll,
         *,
         started_s: float,
@@ -172,30 +210,29 @@ class _Run:
         self._books = books
         self._progress = progress
         self._sleep = sleep
+        self._check = check
         self._read_all = read_all
-        self._floor = 0  # the highest number of a run that a backup bears
-        entries = books.history.entries()
-        self.report = RunReport(
-            number=entries[-1].number + 1 if entries else 1, policy=policy.name, started_s=started_s
-        )
+        self._is_cut_off = False
+        self.report = RunReport(number=books.history.reserve(), policy=policy.name, started_s=started_s)
 
     def run(self) -> None:
         """Each repository, one after the other."""
         try:
-            if self._policy.before:
-                run_hook(self._policy.before, self.report.facts())
-            encryption = self._policy.encryption()
+            self._run()
         except UnderstudyError as error:
             self.report.errors.append(str(error))
-            return
-        try:
-            for url in self._policy.repositories:
-                outcome = Outcome(url=url)
-                self.report.outcomes.append(outcome)
-                self._try_again_and_again(outcome, encryption)
         except Cancelled as error:
-            self.report.is_cancelled = True
+            self.report.is_cancelled, self._is_cut_off = True, isinstance(error, CutOff)
             self.report.errors.append(str(error))
+
+    def _run(self) -> None:
+        if self._policy.before:
+            run_hook(self._policy.before, self.report.facts(), check=self._check)
+        encryption = self._policy.encryption()
+        for url in self._policy.repositories:
+            outcome = Outcome(url=url)
+            self.report.outcomes.append(outcome)
+            self._try_again_and_again(outcome, encryption)
 
     def _try_again_and_again(self, outcome: Outcome, encryption: Encryption | None) -> None:
         for left in reversed(range(self._policy.retries + 1)):
@@ -216,43 +253,47 @@ class _Run:
     def _back_up(self, outcome: Outcome, encryption: Encryption | None) -> None:
         policy = self._policy
         repository = open_repository(outcome.url)
-        with (
-            locked(repository, f"backup {policy.name}", sleep=self._sleep) as lock,
-            open_source(self._data_dir) as source,
-        ):
+        with open_source(self._data_dir) as source:
             claim(repository, source.cluster)
             _check_reigns(source)
             self._count_from(repository)
-            outcome.backup = store_backup(
+            stored = store_archive(
                 source,
                 repository,
-                lock,
                 policy=policy.name,
                 run=self.report.number,
-                selection=policy.selection,
-                encryption=encryption,
-                level=policy.level,
-                rate=policy.rate,
+                options=ArchiveOptions(
+                    selection=policy.selection, encryption=encryption, level=policy.level, rate=policy.rate
+                ),
                 progress=self._progress,
             )
             cluster = source.cluster
-            _note_superseded(outcome, repository)
+        with self._locked(repository, "backup") as lock:
+            publish_stored(repository, lock, stored)
+            outcome.backup = stored
         # What comes now can fail without taking the backup back. Proven first: if it is not good, older ones stay.
+        with _noting(outcome):
+            _note_superseded(outcome, repository)
         if policy.drill:
             self._drill(outcome)
-        with _noting(outcome), locked(repository, f"prune {policy.name}", sleep=self._sleep) as lock:
+        with _noting(outcome):
             if policy.archive_log:
                 archiver = Archiver(
                     self._data_dir / "log", cluster, repository, encryption=encryption, level=policy.level
                 )
                 outcome.shipped_lsn = archiver.ship()
-            self._prune(repository, lock, outcome)
+            with self._locked(repository, "prune") as lock:
+                self._prune(repository, lock, outcome)
+
+    def _locked(self, repository: Repository, what: str) -> AbstractContextManager[RepositoryLock]:
+        return locked(repository, f"{what} {self._policy.name}", wait_s=_LOCK_WAIT_S, sleep=self._sleep)
 
     def _count_from(self, repository: Repository) -> None:
         """Without a history, numbers go on behind those that backups bear: it was lost, or this is another node's."""
         if self.report.number == 1:
-            self._floor = max((backup.run for backup in read_catalog(repository).backups), default=0)
-            self.report.number = self._floor + 1
+            floor = max((backup.run for backup in read_catalog(repository).backups), default=0)
+            if floor:
+                self.report.number = self._books.history.reserve(floor)
 
     def _drill(self, outcome: Outcome) -> None:
         assert outcome.backup is not None, "it was made just now"
@@ -270,23 +311,20 @@ class _Run:
                 outcome.errors.append(f"the drill of {outcome.backup.id}: {outcome.drill.problem}")
 
     def _prune(self, repository: Repository, lock: RepositoryLock, outcome: Outcome) -> None:
-        if not self._policy.retention.keeps_all:
-            report = prune(repository, lock, self._policy.retention, policy=self._policy.name)
-            outcome.pruned, outcome.kept = len(report.removed), {name for name, _ in report.kept}
+        """Also where all backups are kept: what runs have left that were cut off goes, and log that no backup needs."""
+        report = prune(repository, lock, self._policy.retention, policy=self._policy.name)
+        outcome.pruned, outcome.kept = len(report.removed), {name for name, _ in report.kept}
 
     def tell_hooks(self) -> None:
-        """The report goes to the operator's programs."""
-        is_done = self.report.result is Result.DONE
-        program = self._policy.after if is_done else self._policy.on_failure
-        if program:
-            try:
-                run_hook(program, self.report.facts())
-            except UnderstudyError as error:
-                self.report.errors.append(str(error))
+        """The report goes to the operator's programs, if there is time left for them."""
+        if not self._is_cut_off:
+            # Who has cancelled the run may have a program told of that, so this is no reason to end it.
+            check = (lambda: None) if self.report.is_cancelled else self._check
+            _tell_hooks(self._policy, self._books, self.report, check)
 
     def write_down(self) -> None:
         """Journal and history."""
-        _write_down(self._books, self.report, floor=max(self._floor, self.report.number - 1))
+        _write_down(self._books, self.report)
         self._books.history.forget(self._policy.name, self._may_be_there)
 
     def _may_be_there(self, path: str) -> bool:
@@ -297,8 +335,20 @@ class _Run:
         return True
 
 
-def _write_down(books: Books, report: RunReport, *, floor: int) -> None:
-    entry = books.history.add(
+def _tell_hooks(policy: Policy, books: Books, report: RunReport, check: Callable[[], object]) -> None:
+    """Tells the program of a run that was written down; what goes wrong with it is written down as well."""
+    program = policy.after if report.result is Result.DONE else policy.on_failure
+    if program:
+        try:
+            run_hook(program, report.facts(), check=check)
+        except (UnderstudyError, Cancelled) as error:
+            report.errors.append(str(error))
+            _write_down(books, report)
+
+
+def _write_down(books: Books, report: RunReport) -> None:
+    books.history.add(
+        number=report.number,
         policy=report.policy,
         start_s=report.started_s,
         seconds=report.seconds,
@@ -308,13 +358,12 @@ def _write_down(books: Books, report: RunReport, *, floor: int) -> None:
         lsn=max((backup.manifest.lsn for backup in report.backups), default=0),
         paths=report.paths,
         errors=report.all_errors,
-        floor=floor,
     )
-    books.journal.write(_line(report, entry.number))
+    books.journal.write(_line(report))
 
 
-def _line(report: RunReport, number: int) -> str:
-    said = f"run {number} of {report.policy}: {report.result}"
+def _line(report: RunReport) -> str:
+    said = f"run {report.number} of {report.policy}: {report.result}"
     if report.backups:
         newest = max(report.backups, key=lambda backup: backup.manifest.lsn)
         size = sum(backup.size for backup in report.backups)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -15,6 +16,9 @@ from understudy.common.errors import DirectoryInUse, UnderstudyError
 from understudy.common.files import storage_errors
 
 PREFIX = ".drill-"
+_NAME = re.compile(rf"{re.escape(PREFIX)}[0-9a-f]{{8}}\Z")
+# In each of these folders, so that none that is somebody else's is taken for one.
+_MARK = "understudy-scratch"
 _DATA = "data"
 
 
@@ -32,7 +36,7 @@ def scratch(parent: Path) -> Iterator[Path]:
     try:
         yield folder / _DATA
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        _delete(folder)
         os.close(fd)
 
 
@@ -46,6 +50,8 @@ def _claim(parent: Path) -> tuple[Path, int]:
         if fd is None:
             continue  # another drill, which sweeps just now, took it for left over
         if folder.exists():
+            with storage_errors("create", folder):
+                (folder / _MARK).touch(mode=0o600)
             return folder, fd
         os.close(fd)
 
@@ -66,7 +72,7 @@ def _lock(folder: Path) -> int | None:
 
 def _sweep(parent: Path) -> None:
     with storage_errors("list", parent):
-        folders = [path for path in parent.iterdir() if path.name.startswith(PREFIX)]
+        folders = [path for path in parent.iterdir() if _NAME.match(path.name)]
     for folder in folders:
         fd = _lock(folder)
         if fd is not None:
@@ -78,6 +84,10 @@ def _sweep(parent: Path) -> None:
 
 def _remove(folder: Path) -> None:
     """Removes it, unless the server that a killed drill had started there is still ending: the next one will."""
+    if not (folder / _MARK).exists():
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # killed before it was marked, if it is one; what holds anything stays
+        return
     try:
         if (folder / _DATA).exists():
             DataDirectory.open_unfinished(folder / _DATA).close()
@@ -85,4 +95,10 @@ def _remove(folder: Path) -> None:
         return
     except UnderstudyError:
         pass  # whatever is wrong with it
+    _delete(folder)
+
+
+def _delete(folder: Path) -> None:
+    """The mark last: what is cut off here can be told afterwards, too."""
+    shutil.rmtree(folder / _DATA, ignore_errors=True)
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,8 +1,8 @@
 """The directory that a policy keeps its last proven backup in, ready for a server to be started on it.
 
-The new one is built beside it and takes its place by renaming; the old one is called ``NAME.old`` meanwhile, so that a
-crash leaves one of the two, and the next drill puts that in order. Nothing is replaced but what a drill has put there,
-and only while nobody has written anything into it since.
+The new one is built beside it and takes its place by renaming; the one before is called ``.NAME.replaced-by-drill``
+meanwhile, so that a crash leaves one of the two, and the next drill puts that in order. Nothing is replaced or removed
+but what a drill has put there, and only while nobody has written anything into it since.
 """
 
 from __future__ import annotations
@@ -35,12 +35,15 @@ def check_staging(staging: Path) -> None:
         DirectoryInUse: a server runs on it.
         CorruptionError, NotADataDirectory, StorageFailed.
     """
-    old = _old(staging)
+    replaced = _replaced(staging)
     with storage_errors("replace", staging):
-        if old.exists() and not staging.exists():
-            os.rename(old, staging)
-        elif (old / NOTE_FILE).exists():
-            shutil.rmtree(old)
+        shutil.rmtree(_discarded(staging), ignore_errors=True)
+        if replaced.exists() and not staging.exists():
+            os.rename(replaced, staging)
+        elif replaced.exists():
+            with DataDirectory.open(replaced) as directory:
+                _check_replaceable(directory)
+                _discard(staging)
     if staging.exists():
         with DataDirectory.open(staging) as directory:
             _check_replaceable(directory)
@@ -113,11 +116,23 @@ def replace_staging(staging: Path, proven: Path) -> None:
             _check_replaceable(
                 held.enter_context(DataDirectory.open(staging))
             )  # and no server starts on it now
-            os.rename(staging, _old(staging))
+            os.rename(staging, _replaced(staging))
         os.rename(proven, staging)
         sync_directory(staging.parent)
-        shutil.rmtree(_old(staging), ignore_errors=True)
+        if _replaced(staging).exists():
+            _discard(staging)
 
 
-def _old(staging: Path) -> Path:
-    return staging.with_name(f"{staging.name}.old")
+def _discard(staging: Path) -> None:
+    """Removes the one before, which was checked: under another name, as what is half removed can't be checked again."""
+    os.rename(_replaced(staging), _discarded(staging))
+    shutil.rmtree(_discarded(staging), ignore_errors=True)
+
+
+# Names that nobody gives a directory that is to stay.
+def _replaced(staging: Path) -> Path:
+    return staging.with_name(f".{staging.name}.replaced-by-drill")
+
+
+def _discarded(staging: Path) -> Path:
+    return staging.with_name(f".{staging.name}.discarded-by-drill")

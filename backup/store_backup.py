@@ -1,4 +1,8 @@
-"""Puts one backup of a source into a repository: the archive, then the manifest that makes it a backup."""
+"""Puts one backup of a source into a repository: the archive, then the manifest that makes it a backup.
+
+An archive has a name of its own, so it is stored without the repository's lock, however long that takes: nobody else
+waits for it. Only to publish it is the lock needed, since who holds that may be removing what was cut off.
+"""
 
 from __future__ import annotations
 
@@ -6,62 +10,44 @@ import hashlib
 import time
 from typing import IO
 
-from understudy.backup.archive import stream_archive
-from understudy.backup.archive_names import ENCRYPTED_SUFFIX, SUFFIX
+from understudy.backup.archive import ArchiveOptions, stream_archive
 from understudy.backup.catalog import StoredBackup, folder_of, new_backup_id, publish_backup
-from understudy.backup.encryption import Encryption
 from understudy.backup.progress import OnProgress
 from understudy.backup.repository import Repository
 from understudy.backup.repository_lock import RepositoryLock
-from understudy.backup.selection import EVERYTHING, Selection
 from understudy.backup.source import Source
+from understudy.common.errors import NotStored, RepositoryError
 
 _ARCHIVE = "backup"
 
 
-def store_backup(
+def store_archive(
     source: Source,
     repository: Repository,
-    lock: RepositoryLock,
     *,
     policy: str,
     run: int,
-    selection: Selection = EVERYTHING,
-    encryption: Encryption | None,
-    level: int,
-    rate: int | None = None,
+    options: ArchiveOptions,
     progress: OnProgress | None = None,
 ) -> StoredBackup:
-    """Stores a backup of a pinned source.
+    """Stores the archive of a pinned source; no backup yet, but what :func:`publish_stored` makes one of.
 
     Args:
-        lock: of the repository, held.
         policy: whose backup it is; empty for none.
         run: the number of the run.
-        selection: what of the source, and in which form.
-        level: of zstd.
-        rate: bytes a second at the most that are read.
 
     Raises:
-        RepositoryError: the repository does not take it, or the lock was lost; nothing is visible then.
+        RepositoryError: the repository does not take it.
         CorruptionError, StorageFailed, UsageError: of the source, or of what encrypts.
     """
     backup_id = new_backup_id(time.time(), source.end.position.lsn)
-    archive = _ARCHIVE + (ENCRYPTED_SUFFIX if encryption is not None else SUFFIX)
+    archive = _ARCHIVE + options.suffix
     begin, end = source.begin.offset, source.end.offset
     expected_bytes = source.snapshot.file_bytes + end - begin
     with repository.upload(folder_of(backup_id) + archive, expected_bytes=expected_bytes) as out:
         counted = _Counted(out)
-        made = stream_archive(
-            source,
-            counted,
-            selection=selection,
-            encryption=encryption,
-            level=level,
-            rate=rate,
-            progress=progress,
-        )
-    backup = StoredBackup(
+        made = stream_archive(source, counted, options, progress=progress)
+    return StoredBackup(
         id=backup_id,
         run=run,
         policy=policy,
@@ -70,9 +56,28 @@ def store_backup(
         sha256=counted.sha256.hexdigest(),
         manifest=made.manifest,
     )
+
+
+def publish_stored(repository: Repository, lock: RepositoryLock, backup: StoredBackup) -> None:
+    """Makes a backup of an archive that was stored.
+
+    Args:
+        lock: of the repository, held.
+
+    Raises:
+        RepositoryError: the archive is gone, the lock was lost, or the repository does not take it; nothing is visible
+            then.
+    """
+    try:
+        with repository.download(backup.archive_name):
+            pass
+    except NotStored as error:  # an object storage may date it from when the upload began
+        raise RepositoryError(
+            f"{backup.archive_name} in {repository.url} was removed before it could be published",
+            remedy="run it again; a backup has to be stored within a day, or it is taken for one that was cut off",
+        ) from error
     lock.check()
     publish_backup(repository, backup)
-    return backup
 
 
 class _Counted:

@@ -22,7 +22,7 @@ from understudy.backup.catalog import (
 from understudy.backup.progress import Meter, OnProgress
 from understudy.backup.repository import Repository
 from understudy.backup.repository_lock import RepositoryLock
-from understudy.backup.retention import Kept, Retention, Split, split
+from understudy.backup.retention import Candidate, Retention, Split, split
 from understudy.backup.stretch import Stretch, list_stretches
 from understudy.common.errors import AlreadyStored, CorruptionError, NotStored, UsageError
 
@@ -94,7 +94,7 @@ def _told(catalog: Catalog, policy: str, retention: Retention, now_s: float) -> 
         if backup.policy != policy:
             continue
         counts = backup.is_restorable and backup.manifest.rank >= newest
-        backups.append(Kept(name=backup.id, made_s=backup.made_s, restorable=counts))
+        backups.append(Candidate(name=backup.id, made_s=backup.made_s, restorable=counts))
         newest = max(newest, backup.manifest.rank) if counts else newest
     return split(backups, retention, now_s=now_s)
 
@@ -138,7 +138,7 @@ def _orphans(repository: Repository, catalog: Catalog, now_s: float) -> list[str
     """Folders that have no manifest, and have had none for a day."""
     found = []
     for folder in catalog.orphans:
-        newest_s = max(stored.modified_s for stored in repository.list(folder))
+        newest_s = max((stored.modified_s for stored in repository.list(folder)), default=now_s)
         if now_s - newest_s > ORPHAN_S and not _has_manifest(repository, folder):
             found.append(folder)
     return found

@@ -12,87 +12,34 @@ import os
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from google.protobuf import json_format
 
-from understudy.backup.archiver import Archiver
+from understudy.backup.attempts import ATTEMPTS_MAX, Attempts
 from understudy.backup.books import FOLDER, Books
-from understudy.backup.catalog import last_proven_s, read_catalog
 from understudy.backup.drill_server import read_all
 from understudy.backup.history import Result
-from understudy.backup.log_gap import find_gap
 from understudy.backup.policy import Policy, read_policies
-from understudy.backup.repository import claim, open_repository
-from understudy.backup.run import RunReport, note_cancelled, run_policy
-from understudy.backup.runs import Run, Runs
-from understudy.backup.stretch import list_stretches
-from understudy.common.backup_runs import new_run_id
-from understudy.common.directory import NODE_FILE, NodeFile
-from understudy.common.errors import NotADataDirectory, UnderstudyError, UsageError
+from understudy.backup.run import RunReport, note_cancelled, note_failed, run_policy
+from understudy.backup.run_queue import Run, Runs
+from understudy.backup.watched_repository import WatchedRepository
+from understudy.common.errors import UnderstudyError, UsageError
 from understudy.common.events import log
 from understudy.common.files import publish, storage_errors
-from understudy.common.types import NO_LSN, ClusterId, Lsn
+from understudy.common.known_runs import new_run_id
+from understudy.common.niceness import let_commits_go_first
+from understudy.common.types import Lsn
 from understudy.v1 import admin_pb2
 
-NICENESS = 10  # commits go first
-SHIP_EVERY_S = 5.0
-LOOK_AT_REPOSITORIES_EVERY_S = 3600.0  # every manifest is read then
 _LOOK_EVERY_S = 1.0
 _TELL_EVERY_S = 1.0  # of a run's progress
 _KEEP_NOTHING = Lsn((1 << 63) - 1)
 _SEEN_FILE = "first-seen.json"
+_ATTEMPTS_FILE = "attempts.json"
 _BY_OPERATOR = "an operator has cancelled it"
-
-
-@dataclass(slots=True)
-class Shipping:
-    """The log on its way to one repository of one policy."""
-
-    policy: Policy
-    url: str
-    archiver: Archiver | None = None
-    shipped_lsn: Lsn = NO_LSN
-    problem: str = ""
-    gap: str = ""
-
-    def ship(self, data_dir: Path) -> bool:
-        """Ships what there is; what goes wrong is remembered, and tried again the next time.
-
-        Returns:
-            Whether where it goes on was found out anew: there may be a gap before it.
-        """
-        is_new = self.archiver is None
-        try:
-            if self.archiver is None:
-                self.archiver = self._open(data_dir)
-            self.shipped_lsn = self.archiver.ship()
-            self.problem = ""
-            return is_new
-        except (UnderstudyError, OSError) as error:
-            if str(error) != self.problem:
-                log.warning("log_not_shipped", policy=self.policy.name, to=self.url, error=str(error))
-            self.problem = str(error)
-            self.archiver = None
-            return False
-
-    def _open(self, data_dir: Path) -> Archiver:
-        node = NodeFile.read(data_dir / NODE_FILE)
-        if not node.cluster:
-            raise NotADataDirectory(f"{data_dir} has no copy yet")
-        cluster = ClusterId(uuid.UUID(node.cluster).bytes)
-        repository = open_repository(self.url)
-        claim(repository, cluster)
-        return Archiver(
-            data_dir / "log",
-            cluster,
-            repository,
-            encryption=self.policy.encryption(),
-            level=self.policy.level,
-        )
 
 
 @dataclass(slots=True)
@@ -102,13 +49,18 @@ class _Planned:
     policy: Policy
     first_seen_s: float
     attempted_s: float = 0.0  # a run that was cancelled, or can't be written down, is not made again at once
-    looked_s: float = 0.0  # when its repositories were looked at; 0: they are to be
-    proven_s: float = 0.0  # when a drill last proved one of its backups, since 1970; 0 for never
-    shippings: list[Shipping] = field(default_factory=list)
+    watched: list[WatchedRepository] = field(default_factory=list)
+
+    @property
+    def shipping(self) -> list[WatchedRepository]:
+        """Where its log goes to."""
+        return self.watched if self.policy.archive_log else []
 
 
 class Worker:
-    """All policies of one node. The caller's threads: one runs policies, one ships the log, one takes orders.
+    """All policies of one node.
+
+    The caller's threads: one runs policies, one takes orders, and each of :meth:`watchers` has one.
 
     Args:
         data_dir: of the node.
@@ -128,6 +80,7 @@ class Worker:
         self._books = Books.of(data_dir)
         self._tell = tell
         self._clock = clock
+        self._attempts = Attempts(data_dir / FOLDER / _ATTEMPTS_FILE)
         self._runs = Runs(clock)
         self._stopping = threading.Event()
         self._look = threading.Event()  # there is something to run, or to end
@@ -139,7 +92,7 @@ class Worker:
             name: _Planned(
                 policy,
                 seen[name],
-                shippings=[Shipping(policy, url) for url in policy.repositories if policy.archive_log],
+                watched=[WatchedRepository(policy, url, data_dir, clock) for url in policy.repositories],
             )
             for name, policy in policies.items()
         }
@@ -208,7 +161,9 @@ class Worker:
         """Runs the policies that are due now, and those that were ordered."""
         for name, planned in self._planned.items():
             if self._is_due(planned) and not self._runs.is_waiting(name):
-                self._runs.add(name, new_run_id())
+                assert planned.policy.schedule is not None, "it is due"
+                due_s = planned.policy.schedule.next_after(self._last_start_s(planned))
+                self._runs.add(name, new_run_id(), due_s=due_s)
         while (run := self._runs.begin()) is not None:
             self.report()
             self._runs.end(self._run(run))
@@ -236,62 +191,66 @@ class Worker:
             self._tell_progress()
 
         try:
-            report = run_policy(
+            report = self._given_up(run, planned.policy) or run_policy(
                 planned.policy,
                 self._data_dir,
                 progress=progress,
                 clock=self._clock,
                 sleep=run.sleep,
+                check=run.check,
                 read_all=functools.partial(read_all, check=run.check),
             )
-        except UnderstudyError as error:  # of journal or history
+            self._attempts.end(run.policy)
+        except UnderstudyError as error:  # of journal, history or attempts
             log.error("run_not_written_down", policy=run.policy, error=str(error))
             self._skip(run.policy)
             return error
         finally:
-            planned.looked_s = 0.0
+            for watched in planned.watched:
+                watched.look_again()
         if report.is_cancelled and not self._stopping.is_set():
             self._skip(run.policy)
         return report
 
-    # -- the log -------------------------------------------------------------------------------------------
+    def _given_up(self, run: Run, policy: Policy) -> RunReport | None:
+        """Takes note of an attempt at a scheduled run; the run has failed where none of the last ones has ended.
 
-    def ship_forever(self) -> None:
-        """Ships the log of each policy to its repositories until :meth:`stop`."""
+        What has ended the process, such as LMDB on a damaged page, would do so again for ever.
+        """
+        if run.due_s is None or self._attempts.begin(policy.name, run.due_s) < ATTEMPTS_MAX:
+            return None
+        why = (
+            f"the process that made it has ended {ATTEMPTS_MAX} times: see the server's log, and look for damage with "
+            f"`understudy verify {self._data_dir}`"
+        )
+        return note_failed(policy, self._data_dir, why, clock=self._clock, check=run.check)
+
+    # -- repositories --------------------------------------------------------------------------------------
+
+    def watchers(self) -> list[Callable[[], None]]:
+        """For each repository what ships the log to it, and looks at it, until :meth:`stop`; each wants a thread."""
+        return [
+            functools.partial(self._watch, watched)
+            for planned in self._planned.values()
+            for watched in planned.watched
+        ]
+
+    def _watch(self, watched: WatchedRepository) -> None:
         while True:
-            for planned in self._planned.values():
-                for shipping in planned.shippings:
-                    if shipping.ship(self._data_dir):
-                        planned.looked_s = 0.0
-                    if self._stopping.is_set():
-                        return
-                if self._clock() - planned.looked_s >= LOOK_AT_REPOSITORIES_EVERY_S:
-                    planned.looked_s = self._clock()
-                    self._look_at_repositories(planned)
-            self.report()
-            if self._stopping.wait(SHIP_EVERY_S):
+            for _ in watched.steps():
+                self.report()
+                if self._stopping.is_set():
+                    return
+            if self._stopping.wait(watched.pause_s):
                 return
-
-    def _look_at_repositories(self, planned: _Planned) -> None:
-        """What drills have found out, those included that were run by hand, and what is missing of the log."""
-        for url in planned.policy.repositories:
-            try:
-                repository = open_repository(url)
-                catalog = read_catalog(repository)
-                planned.proven_s = max(planned.proven_s, last_proven_s(catalog))
-                for shipping in planned.shippings:
-                    if shipping.url == url:
-                        shipping.gap = find_gap(catalog, list_stretches(repository))
-            except (UnderstudyError, OSError) as error:
-                log.warning("repository_not_read", policy=planned.policy.name, of=url, error=str(error))
 
     # -- telling -------------------------------------------------------------------------------------------
 
     def report(self) -> None:
         """Tells how things stand."""
         with self._telling:
-            shippings = [one for planned in self._planned.values() for one in planned.shippings]
-            keep_from = min((Lsn(one.shipped_lsn + 1) for one in shippings), default=_KEEP_NOTHING)
+            shipping = [one for planned in self._planned.values() for one in planned.shipping]
+            keep_from = min((Lsn(one.shipped_lsn + 1) for one in shipping), default=_KEEP_NOTHING)
             self._told = admin_pb2.BackupReport(
                 policies=[self._status(planned) for planned in self._planned.values()],
                 keep_from_lsn=keep_from,
@@ -324,23 +283,24 @@ class Worker:
             last_success_s=success.start_s if success else 0.0,
             last_failure_s=failure.start_s if failure else 0.0,
             last_error=failure.errors[0] if failure and failure.errors else "",
-            last_proven_s=planned.proven_s,
+            last_proven_s=max(watched.proven_s for watched in planned.watched),
             drill_warn_days=policy.drill_warn_days,
             repositories=[
                 admin_pb2.RepositoryStatus(
-                    url=shipping.url,
-                    shipped_lsn=shipping.shipped_lsn,
-                    problem=shipping.problem,
-                    gap=shipping.gap,
+                    url=watched.url,
+                    shipped_lsn=watched.shipped_lsn,
+                    problem=watched.problem,
+                    gap=watched.gap,
+                    shipped_s=watched.shipped_s,
                 )
-                for shipping in planned.shippings
+                for watched in planned.shipping
             ],
         )
 
 
 def main(data_dir: Path, policies: Path) -> int:
     """Works until standard input ends; returns the exit code."""
-    os.nice(NICENESS)
+    let_commits_go_first()
     try:
         worker = Worker(data_dir, read_policies(policies), tell=_print)
         worker.report()  # before anything that can take its time
@@ -348,8 +308,8 @@ def main(data_dir: Path, policies: Path) -> int:
         print(error, file=sys.stderr)
         return int(error.exit_code)
     threads = [
-        threading.Thread(target=_ending_all, args=(work,), name=work.__name__)
-        for work in (worker.run_when_due, worker.ship_forever)
+        threading.Thread(target=_ending_all, args=(work,))
+        for work in (worker.run_when_due, *worker.watchers())
     ]
     for thread in threads:
         thread.start()

@@ -15,12 +15,13 @@ from understudy.cli.policies import policy_arguments
 from understudy.cli.realm_choice import exclude_option, print_problems, realm_option
 from understudy.cli.secrets import encryption_options
 from understudy.common.errors import ExitCode
+from understudy.common.niceness import let_commits_go_first
 
 if TYPE_CHECKING:
+    from understudy.backup.archive import ArchiveOptions
     from understudy.backup.encryption import Encryption
     from understudy.backup.make import BackupReport
     from understudy.backup.progress import OnProgress
-    from understudy.backup.selection import Selection
 
 _STANDARD_OUTPUT = Path("-")
 # Of archives that this command doesn't make; nobody means a directory by such a name.
@@ -109,16 +110,19 @@ def backup(
         return
     if source is None or target is None:
         raise click.UsageError("Give both -f and -t, or a command.")
+    from understudy.backup.archive import ArchiveOptions
     from understudy.backup.selection import Selection
     from understudy.cli.logs import QUIET, configure_logs
     from understudy.cli.output import Progress
 
     configure_logs(level=QUIET)
+    let_commits_go_first()
     selection = Selection(realms=realms, exclude=exclude, portable=portable)
     selection.check()
+    options = ArchiveOptions(selection=selection, encryption=encryption, level=level, rate=rate)
     try:
         with Progress("backing up", unit="bytes") as progress:
-            report = _make(source, target, update, selection, rate, encryption, level, progress.update)
+            report = _make(source, target, update, options, progress.update)
     except KeyboardInterrupt:
         how_on = "give the same command again" if selection.needs_records else "go on with --update"
         click.echo(
@@ -160,6 +164,7 @@ def run(context: click.Context, name: str, config: Path, data_dir: Path, as_json
     from understudy.cli.output import Progress, print_json
 
     configure_logs(level=logging.WARNING)
+    let_commits_go_first()
     policy = find_policy(config, name)
     with Progress("backing up", unit="bytes") as progress:
         report = run_policy(policy, data_dir, progress=progress.update)
@@ -184,14 +189,7 @@ def _finish(source: Path | None, target: Path | None, *, as_json: bool) -> None:
 
 
 def _make(
-    source: Path,
-    target: Path,
-    update: bool,
-    selection: Selection,
-    rate: int | None,
-    encryption: Encryption | None,
-    level: int,
-    progress: OnProgress,
+    source: Path, target: Path, update: bool, options: ArchiveOptions, progress: OnProgress
 ) -> BackupReport:
     from understudy.backup.archive_names import is_archive_name
 
@@ -202,36 +200,27 @@ def _make(
         )
     if is_archive and update:
         raise click.UsageError("--update is for directories: an archive is made anew.")
-    if not is_archive and encryption is not None:
+    if not is_archive and options.encryption is not None:
         raise click.UsageError("Only an archive can be encrypted: end TARGET in .tar.zst.age.")
     if not is_archive:
         from understudy.backup.make import make_backup
 
-        return make_backup(source, target, update=update, selection=selection, rate=rate, progress=progress)
+        return make_backup(
+            source,
+            target,
+            update=update,
+            selection=options.selection,
+            rate=options.rate,
+            progress=progress,
+        )
     from understudy.backup.archive import stream_archive, write_archive
 
     if target == _STANDARD_OUTPUT:
         from understudy.backup.source import open_source
 
         with open_source(source) as pinned:
-            return stream_archive(
-                pinned,
-                sys.stdout.buffer,
-                selection=selection,
-                encryption=encryption,
-                level=level,
-                rate=rate,
-                progress=progress,
-            )
-    return write_archive(
-        source,
-        target,
-        selection=selection,
-        encryption=encryption,
-        level=level,
-        rate=rate,
-        progress=progress,
-    )
+            return stream_archive(pinned, sys.stdout.buffer, options, progress=progress)
+    return write_archive(source, target, options, progress=progress)
 
 
 def _tell(report: BackupReport, *, as_json: bool, to_stderr: bool) -> None:

@@ -62,7 +62,7 @@ def cancel(run_id: str, server: str, credentials: Credentials, timeout_s: float,
       understudy backups cancel 3fa9c1d0 --server 127.0.0.1:7850
     """
     from understudy.cli.output import plain, print_json
-    from understudy.common.backup_runs import state_name
+    from understudy.common.known_runs import state_name
     from understudy.v1 import admin_pb2
 
     request = admin_pb2.CancelBackupRequest(id=run_id)
@@ -109,8 +109,8 @@ async def _follow(
     Raises:
         PeerUnreachable: the server has ended before.
     """
-    from understudy.common.backup_runs import is_over
     from understudy.common.errors import PeerUnreachable
+    from understudy.common.known_runs import is_over
     from understudy.v1 import admin_pb2
 
     async for run in stub.WatchBackup(admin_pb2.WatchBackupRequest(id=run_id)):
@@ -125,7 +125,7 @@ async def _follow(
 
 def _facts(run: admin_pb2.BackupRun) -> dict[str, Any]:
     from understudy.cli.output import moment
-    from understudy.common.backup_runs import state_name
+    from understudy.common.known_runs import state_name
 
     return {
         "id": run.id,
@@ -142,7 +142,7 @@ def _facts(run: admin_pb2.BackupRun) -> dict[str, Any]:
 
 def _tell(run: admin_pb2.BackupRun) -> None:
     from understudy.cli.output import plain, seconds_text
-    from understudy.common.backup_runs import state_name
+    from understudy.common.known_runs import state_name
 
     for path in run.paths:
         click.echo(plain(path))

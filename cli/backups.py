@@ -131,6 +131,8 @@ def verify(context: click.Context, url: str, backup_id: str | None, checks_all: 
         print_json(
             [{"backup": name, "ok": not problem, "problem": problem} for name, problem in found.items()]
         )
+    elif not chosen:
+        click.echo(f"no backup in {url}")
     for backup in chosen if not as_json else []:
         problem = found[backup.id]
         nearest = nearest_intact(catalog.backups, backup) if problem else None

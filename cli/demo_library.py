@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from understudy.cli.loader import batches
 from understudy.cli.pairs import Pair
 from understudy.client import AsyncServer, Put
+from understudy.common.batches import in_batches
 from understudy.common.errors import BadRealmPath, UnderstudyError
 from understudy.common.types import check_realm_path, is_system_realm
 
@@ -92,7 +92,8 @@ class Importer:
 
     async def _import(self, realm: str) -> None:
         async with self._turns:
-            for batch in batches(self._library.pairs(realm), pairs_max=_BATCH_PAIRS):
+            pairs = self._library.pairs(realm)
+            for batch in in_batches(pairs, lambda pair: pair.size, count_max=_BATCH_PAIRS):
                 await self._server.commit(realm, [Put(pair.key, pair.value) for pair in batch])
                 self.files += len(batch)
                 self.bytes += sum(len(pair.value) for pair in batch)

@@ -29,6 +29,7 @@ from understudy.v1 import accounts_pb2, accounts_pb2_grpc
 _CALL_S = 60.0
 _TOKEN_S = 24 * 3600.0  # in which all must be read
 _TELL_EVERY_S = 1.0
+_REALMS_AT_ONCE = 32  # small ones take a sixth less time so than one after the other
 
 
 async def _serve(directory: Path, listen: str) -> None:
@@ -42,8 +43,8 @@ async def _serve(directory: Path, listen: str) -> None:
     settings = PrimarySettings(data_dir=directory, listen=listen)
     settings.validate()
     async with serving_primary(settings) as server:
-        pairs = await _read_all(server.address, directory)
-        print(json.dumps({"address": server.address, "pairs": pairs}), flush=True)
+        realms, pairs = await _read_all(server.address, directory)
+        print(json.dumps({"address": server.address, "realms": realms, "pairs": pairs}), flush=True)
         raise await server.failed
 
 
@@ -61,8 +62,8 @@ def _cancel_with_our_input() -> None:
     threading.Thread(target=read, name="drill-input", daemon=True).start()
 
 
-async def _read_all(address: str, directory: Path) -> dict[str, int]:
-    """The number of pairs of each realm.
+async def _read_all(address: str, directory: Path) -> tuple[int, int]:
+    """The number of realms, and of all their pairs.
 
     Raises:
         CorruptionError: a realm can't be read, or not all of it.
@@ -79,10 +80,9 @@ async def _read_all(address: str, directory: Path) -> dict[str, int]:
                     timeout=_CALL_S,
                 )
                 async with aconnect(address, token=issued.token) as server:
-                    reading = _Reading(server)
-                    pairs = {realm.path: await reading.read(realm.path) for realm in await server.realms()}
+                    realms, pairs = await _Reading(server).read_all()
                 await stub.RevokeToken(accounts_pb2.RevokeTokenRequest(id=issued.id), timeout=_CALL_S)
-    return pairs
+    return realms, pairs
 
 
 class _Reading:
@@ -92,7 +92,24 @@ class _Reading:
         self._server = server
         self._told_s = time.monotonic()
 
-    async def read(self, path: str) -> int:
+    async def read_all(self) -> tuple[int, int]:
+        """The number of realms, and of all their pairs.
+
+        Raises:
+            CorruptionError: not all of them can be read.
+        """
+        realms = pairs = 0
+        batch: list[str] = []
+        async for realm in self._server.scan_realms():
+            batch.append(realm.path)
+            if len(batch) == _REALMS_AT_ONCE:
+                pairs += sum(await asyncio.gather(*map(self._read, batch)))
+                realms += len(batch)
+                batch.clear()
+        pairs += sum(await asyncio.gather(*map(self._read, batch)))
+        return realms + len(batch), pairs
+
+    async def _read(self, path: str) -> int:
         """The number of a realm's pairs.
 
         Raises:

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import click
 
-from understudy.backup.restored_realms import operation_bytes
-from understudy.cli.loader import COMMIT_S_MAX
+from understudy.cli.commit_window import CommitWindow, telling_how_to_go_on
 from understudy.cli.output import Progress
 from understudy.client import AsyncServer, Operation, Receipt
 from understudy.common import portal
 from understudy.common.errors import UnderstudyError
 
-# Under way: enough that small ones don't wait for the network one by one, and, with the bytes, below the client's own
-# limits: then they are sent in the order in which they are given.
-_TRANSACTIONS_MAX = 256
-_BYTES_MAX = 8 << 20
 _AGAIN = "give the command again: it goes on with what differs"
 
 
@@ -44,12 +37,10 @@ class RealmWriter:
 
     def __init__(self, connection: AsyncServer, realm: str, version: int, progress: Progress) -> None:
         self.written = Written(version=version)
-        self._connection = connection
         self._realm = realm
         self._is_new = version == 0
         self._progress = progress
-        self._under_way: deque[tuple[asyncio.Task[Receipt], int]] = deque()
-        self._bytes = 0
+        self._window = CommitWindow(connection, realm)
 
     def write(self, transactions: Iterable[list[Operation]]) -> Written:
         """Commits them all.
@@ -58,39 +49,27 @@ class RealmWriter:
             UnderstudyError: refused, or no answer, or others are making the realm, too; some may have been committed.
         """
         try:
-            for operations in transactions:
-                portal.call(self._submit(operations))
-                if self._is_new and not self.written.transactions:
-                    portal.call(self._finish())  # nothing is added to a realm that others have made meanwhile
-                self._progress.update(self.written.transactions)
-            portal.call(self._finish())
+            with telling_how_to_go_on(lambda: _AGAIN):
+                self._write(transactions)
         except KeyboardInterrupt:
             click.echo(f"understudy: interrupted; {_AGAIN}", err=True)
             raise
-        except UnderstudyError as error:
-            portal.call(self._give_up())
-            error.remedy = f"{error.remedy}; then {_AGAIN}" if error.remedy else _AGAIN
+        except UnderstudyError:
+            portal.call(self._window.give_up())  # where it was reading the transactions that failed
             raise
         return self.written
 
-    async def _submit(self, operations: list[Operation]) -> None:
-        size = sum(operation_bytes(operation) for operation in operations)
-        while self._under_way and (
-            len(self._under_way) >= _TRANSACTIONS_MAX or self._bytes + size > _BYTES_MAX
-        ):
-            await self._wait_for_oldest()
-        commit = self._connection.commit(self._realm, operations, timeout_s=COMMIT_S_MAX)
-        self._under_way.append((asyncio.create_task(commit), size))
-        self._bytes += size
+    def _write(self, transactions: Iterable[list[Operation]]) -> None:
+        for operations in transactions:
+            portal.call(self._window.submit(operations, self._note))
+            if self._is_new and not self.written.transactions:
+                portal.call(
+                    self._window.finish()
+                )  # nothing is added to a realm that others have made meanwhile
+            self._progress.update(self.written.transactions)
+        portal.call(self._window.finish())
 
-    async def _finish(self) -> None:
-        while self._under_way:
-            await self._wait_for_oldest()
-
-    async def _wait_for_oldest(self) -> None:
-        task, size = self._under_way.popleft()
-        receipt = await task
-        self._bytes -= size
+    def _note(self, receipt: Receipt) -> None:
         self._note_others(receipt)
         self.written.transactions += 1
         self.written.version, self.written.lsn = receipt.version, receipt.lsn
@@ -106,9 +85,3 @@ class RealmWriter:
                 f"{receipt.version}, not {expected}"
             )
         self.written.others += max(receipt.version - expected, 1)
-
-    async def _give_up(self) -> None:
-        for task, _ in self._under_way:
-            task.cancel()
-        await asyncio.gather(*(task for task, _ in self._under_way), return_exceptions=True)
-        self._under_way.clear()

@@ -276,12 +276,38 @@ class AsyncServer:
 
         async def listed(address: str, left_s: float) -> list[RealmInfo]:
             return [
-                RealmInfo(path=one.path, version=one.version, entries=one.entries, bytes=one.bytes)
+                _realm_info(one)
                 async for page in self._peers.data(address).Realms(data_pb2.RealmsRequest(), timeout=left_s)
                 for one in page.realms
             ]
 
         return await self._read(listed, timeout_s)
+
+    def scan_realms(self, *, timeout_s: float | None = None) -> AsyncIterator[RealmInfo]:
+        """All realms, in order of their paths, in little memory however many there are.
+
+        One that is made or dropped meanwhile may be among them or not.
+
+        Raises:
+            PeerUnreachable: also in the middle, when the server goes away.
+        """
+        check_timeout_or_none(timeout_s)
+        return self._scan_realms(timeout_s)
+
+    async def _scan_realms(self, timeout_s: float | None) -> AsyncIterator[RealmInfo]:
+        self._check_usable()
+        left_s = _time_left(TIMEOUT_S if timeout_s is None else timeout_s)
+        address = await self._reading_address(left_s())
+        call = self._peers.data(address).Realms(
+            data_pb2.RealmsRequest(), timeout=None if timeout_s is None else left_s()
+        )
+        try:
+            with peer_errors(address):
+                async for page in call:
+                    for one in page.realms:
+                        yield _realm_info(one)
+        finally:
+            call.cancel()
 
     async def status(self, *, timeout_s: float = TIMEOUT_S) -> admin_pb2.StatusResponse:
         """The server's own account of itself."""
@@ -325,6 +351,10 @@ async def _salvage_requests(changes: Iterable[tuple[bytes, bytes]]) -> AsyncIter
             yield request
             request, size = sync_pb2.SalvageRequest(protocol_version=PROTOCOL_VERSION), 0
     yield request
+
+
+def _realm_info(said: data_pb2.RealmInfo) -> RealmInfo:
+    return RealmInfo(path=said.path, version=said.version, entries=said.entries, bytes=said.bytes)
 
 
 def _time_left(timeout_s: float) -> Callable[[], float]:

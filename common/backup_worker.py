@@ -19,10 +19,10 @@ from pathlib import Path
 from google.protobuf import json_format
 
 from understudy.common.backoff import Backoff
-from understudy.common.backup_runs import BackupRuns, is_over, new_run_id, state_name
 from understudy.common.directory import DataDirectory
 from understudy.common.errors import Unavailable, UsageError
 from understudy.common.events import log
+from understudy.common.known_runs import BackupRuns, is_over, new_run_id, state_name
 from understudy.common.types import Lsn
 from understudy.v1 import admin_pb2
 
@@ -35,6 +35,7 @@ _HEALTHY_S = 60.0  # what has lived for so long is started again at once
 _DAY_S = 24 * 3600.0
 _LATE_S = 3600.0  # others may have to end first
 _LONG_S = _DAY_S
+_HUNG_S = 900.0  # one segment takes ten minutes at a megabit a second
 
 
 class BackupWorker:
@@ -76,6 +77,13 @@ class BackupWorker:
                 f"backup {name}: the log is not shipped to {repository.url}: {repository.problem}"
                 for repository in policy.repositories
                 if repository.problem
+            ]
+            found += [
+                f"backup {name}: the log has not got on to {repository.url} since {_utc(repository.shipped_s)}, and no "
+                "error came: the storage does not answer"
+                for repository in policy.repositories
+                if not repository.problem
+                and self._clock() - max(repository.shipped_s, self._started_s) > _HUNG_S
             ]
             found += [
                 f"backup {name}: in {repository.url}, {repository.gap}; a new backup makes up for it: "

@@ -6,24 +6,22 @@ A server starts it, so that its own event loop goes on undisturbed. The answer, 
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
 from understudy.common.errors import UnderstudyError
+from understudy.common.niceness import let_commits_go_first
 from understudy.common.store import Store
-from understudy.common.store_check import StateCheck, check_state
-from understudy.v1 import admin_pb2, log_pb2
-
-NICENESS = 10  # commits go first
+from understudy.common.store_check import RealmState, check_state
+from understudy.v1 import admin_pb2
 
 
 def main(store: Path) -> int:
     """Checks the store and writes the answer; returns the exit code."""
-    os.nice(NICENESS)
+    let_commits_go_first()
     try:
         with Store.open(store) as opened:
-            response = to_response(check_state(opened))
+            response = digests(opened)
     except UnderstudyError as error:
         print(error, file=sys.stderr)
         return int(error.exit_code)
@@ -31,20 +29,23 @@ def main(store: Path) -> int:
     return 0
 
 
-def to_response(check: StateCheck) -> admin_pb2.StateDigestsResponse:
-    """What a check found, as a server answers it."""
-    return admin_pb2.StateDigestsResponse(
-        lsn=check.lsn,
-        digest=check.digest,
-        state_digest=check.state_digest,
-        realms=[
-            log_pb2.RealmDigest(
-                realm=path, version=state.version, state_digest=state.state_digest, entries=state.entries
-            )
-            for path, state in check.realms.items()
-        ],
-        problems=check.problems,
-    )
+def digests(store: Store) -> admin_pb2.StateDigestsResponse:
+    """Checks a store; what was found, as a server answers it.
+
+    Raises:
+        CorruptionError: see :func:`understudy.common.store_check.check_state`.
+    """
+    response = admin_pb2.StateDigestsResponse()
+
+    def add(state: RealmState) -> None:
+        response.realms.add(
+            realm=state.path, version=state.version, state_digest=state.state_digest, entries=state.entries
+        )
+
+    check = check_state(store, on_realm=add)
+    response.lsn, response.digest, response.state_digest = check.lsn, check.digest, check.state_digest
+    response.problems.extend(check.problems)
+    return response
 
 
 if __name__ == "__main__":

@@ -42,6 +42,9 @@ RESTORE = (
     "`understudy replica` on an empty directory bootstraps"
 )
 
+# What gets around a backup that is damaged.
+OTHER_BACKUP = "use another backup"
+
 
 class ExitCode(enum.IntEnum):
     """What a command ends with; the same table stands in every ``--help``."""

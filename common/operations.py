@@ -78,6 +78,17 @@ class Add:
 Operation = Put | Update | Delete | DeleteRange | Add
 
 
+def operation_bytes(operation: Operation) -> int:
+    """What an operation counts for in a transaction."""
+    match operation:
+        case Put(key, value) | Update(key, value):
+            return len(key) + len(value) + OPERATION_OVERHEAD_BYTES
+        case DeleteRange(start, end):
+            return len(start) + len(end) + OPERATION_OVERHEAD_BYTES
+        case Delete(key) | Add(key):
+            return len(key) + OPERATION_OVERHEAD_BYTES
+
+
 def to_proto(operation: Operation) -> log_pb2.Operation:
     """The operation as it goes over the wire.
 

@@ -10,7 +10,7 @@ import grpc.aio
 from understudy.common.access import Level, caller
 from understudy.common.authority import Authority
 from understudy.common.errors import NotPrimary
-from understudy.common.reader import PAGE_PAIRS, Reader
+from understudy.common.reader import Reader
 from understudy.common.rpc import answering_errors
 from understudy.common.state import State
 from understudy.common.types import RealmPath, check_realm_path
@@ -74,10 +74,9 @@ class ReadService(data_pb2_grpc.DataServicer):
         """All realms that the caller may read, in order of their paths."""
         async with answering_errors(context):
             principal = caller()
-            realms = await self._reader.realms()
-            for start in range(0, max(len(realms), 1), PAGE_PAIRS):
+            async for realms in self._reader.realms():
                 page = data_pb2.RealmsPage()
-                for realm in realms[start : start + PAGE_PAIRS]:
+                for realm in realms:
                     if self._authority.may(principal, realm.path, Level.READ):
                         page.realms.add(
                             path=realm.path, version=realm.version, entries=realm.entries, bytes=realm.bytes

@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from itertools import islice
 from typing import TypeVar, cast
 
 from understudy.common.errors import NotPermitted, Overloaded, TransactionTooLarge
@@ -130,27 +132,48 @@ class Reader:
                 await asyncio.sleep(0)  # commits go on meanwhile, however many keys there are
             return count, scan.lsn
 
-    async def realms(self) -> list[RealmInfo]:
-        """All realms but the system's own, in order of their paths."""
+    async def realms(self) -> AsyncIterator[list[RealmInfo]]:
+        """All realms but the system's own, in order of their paths, in pages; the first may be empty.
+
+        Each page is as of its own moment, so that nothing is held however slowly they are taken. A realm that is there
+        all the time is in one of them.
+        """
+        recent = self._state().recent_paths()
+        after = ""
+        while True:
+            paths, page = self._realms_page(recent, after)
+            yield page
+            if len(paths) < PAGE_PAIRS:
+                return
+            after = paths[-1]
+            await asyncio.sleep(0)
+
+    def _realms_page(self, recent: list[str], after: str) -> tuple[list[str], list[RealmInfo]]:
+        """The next paths behind ``after``, and what is known of those that are realms for clients.
+
+        Args:
+            recent: paths that the store may not have, or not yet have had when the first page was made; in order.
+        """
         state = self._state()
-        found = []
-        with state.store.hold() as snapshot:
-            for at, (path, head) in enumerate(list(state.realms().items())):
-                if at % PAGE_PAIRS == PAGE_PAIRS - 1:
-                    await asyncio.sleep(0)
-                if is_system_realm(path):
-                    continue
-                row = snapshot.realm(path)
-                known = row if row is not None and row.id == head.id else None
-                found.append(
-                    RealmInfo(
-                        path=path,
-                        version=head.version,
-                        entries=known.entries if known else 0,
-                        bytes=known.bytes if known else 0,
-                    )
+        rows = dict(islice(state.store.current.realms(after), PAGE_PAIRS))
+        start = bisect_right(recent, after)
+        paths = sorted({*rows, *recent[start : start + PAGE_PAIRS]})[:PAGE_PAIRS]
+        page = []
+        for path in paths:
+            head = state.realm(path)
+            if head is None or is_system_realm(path):
+                continue
+            row = rows.get(path)
+            known = row if row is not None and row.id == head.id else None
+            page.append(
+                RealmInfo(
+                    path=path,
+                    version=head.version,
+                    entries=known.entries if known else 0,
+                    bytes=known.bytes if known else 0,
                 )
-        return found
+            )
+        return paths, page
 
 
 async def _finished(steps: Generator[None, None, _T]) -> _T:

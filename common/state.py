@@ -272,3 +272,7 @@ class State(RealmHistory):
                 else:
                     found[path] = RealmHead(delta.id, delta.version, delta.head)
         return dict(sorted(found.items()))
+
+    def recent_paths(self) -> list[str]:
+        """The paths, in order, of all realms that memtables know of, dropped ones too."""
+        return sorted({path for table in self._layers() for path in table.realms})

@@ -7,8 +7,11 @@ before the change; of those only the form is checked.
 
 from __future__ import annotations
 
+import contextlib
+import heapq
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from itertools import chain, groupby
 
@@ -16,19 +19,13 @@ import lmdb
 from google.protobuf.message import DecodeError
 
 from understudy.common.errors import CorruptionError
-from understudy.common.state_digest import (
-    EMPTY_STATE,
-    REALM_PREFIX_BYTES,
-    encode,
-    realm_hash,
-    sum_stored_pairs,
-)
+from understudy.common.state_digest import REALM_PREFIX_BYTES, encode, realm_hash, sum_stored_pairs
 from understudy.common.store import Store
 from understudy.common.store_layout import (
     CHECKPOINT_KEY,
-    DROPPING_PREFIX,
     Environment,
     decode_history_row,
+    dropping_key,
     history_key,
     prefix_end,
     realm_prefix,
@@ -41,12 +38,18 @@ from understudy.v1.store_pb2 import CheckpointRow, ClientRow, RealmRow
 
 PROBLEMS_MAX = 100  # of one store; where there are so many, more say nothing new
 _PROGRESS_ROWS = 10_000
+# Their rows are in another order than their pairs, and are sorted so many at a time: some 400 bytes each.
+_REALMS_SORTED_AT_ONCE = 200_000
+_BEHIND_ALL = b"\xff" * (REALM_PREFIX_BYTES + 1)
+
+_Rows = Iterator[tuple[bytes, bytes]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RealmState:
     """What one realm's pairs came to."""
 
+    path: str
     version: int
     state_digest: bytes
     entries: int
@@ -60,16 +63,16 @@ class StateCheck:
     digest: Digest  # the log's digest at `lsn`
     state_digest: bytes  # recomputed, over all realms
     entries_checked: int
-    realms: dict[str, RealmState]
+    realms_checked: int
     problems: list[str] = field(default_factory=list)  # empty: all is as it was written
 
-    @property
-    def realms_checked(self) -> int:
-        """How many realms there are."""
-        return len(self.realms)
 
-
-def check_state(store: Store, *, progress: Callable[[int], None] | None = None) -> StateCheck:
+def check_state(
+    store: Store,
+    *,
+    progress: Callable[[int], None] | None = None,
+    on_realm: Callable[[RealmState], None] | None = None,
+) -> StateCheck:
     """Reads the whole store, as it is now, and compares it with its own counts and digests.
 
     The server may go on meanwhile; the pages of this state stay in use as long. On a store that may be damaged,
@@ -77,12 +80,14 @@ def check_state(store: Store, *, progress: Callable[[int], None] | None = None) 
 
     Args:
         progress: called with the number of pairs read so far, every 10,000.
+        on_realm: given each realm's state, in the order of their ids; none is kept, for there may be millions.
 
     Raises:
         CorruptionError: there is no telling what it should hold: the checkpoint's row can't be read.
     """
     with row_errors(store.path), store.env.begin() as txn:
-        return _Check(store.environment, txn, progress or (lambda _: None)).run()
+        check = _Check(store.environment, txn, progress or (lambda _: None), on_realm or (lambda _: None))
+        return check.run()
 
 
 def check_realm(store: Environment, txn: lmdb.Transaction[bytes], path: str, row: RealmRow) -> list[str]:
@@ -93,7 +98,7 @@ def check_realm(store: Environment, txn: lmdb.Transaction[bytes], path: str, row
         row: the realm's, in that snapshot.
     """
     with row_errors(store.path):
-        return _Check(store, txn, lambda _: None).run_for(path, row)
+        return _Check(store, txn, lambda _: None, lambda _: None).run_for(path, row)
 
 
 class _Check:
@@ -102,60 +107,51 @@ class _Check:
         store: Environment,
         txn: lmdb.Transaction[bytes],
         progress: Callable[[int], None],
+        on_realm: Callable[[RealmState], None],
     ) -> None:
         self._store = store
         self._txn = txn
         self._progress = progress
+        self._on_realm = on_realm
         self._problems: list[str] = []
-        self._rows: dict[bytes, tuple[str, RealmRow]] = {}  # by realm prefix
-        self._states: dict[str, RealmState] = {}
-        self._dropping: set[bytes] = set()
+        self._state_digest = 0  # the sum so far
+        self._realms = 0
         self._entries = 0
         self._checkpoint = CheckpointRow.FromString(txn.get(CHECKPOINT_KEY, b"", store.meta))
 
     def run(self) -> StateCheck:
-        for part in (self._read_realms, self._check_data, self._check_history, self._check_clients):
+        for part in (self._check_realm_rows, self._check_realms):
             try:
                 part()
-            except (lmdb.Error, OverflowError) as error:  # or a version beyond all others
+            except lmdb.Error as error:
                 self._report(f"the store {self._store.path} can't be read to its end: {error}")
-        state_digest = encode(
-            sum(
-                realm_hash(path, state.version, state.entries, state.state_digest)
-                for path, state in self._states.items()
-            )
-        )
+        state_digest = encode(self._state_digest)
         said = self._checkpoint
-        if (state_digest, len(self._states)) != (said.state_digest, said.realms):
+        if (state_digest, self._realms) != (said.state_digest, said.realms):
             self._report(
                 f"the checkpoint at LSN {said.lsn} names {said.realms} realms with state digest "
-                f"{said.state_digest.hex()}, there are {len(self._states)} with {state_digest.hex()}"
+                f"{said.state_digest.hex()}, there are {self._realms} with {state_digest.hex()}"
             )
         return StateCheck(
             lsn=Lsn(said.lsn),
             digest=Digest(said.digest),
             state_digest=state_digest,
             entries_checked=self._entries,
-            realms=self._states,
+            realms_checked=self._realms,
             problems=self._problems,
         )
 
     def run_for(self, path: str, row: RealmRow) -> list[str]:
         """The problems of one realm."""
+        store = self._store
         try:
-            self._sum_realm(path, row, self._rows_of(self._store.data, row))
-            history = self._rows_of(self._store.history, row)
-            first = next(history, None)
-            if first is None:
-                self._check_no_history(path, row)
-            elif problem := self._history_problem(path, row, chain([first], history)):
-                self._report(f"the history of realm {path} {problem}")
-            self._check_clients_of(path, self._rows_of(self._store.clients, row))
-        except (lmdb.Error, OverflowError) as error:
+            self._check_realm(path, row, *(self._rows_of(one, row) for one in (store.data, store.history)))
+            self._check_clients_of(path, self._rows_of(store.clients, row))
+        except lmdb.Error as error:
             self._report(f"realm {path} can't be read to its end: {error}")
         return self._problems
 
-    def _rows_of(self, database: lmdb._Database, row: RealmRow) -> Iterator[tuple[bytes, bytes]]:
+    def _rows_of(self, database: lmdb._Database, row: RealmRow) -> _Rows:
         return rows_between(self._txn.cursor(database), realm_prefix(row.id), prefix_end(row.id))
 
     def _report(self, problem: str) -> None:
@@ -164,34 +160,71 @@ class _Check:
 
     # -- realms --------------------------------------------------------------------------------------------
 
-    def _read_realms(self) -> None:
+    def _check_realm_rows(self) -> None:
+        """Each realm's own row, and that ``meta`` can be read."""
         for key, raw in self._all(self._store.realms):
             try:
-                path, row = key.decode(), RealmRow.FromString(raw)
+                _named(key, raw)
             except (DecodeError, UnicodeDecodeError) as error:
                 self._report(f"the row of realm {key!r} can't be read: {error}")
-                continue
-            prefix = row.id.to_bytes(REALM_PREFIX_BYTES, "big")
-            if prefix in self._rows:
-                self._report(f"realms {path} and {self._rows[prefix][0]} have the same id {row.id}")
-            self._rows[prefix] = (path, row)
-            self._states[path] = RealmState(version=row.version, state_digest=EMPTY_STATE, entries=0)
-        for key, _ in self._all(self._store.meta):
-            if key.startswith(DROPPING_PREFIX):
-                self._dropping.add(key.removeprefix(DROPPING_PREFIX))
+        for _ in self._all(self._store.meta):
+            pass
+
+    def _check_realms(self) -> None:
+        """What there is of each realm, one after the other in the order in which their pairs lie."""
+        store = self._store
+        data, history, clients = (
+            _ByRealm(self._all(database), partial(self._check_unknown, name))
+            for name, database in (
+                ("data", store.data), ("history", store.history), ("clients", store.clients)
+            )
+        )  # fmt: skip
+        before = b"", ""
+        for path, row in self._realms_by_id():
+            prefix = realm_prefix(row.id)
+            if prefix == before[0]:
+                self._report(f"realms {path} and {before[1]} have the same id {row.id}")
+            before = prefix, path
+            self._check_realm(path, row, data.of(prefix), history.of(prefix))
+            self._check_clients_of(path, clients.of(prefix))
+        for rows in (data, history, clients):
+            rows.of(_BEHIND_ALL)
+
+    def _realms_by_id(self) -> Iterator[tuple[str, RealmRow]]:
+        """All realms whose row can be read, in the order of their ids, in memory for some of them."""
+        last = (-1, b"", b"")
+        while True:
+            found = (one for one in self._realm_rows() if one > last)
+            sorted_rows = heapq.nsmallest(_REALMS_SORTED_AT_ONCE, found)
+            for _, key, raw in sorted_rows:
+                yield _named(key, raw)
+            if len(sorted_rows) < _REALMS_SORTED_AT_ONCE:
+                return
+            last = sorted_rows[-1]
+            del sorted_rows  # before the next are there
+
+    def _realm_rows(self) -> Iterator[tuple[int, bytes, bytes]]:
+        """Each realm's id, key and row."""
+        for key, raw in self._txn.cursor(self._store.realms):
+            with contextlib.suppress(DecodeError, UnicodeDecodeError):  # was reported
+                yield _named(key, raw)[1].id, key, raw
+
+    def _check_realm(self, path: str, row: RealmRow, data: _Rows, history: _Rows) -> None:
+        self._sum_realm(path, row, data)
+        first = next(history, None)
+        if first is None:
+            self._check_no_history(path, row)
+            return
+        try:
+            problem = self._history_problem(path, row, chain([first], history))
+        except OverflowError as error:
+            problem = f"has a version beyond all others: {error}"
+        if problem:
+            self._report(f"the history of realm {path} {problem}")
 
     # -- pairs ---------------------------------------------------------------------------------------------
 
-    def _check_data(self) -> None:
-        for prefix, rows in self._by_realm(self._store.data):
-            known = self._known("data", prefix)
-            if known is not None:
-                self._sum_realm(*known, rows)
-        for path, row in self._rows.values():
-            if not self._states[path].entries:
-                self._compare_realm(path, row, 0)
-
-    def _sum_realm(self, path: str, row: RealmRow, rows: Iterator[tuple[bytes, bytes]]) -> None:
+    def _sum_realm(self, path: str, row: RealmRow, rows: _Rows) -> None:
         digest = entries = size = 0
         for pair in rows:
             if len(pair[0]) > REALM_PREFIX_BYTES + KEY_BYTES_MAX:
@@ -202,36 +235,26 @@ class _Check:
             entries += 1
             if not (self._entries + entries) % _PROGRESS_ROWS:
                 self._progress(self._entries + entries)
+        found = RealmState(path=path, version=row.version, state_digest=encode(digest), entries=entries)
         self._entries += entries
-        self._states[path] = RealmState(version=row.version, state_digest=encode(digest), entries=entries)
-        self._compare_realm(path, row, size)
+        self._realms += 1
+        self._state_digest += realm_hash(path, found.version, found.entries, found.state_digest)
+        self._compare_realm(row, found, size)
+        self._on_realm(found)
 
-    def _compare_realm(self, path: str, row: RealmRow, size: int) -> None:
-        found = self._states[path]
+    def _compare_realm(self, row: RealmRow, found: RealmState, size: int) -> None:
         if (found.entries, size) != (row.entries, row.bytes):
             self._report(
-                f"realm {path} holds {found.entries} entries of {size} bytes, its row says {row.entries} of "
+                f"realm {found.path} holds {found.entries} entries of {size} bytes, its row says {row.entries} of "
                 f"{row.bytes}"
             )
         elif found.state_digest != row.state_digest:
             self._report(
-                f"realm {path} has state digest {found.state_digest.hex()}, its row says "
+                f"realm {found.path} has state digest {found.state_digest.hex()}, its row says "
                 f"{row.state_digest.hex()}: a key or a value is not what was written"
             )
 
     # -- history -------------------------------------------------------------------------------------------
-
-    def _check_history(self) -> None:
-        without = dict(self._rows)
-        for prefix, rows in self._by_realm(self._store.history):
-            without.pop(prefix, None)
-            known = self._known("history", prefix)
-            if known is not None:
-                problem = self._history_problem(*known, rows)
-                if problem:
-                    self._report(f"the history of realm {known[0]} {problem}")
-        for path, row in without.values():
-            self._check_no_history(path, row)
 
     def _check_no_history(self, path: str, row: RealmRow) -> None:
         # All of it may have become too old; then the realm's row alone knows where the head is.
@@ -240,7 +263,7 @@ class _Check:
         elif row.head_lsn > self._checkpoint.lsn:
             self._report(f"realm {path} has its head at LSN {row.head_lsn}, behind the checkpoint")
 
-    def _history_problem(self, path: str, row: RealmRow, rows: Iterator[tuple[bytes, bytes]]) -> str:
+    def _history_problem(self, path: str, row: RealmRow, rows: _Rows) -> str:
         """The first thing that is wrong, empty if nothing is."""
         version, size, head, lsn = row.history_first, 0, b"", 0
         for key, raw in rows:
@@ -273,12 +296,7 @@ class _Check:
 
     # -- the rest ------------------------------------------------------------------------------------------
 
-    def _check_clients(self) -> None:
-        for prefix, rows in self._by_realm(self._store.clients):
-            known = self._known("clients", prefix)
-            self._check_clients_of(known[0] if known else "a dropped realm", rows)
-
-    def _check_clients_of(self, realm: str, rows: Iterator[tuple[bytes, bytes]]) -> None:
+    def _check_clients_of(self, realm: str, rows: _Rows) -> None:
         for key, raw in rows:
             if len(key) != REALM_PREFIX_BYTES + ID_BYTES:
                 self._report(f"a client's row of {realm} has a key of {len(key)} bytes")
@@ -287,10 +305,15 @@ class _Check:
             except DecodeError as error:
                 self._report(f"a client's row of {realm} can't be read: {error}")
 
-    def _by_realm(self, database: lmdb._Database) -> Iterator[tuple[bytes, Iterator[tuple[bytes, bytes]]]]:
-        return groupby(self._all(database), key=lambda row: row[0][:REALM_PREFIX_BYTES])
+    def _check_unknown(self, database: str, prefix: bytes, rows: _Rows) -> None:
+        """Rows of no realm: of one that is being dropped, or they should not be there."""
+        if database == "clients":
+            self._check_clients_of("a dropped realm", rows)
+        realm_id = int.from_bytes(prefix, "big")
+        if self._txn.get(dropping_key(realm_id), None, self._store.meta) is None:
+            self._report(f"there are rows in {database} of a realm with id {realm_id}, and no such realm")
 
-    def _all(self, database: lmdb._Database) -> Iterator[tuple[bytes, bytes]]:
+    def _all(self, database: lmdb._Database) -> _Rows:
         """All rows in order, each looked up as well: a bad key in a branch page hides rows from searches alone."""
         get = self._txn.get
         for row in self._txn.cursor(database):
@@ -298,14 +321,32 @@ class _Check:
                 self._report(f"the row {row[0]!r} is there, but a search does not find it")
             yield row
 
-    def _known(self, database: str, prefix: bytes) -> tuple[str, RealmRow] | None:
-        known = self._rows.get(prefix)
-        if known is None and prefix not in self._dropping:
-            self._report(
-                f"there are rows in {database} of a realm with id {int.from_bytes(prefix, 'big')}, "
-                "and no such realm"
-            )
-        return known
+
+class _ByRealm:
+    """The rows of one database, given out realm by realm in the order of their ids, which is theirs."""
+
+    def __init__(self, rows: _Rows, on_unknown: Callable[[bytes, _Rows], None]) -> None:
+        self._groups = groupby(rows, key=lambda row: row[0][:REALM_PREFIX_BYTES])
+        self._on_unknown = on_unknown
+        self._prefix = b""
+        self._rows: _Rows | None = None  # None: they were asked for
+
+    def of(self, prefix: bytes) -> _Rows:
+        """A realm's rows, to be read before the next realm is asked for; realms passed over are unknown ones."""
+        while self._prefix < prefix:
+            if self._rows is not None:
+                self._on_unknown(self._prefix, self._rows)
+            self._prefix, self._rows = next(self._groups, (_BEHIND_ALL, None))
+        if self._prefix != prefix or self._rows is None:
+            return iter(())
+        rows, self._rows = self._rows, None
+        return rows
 
 
-# -- in a process of its own -----------------------------------------------------------------------------------
+def _named(key: bytes, raw: bytes) -> tuple[str, RealmRow]:
+    """A realm's path and row.
+
+    Raises:
+        DecodeError, UnicodeDecodeError.
+    """
+    return key.decode(), RealmRow.FromString(raw)

@@ -32,6 +32,7 @@ from understudy.common.log_reader import (
     segment_records,
 )
 from understudy.common.operations import PUT
+from understudy.common.realm_heads import Head, RealmHeads
 from understudy.common.records import Record
 from understudy.common.segment import Segment
 from understudy.common.store import Store, StoreSnapshot
@@ -104,7 +105,11 @@ class _Verification:
             with self._noting():
                 snapshot = self._check_store(stack)
             log = _LogCheck(
-                self._directory, snapshot, self._report, lambda count: self._progress(self._pairs + count)
+                self._directory,
+                snapshot,
+                stack.enter_context(RealmHeads()),
+                self._report,
+                lambda count: self._progress(self._pairs + count),
             )
             unwritten = 0
             with self._noting():
@@ -158,6 +163,7 @@ class _LogCheck:
         self,
         directory: DataDirectory,
         snapshot: StoreSnapshot | None,
+        heads: RealmHeads,
         report: Callable[[str], None],
         progress: OnProgress,
     ) -> None:
@@ -168,7 +174,7 @@ class _LogCheck:
         self._known = _known_positions(snapshot) if snapshot else {}
         self._checkpoint_lsn = snapshot.checkpoint.lsn if snapshot else 0
         self._key = b""
-        self._heads: dict[str, tuple[int, bytes]] = {}  # of realms met so far: version, digest
+        self._heads = heads  # of realms met so far
         self._gap_end = 0  # the last LSN that is missing before the entries at hand
         self.position: Position = START
         self.entries = 0
@@ -291,7 +297,7 @@ class _LogCheck:
         change = parse_change(entry.change, record.lsn)
         digest = change_digest(entry.change)
         self._check_signature(record, digest, entry.hmac)
-        head = self._heads.get(change.realm) or self._head_before(change.realm, record.lsn)
+        head = self._heads[change.realm] or self._head_before(change.realm, record.lsn)
         self._heads[change.realm] = (change.version, digest)
         if head is not None and (change.version, change.previous) != (head[0] + 1, head[1]):
             raise CorruptionError(
@@ -299,7 +305,7 @@ class _LogCheck:
                 f"version {head[0]}"
             )
 
-    def _head_before(self, path: str, lsn: Lsn) -> tuple[int, bytes] | None:
+    def _head_before(self, path: str, lsn: Lsn) -> Head | None:
         """Where a realm that the log has not touched so far stands; None where nobody knows."""
         if self._snapshot is None or not self._gap_end <= self._checkpoint_lsn < lsn:
             return None

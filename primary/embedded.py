@@ -328,7 +328,10 @@ class Primary:
     def realms(self, *, timeout_s: float = TIMEOUT_S) -> list[RealmInfo]:
         """All realms, in order of their paths."""
         check_timeout(timeout_s)
-        return self._call(self._reader.realms(), timeout_s)
+        return self._call(self._realms(), timeout_s)
+
+    async def _realms(self) -> list[RealmInfo]:
+        return [realm async for page in self._reader.realms() for realm in page]
 
     def status(self, *, timeout_s: float = TIMEOUT_S) -> admin_pb2.StatusResponse:
         """The same account that ``understudy status`` shows."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import datetime
 import io
 import itertools
+import json
 import os
 import shutil
 import subprocess
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyrage
@@ -18,14 +20,17 @@ from harness import Processes, complaint
 from killing import KILLED, Nursery
 from nodes import DIRECTORY, assert_sound, checkpoint, copy_node, offline_status, pairs, put, status
 
+from understudy.backup import restore as restore_module
 from understudy.backup.age_passphrase import PassphraseReader, PassphraseWriter
-from understudy.backup.archive import write_archive
+from understudy.backup.archive import ArchiveOptions, write_archive
 from understudy.backup.encryption import Encryption, Unlocking
 from understudy.backup.make import make_backup
 from understudy.backup.manifest import Manifest, read_manifest
 from understudy.backup.restore import restore_backup
-from understudy.common.directory import IN_PROGRESS_FILE
-from understudy.common.errors import CorruptionError, DiskFull, NotPermitted, UsageError
+from understudy.backup.selection import Selection
+from understudy.backup.verify_archive import verify_archive
+from understudy.common.directory import IN_PROGRESS_FILE, MANIFEST_FILE
+from understudy.common.errors import CorruptionError, DirectoryInUse, DiskFull, NotPermitted, UsageError
 
 CORRUPT, USAGE, NOT_PERMITTED = 4, 2, 7
 
@@ -115,7 +120,7 @@ def test_an_archive_opens_without_understudy(
 ) -> None:
     """The layers are age, zstd and tar as their own libraries read them; the files are the data directory's."""
     archive = tmp_path / "a.tar.zst.age"
-    write_archive(server_files, archive, encryption=Encryption("", (str(key.to_public()),)))
+    write_archive(server_files, archive, ArchiveOptions(encryption=Encryption("", (str(key.to_public()),))))
     compressed = pyrage.decrypt(archive.read_bytes(), [key])
     plain = zstandard.ZstdDecompressor().stream_reader(io.BytesIO(compressed)).read()
     with tarfile.open(fileobj=io.BytesIO(plain)) as tar:
@@ -204,7 +209,7 @@ def test_a_flipped_bit_anywhere_in_an_archive_is_found(
     }[kind]
     unlocking = Unlocking("correct horse", (key,))
     good = tmp_path / f"good{suffix}"
-    write_archive(server_files, good, encryption=encryption)
+    write_archive(server_files, good, ArchiveOptions(encryption=encryption))
     data = good.read_bytes()
     steps = len(data) // 12
     for number, at in enumerate(range(200, len(data), steps)):
@@ -264,6 +269,96 @@ def test_an_archive_with_a_name_of_its_own_choice_writes_nowhere(tmp_path: Path)
         assert not (tmp_path / "evil").exists()
 
 
+# -- verifying -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["plain", "passphrase", "recipients"])
+def test_verify_tells_an_archive_as_it_was_written_from_a_damaged_one(
+    processes: Processes, tmp_path: Path, server_files: Path, key: pyrage.x25519.Identity, kind: str
+) -> None:
+    """G11: an archive's position is told where every digest fits; a flipped bit is a problem and exit code 4."""
+    private(tmp_path / "secret", "correct horse\n")
+    encryption, flags = {
+        "plain": (None, ()),
+        "passphrase": (Encryption("correct horse"), ("--passphrase-file", tmp_path / "secret")),
+        "recipients": (Encryption("", (str(key.to_public()),)), ("--identity", key_file(tmp_path, key))),
+    }[kind]
+    options = ArchiveOptions(encryption=encryption)
+    archive = tmp_path / f"a{options.suffix}"
+    manifest = write_archive(server_files, archive, options).manifest
+    said = json.loads(processes.run("verify", archive, *flags, "--json").stdout)
+    assert said == {
+        "ok": True,
+        "lsn": manifest.lsn,
+        "digest": manifest.digest,
+        "realms": 1,
+        "bytes": manifest.total_bytes,
+        "problems": [],
+    }
+    assert b"as it was written" in processes.run("verify", archive, *flags).stdout
+    data = bytearray(archive.read_bytes())
+    data[len(data) // 2] ^= 1
+    archive.write_bytes(data)
+    said = json.loads(processes.run("verify", archive, *flags, "--json", code=CORRUPT).stdout)
+    assert (said["ok"], said["lsn"]) == (False, None)
+    shown = processes.run("verify", archive, *flags, code=CORRUPT).stdout.decode()
+    assert shown.startswith(f"problem: {said['problems'][0]}\n{archive}: 1 problem")
+
+
+@pytest.mark.parametrize("selection", [Selection(), Selection(portable=True)])
+def test_verify_compares_every_file_with_the_manifest(
+    tmp_path: Path, server_files: Path, selection: Selection
+) -> None:
+    """G11: a file that is changed, missing or too many is named, though tar and zstd are fine with it."""
+    archive = tmp_path / "a.tar.zst"
+    manifest = write_archive(server_files, archive, ArchiveOptions(selection=selection)).manifest
+    files = unpacked(archive)
+    assert verify_archive(archive, Unlocking()).manifest == manifest
+    for entry in manifest.files:
+        content = files[entry.path]
+        for changed in (
+            files | {entry.path: bytes([content[0] ^ 1]) + content[1:]},
+            {name: data for name, data in files.items() if name != entry.path},
+        ):
+            pack(archive, changed)
+            (problem,) = verify_archive(archive, Unlocking()).problems
+            assert f"{entry.path} of {archive}" in problem
+    added = "log/99999999999999999999.seg"
+    pack(archive, {added: b"more", **files})
+    assert added in verify_archive(archive, Unlocking()).problems[0]
+    pack(archive, {name: data for name, data in files.items() if name != MANIFEST_FILE})
+    assert "no manifest" in verify_archive(archive, Unlocking()).problems[0]
+
+
+def unpacked(archive: Path) -> dict[str, bytes]:
+    """The files of an archive that is not encrypted."""
+    plain = zstandard.ZstdDecompressor().stream_reader(io.BytesIO(archive.read_bytes())).read()
+    with tarfile.open(fileobj=io.BytesIO(plain)) as tar:
+        return {info.name: tar.extractfile(info).read() for info in tar}  # type: ignore[union-attr]
+
+
+def pack(archive: Path, files: dict[str, bytes]) -> None:
+    """The inverse of :func:`unpacked`."""
+    plain = io.BytesIO()
+    with tarfile.open(fileobj=plain, mode="w") as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    archive.write_bytes(zstandard.ZstdCompressor().compress(plain.getvalue()))
+
+
+def test_verify_of_an_archive_that_does_not_open_or_is_not_there_says_so(
+    processes: Processes, tmp_path: Path, server_files: Path
+) -> None:
+    """What can't be checked is no damage."""
+    archive = tmp_path / "a.tar.zst.age"
+    write_archive(server_files, archive, ArchiveOptions(encryption=Encryption("secret")))
+    assert "--passphrase-file" in complaint(processes.run("verify", archive, code=NOT_PERMITTED))
+    done = processes.run("verify", tmp_path / "absent.tar.zst", code=DIRECTORY)
+    assert "there is no backup" in complaint(done)
+
+
 # -- age with a passphrase -------------------------------------------------------------------------------------
 
 
@@ -321,6 +416,28 @@ def test_a_directory_is_restored_with_every_file_checked(
             restore_backup(bad, tmp_path / "b")
     restore_backup(tmp_path / "a", tmp_path / "b")
     assert restored_pairs(processes, tmp_path / "b") == original_pairs(processes, server_files, tmp_path)
+
+
+def test_a_backup_that_is_updated_while_it_is_restored_is_not_damaged(
+    processes: Processes, tmp_path: Path, server_files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G11: whose files change under a restore is told to give the command again, which then does it."""
+    make_backup(server_files, tmp_path / "a")
+    primary = processes.primary(copy_node(server_files, tmp_path / "server"))
+    put(primary.address, "/realm", (b"late", b"1"))
+    primary.terminate()
+    read_blocks, updates = restore_module.read_blocks, iter([True])
+
+    def overtaken(path: Path) -> Iterator[bytes]:
+        if next(updates, False):
+            make_backup(tmp_path / "server", tmp_path / "a", update=True)
+        return read_blocks(path)
+
+    monkeypatch.setattr(restore_module, "read_blocks", overtaken)
+    with pytest.raises(DirectoryInUse, match="was changed meanwhile"):
+        restore_backup(tmp_path / "a", tmp_path / "b")
+    restore_backup(tmp_path / "a", tmp_path / "b")
+    assert restored_pairs(processes, tmp_path / "b")[b"late"] == b"1"
 
 
 def test_a_restore_goes_as_far_as_it_is_told(
@@ -411,7 +528,7 @@ def test_a_key_file_without_keys_and_a_passphrase_file_without_a_passphrase_are_
         assert str(tmp_path / "empty") in done.stderr.decode()
     with pytest.raises(UsageError, match="can't mix"):
         Encryption("secret", ("age1abc",)).check()
-    write_archive(server_files, tmp_path / "a.tar.zst.age", encryption=Encryption("secret"))
+    write_archive(server_files, tmp_path / "a.tar.zst.age", ArchiveOptions(encryption=Encryption("secret")))
     with pytest.raises(NotPermitted):
         restore_backup(tmp_path / "a.tar.zst.age", tmp_path / "b")
 

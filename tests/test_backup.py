@@ -440,9 +440,36 @@ def test_damage_is_not_folded_into_a_new_digest(
     checkpoint(primary.address)
     monkeypatch.setattr(make, "FOLD_BYTES", 1)
     spoil(tmp_path / "b", b"late000007")
-    with pytest.raises(CorruptionError, match="not what its manifest says"):
-        make_backup(tmp_path / "a", tmp_path / "b", update=True)
-    assert (tmp_path / "b" / IN_PROGRESS_FILE).exists()
+    for _ in range(2):  # nor after an update that was cut off, as the first one is
+        with pytest.raises(CorruptionError, match="not what its manifest says"):
+            make_backup(tmp_path / "a", tmp_path / "b", update=True)
+        assert (tmp_path / "b" / IN_PROGRESS_FILE).exists()
+
+
+def test_damage_is_not_taken_in_by_an_update_after_one_that_was_cut_off(
+    processes: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G11: whether the update before had written to the store or not, the next one looks for damage in it."""
+    primary = filled(processes, tmp_path / "a")
+    checkpoint(primary.address)
+    backed_up(tmp_path / "a", tmp_path / "b")
+    put(primary.address, "/two", (b"more", b"1"))
+    checkpoint(primary.address)
+    folded = copy_node(tmp_path / "b", tmp_path / "folded")
+    with monkeypatch.context() as patched:
+        patched.setattr(make, "FOLD_BYTES", 1)
+        patched.setattr(make, "write_manifest", _interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            make_backup(tmp_path / "a", folded, update=True)
+    (tmp_path / "b" / IN_PROGRESS_FILE).write_text("{}")
+    for damaged in (folded, tmp_path / "b"):
+        spoil(damaged, b"late000007")
+        with pytest.raises(CorruptionError, match="damaged since"):
+            make_backup(tmp_path / "a", damaged, update=True)
+
+
+def _interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def forget_the_log(path: Path) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from nodes import DIRECTORY, assert_sound, checkpoint, copy_node, put
 
 from understudy.backup import archive as archive_module
 from understudy.backup import archiver as archiver_module
-from understudy.backup.archive import write_archive
+from understudy.backup.archive import ArchiveOptions, write_archive
 from understudy.backup.archiver import Archiver
 from understudy.backup.catalog import read_catalog
 from understudy.backup.choice import choose_backup
@@ -37,7 +38,9 @@ from understudy.backup.restore import restore_backup, restore_stored
 from understudy.backup.retention import Retention
 from understudy.backup.run import run_policy
 from understudy.backup.selection import Selection
-from understudy.backup.upkeep import delete_backup, prune
+from understudy.backup.source import open_source
+from understudy.backup.store_backup import publish_stored, store_archive
+from understudy.backup.upkeep import ORPHAN_S, delete_backup, prune
 from understudy.common.directory import IN_PROGRESS_FILE
 from understudy.common.errors import CorruptionError, ExitCode, NotStored, RepositoryError, UnderstudyError
 
@@ -203,7 +206,7 @@ def test_a_flipped_bit_anywhere_in_a_backup_is_never_restored(
         folder.mkdir()
         backup = folder / ("a.tar.zst" if kind == "archive" else "a.tar.zst.age")
         encryption = None if kind == "archive" else ENCRYPTION
-        write_archive(origin.path, backup, selection=selection, encryption=encryption)
+        write_archive(origin.path, backup, ArchiveOptions(selection=selection, encryption=encryption))
 
     def restore(to: Path) -> Manifest:
         return restore_backup(backup, to, unlocking=UNLOCKING).manifest
@@ -343,14 +346,16 @@ def test_who_has_lost_the_lock_publishes_and_removes_nothing(tmp_path: Path, ori
     """G4, G8: a run that hung for too long finds out before it changes what others rely on."""
     folder, data_dir = tmp_path / "repository", copy_node(origin.path, tmp_path / "a")
     folder.mkdir()
-    table = {"name": "n", "repositories": [str(folder)], "retries": 0, "retention": {"last": 1}}
+    table = {"name": "n", "repositories": [str(folder)], "retries": 0}
     repository = open_repository(str(folder))
-    policy = parse_policy({**table, "retention": {}}, "u.toml")
+    policy = parse_policy(table, "u.toml")
     made = [run_policy(policy, data_dir).backups[0].id for _ in range(3)]
-    taken = once(lambda: lose(repository))
-    report = run_policy(parse_policy(table, "u.toml"), data_dir, progress=taken)
-    assert report.result == "failed"
-    assert "lost to another run" in report.all_errors[0]
+    with open_source(data_dir) as source:
+        stored = store_archive(source, repository, policy="n", run=4, options=ArchiveOptions())
+    with locked(repository, "test") as lock:
+        lose(repository)
+        with pytest.raises(RepositoryError, match="lost to another run"):
+            publish_stored(repository, lock, stored)
     (folder / LOCK).unlink()
     with locked(repository, "test") as lock:
         lose(repository)
@@ -359,15 +364,18 @@ def test_who_has_lost_the_lock_publishes_and_removes_nothing(tmp_path: Path, ori
     assert [backup.id for backup in read_catalog(repository).backups] == made
 
 
-def once(action: Callable[[], None]) -> Callable[..., None]:
-    """Does it at the first call only."""
-    left = [action]
-
-    def call(*_: object) -> None:
-        while left:
-            left.pop()()
-
-    return call
+def test_an_archive_that_was_taken_for_a_leftover_is_no_backup(tmp_path: Path, origin: Origin) -> None:
+    """G8: what was removed between its upload and its manifest is not published."""
+    folder, data_dir = tmp_path / "repository", copy_node(origin.path, tmp_path / "a")
+    folder.mkdir()
+    repository = open_repository(str(folder))
+    with open_source(data_dir) as source:
+        stored = store_archive(source, repository, policy="n", run=1, options=ArchiveOptions())
+    with locked(repository, "test") as lock:
+        prune(repository, lock, Retention(), now_s=time.time() + 2 * ORPHAN_S)
+        with pytest.raises(RepositoryError, match="removed before it could be published"):
+            publish_stored(repository, lock, stored)
+    assert read_catalog(repository).backups == []
 
 
 def test_log_that_could_not_be_stored_is_shipped_by_the_next_attempt(

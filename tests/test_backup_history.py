@@ -39,7 +39,8 @@ def add(history: History, result: Result = Result.DONE, **changed: Any) -> Entry
         "bytes": 4096,
         "lsn": 77,
     }
-    return history.add(result=result, **{**values, **changed})
+    number = history.reserve(changed.pop("floor", 0))
+    return history.add(number=number, result=result, **{**values, **changed})
 
 
 def numbers(history: History) -> list[int]:
@@ -149,6 +150,19 @@ def test_a_number_is_not_given_again(path: Path) -> None:
     assert add(history).number == 42
 
 
+def test_runs_that_end_in_another_order_than_they_began_are_all_there(path: Path) -> None:
+    """Each under the number that it was given first; what is said of one again takes its place."""
+    history = History(path)
+    first = history.reserve()
+    second = add(history)
+    values = {"start_s": START_S, "seconds": 1.0, "realms": 0, "bytes": 0, "lsn": 0}
+    for result in (Result.DONE, Result.PARTIAL):
+        history.add(number=first, policy="other", result=result, **values)
+        assert numbers(History(path)) == [first, second.number]
+        assert history.entries()[0].result is result
+    assert history.reserve() == second.number + 1
+
+
 def test_numbers_go_on_where_the_file_was_lost(path: Path) -> None:
     """The backups that exist say how far they went."""
     add(History(path))
@@ -164,7 +178,8 @@ history = History(Path(sys.argv[1]))
 print("ready", flush=True)
 sys.stdin.read()
 for _ in range(40):
-    history.add(policy=sys.argv[2], start_s=0, seconds=0, result=Result.DONE, realms=0, bytes=0, lsn=0)
+    number, nothing = history.reserve(), {"seconds": 0, "realms": 0, "bytes": 0, "lsn": 0}
+    history.add(number=number, policy=sys.argv[2], start_s=0, result=Result.DONE, **nothing)
     history.forget(sys.argv[2], lambda path: True)
 """
 

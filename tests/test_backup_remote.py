@@ -191,7 +191,7 @@ def test_a_run_that_waits_is_known_and_cancelled(tmp_path: Path, folder: Path, r
     assert remote.under_way("slow") == slow
     remote.cancel(slow)
     remote.watch(slow, code=FAILED)
-    assert results(tmp_path / "a") == [("quick", Result.CANCELLED), ("slow", Result.CANCELLED)]
+    assert results(tmp_path / "a") == [("slow", Result.CANCELLED), ("quick", Result.CANCELLED)]
     assert "of quick: cancelled" in journal(tmp_path / "a")
     assert_untouched(folder)
 
@@ -306,7 +306,7 @@ def test_g10_only_operators_start_follow_and_cancel(
 def test_a_run_whose_process_is_killed_has_failed(
     processes: Processes, primary: Process, remote: Remote
 ) -> None:
-    """Whoever watches hears of it at once; another process takes its place, and waits for the lock that was left."""
+    """Whoever watches hears of it at once; another process takes its place, and runs what it is asked to."""
     run_id = remote.start("slow")["id"]
     remote.under_way("slow")
     watching = processes.start("backups", "watch", run_id, "--server", remote.address, "--json")
@@ -318,11 +318,11 @@ def test_a_run_whose_process_is_killed_has_failed(
     assert not any(policy.running for policy in status(remote.address).backups)
 
     def starts() -> str:
-        done = processes.start("backups", "start", "quick", "--server", remote.address, "--json")
+        done = processes.start("backups", "start", "slow", "--server", remote.address, "--json")
         return json.loads(done.stdout)["id"] if done.wait() == 0 else ""
 
     second = wait_until(starts)
-    assert remote.under_way("quick") == second
+    assert remote.under_way("slow") == second
     remote.cancel(second)
     assert remote.watch(second, code=FAILED)["state"] == "cancelled"
 

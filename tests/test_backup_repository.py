@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import zstandard
 from harness import Processes, complaint
 from killing import KILLED, Nursery
 from nodes import (
@@ -45,7 +46,8 @@ from understudy.backup.stretch import list_stretches
 from understudy.backup.upkeep import prune
 from understudy.common.directory import NODE_FILE, NodeFile
 from understudy.common.errors import CorruptionError
-from understudy.common.types import ClusterId
+from understudy.common.segment import SECTOR_BYTES, SegmentHeader
+from understudy.common.types import ClusterId, Digest
 
 FAILED, USAGE, CORRUPT = 1, 2, 4
 
@@ -372,6 +374,28 @@ def test_a_history_that_may_have_been_given_up_is_not_restored_unasked(
     assert "--epoch 1" in refused.stderr.decode()
     processes.run("restore", folder, "--to", tmp_path / "restored", "--epoch", "1")
     assert offline_status(tmp_path / "restored").lsn == old.last
+
+
+def test_a_stretch_that_is_not_what_its_name_says_is_damaged(
+    processes: Processes, tmp_path: Path, folder: Path
+) -> None:
+    """G3, G9: where a name leads on from the backup, and the content begins elsewhere, a restore ends with an error."""
+    primary = processes.primary(tmp_path / "a")
+    put(primary.address, "/realm", (b"key", b"1"))
+    done(run_policy(policy_to(folder, archive_log=False), tmp_path / "a"))
+    put(primary.address, "/realm", (b"key", b"2"))
+    repository = open_repository(str(folder))
+    ship(tmp_path / "a", repository)
+    (stretch,) = list_stretches(repository)
+    with repository.download(stretch.name) as file:
+        data = zstandard.ZstdDecompressor().decompressobj().decompress(file.read())
+    header = SegmentHeader.decode(data[:SECTOR_BYTES], Path(stretch.name))
+    spoilt = replace(header, previous=Digest(bytes(32))).encode()
+    repository.delete(stretch.name)
+    with repository.upload(stretch.name) as out:
+        out.write(zstandard.compress(spoilt + data[len(spoilt) :]))
+    refused = processes.run("restore", folder, "--to", tmp_path / "b", code=CORRUPT)
+    assert "is of another log" in refused.stderr.decode()
 
 
 def test_a_log_that_grows_slowly_is_few_objects(processes: Processes, tmp_path: Path, folder: Path) -> None:

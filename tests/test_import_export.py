@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from understudy.cli import pairs, sinks
 from understudy.cli.json_lines import decode_pair, encode_pair
-from understudy.cli.loader import BATCH_BYTES, batches
 from understudy.cli.pairs import Pair
+from understudy.common.batches import BATCH_BYTES, in_batches
 from understudy.common.errors import (
     BadImport,
     DiskFull,
@@ -153,7 +153,7 @@ def test_lines_before_the_first_wanted_are_not_even_parsed() -> None:
 def test_batches_are_bounded_and_in_order(sizes: list[int], pairs_max: int) -> None:
     """Batches hold all pairs in order, and none is larger than allowed but for a single large pair."""
     made = [Pair(b"%d" % number, bytes(size), number) for number, size in enumerate(sizes)]
-    found = list(batches(made, pairs_max=pairs_max))
+    found = list(in_batches(made, lambda pair: pair.size, count_max=pairs_max))
     assert [pair for batch in found for pair in batch] == made
     assert all(1 <= len(batch) <= pairs_max for batch in found)
     assert all(len(batch) == 1 or sum(pair.size for pair in batch) <= BATCH_BYTES for batch in found)
@@ -166,7 +166,7 @@ def test_what_came_before_an_error_is_a_batch_first() -> None:
         yield Pair(b"a", b"", 1)
         raise BadImport("line 2")
 
-    found = batches(broken(), pairs_max=10)
+    found = in_batches(broken(), lambda pair: pair.size, count_max=10)
     assert [pair.key for pair in next(found)] == [b"a"]
     with pytest.raises(BadImport):
         next(found)

@@ -26,6 +26,7 @@ from understudy.common.operations import (
     Update,
     added,
     check_operations,
+    operation_bytes,
     to_proto,
     to_protos,
 )
@@ -215,3 +216,20 @@ def test_every_kind_of_the_wire_is_known() -> None:
     """A kind that is added to log.proto must be added to what is checked and named."""
     assert set(KIND_NAMES) == set(log_pb2.Operation.Kind.values()) - {0}
     assert len(log_pb2.Operation.Kind.values()) - 1 == len(operations.Operation.__args__)
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        Put(b"key", b"value"),
+        Update(b"key", b"value"),
+        Delete(b"key"),
+        DeleteRange(b"a", b"bc"),
+        Add(b"key", 1),
+    ],
+)
+def test_an_operation_counts_before_it_is_encoded_as_after(operation: Operation) -> None:
+    """What collects transactions and what checks them agree about an operation's bytes."""
+    proto = to_proto(operation)
+    content = len(proto.key) + len(proto.value) + len(proto.end)
+    assert operation_bytes(operation) == content + OPERATION_OVERHEAD_BYTES

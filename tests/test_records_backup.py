@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from nodes import DIRECTORY, assert_equal, assert_sound, checkpoint, copy_node, pairs, put, status
 
 from understudy.backup import records as records_module
-from understudy.backup.archive import write_archive
+from understudy.backup.archive import ArchiveOptions, write_archive
 from understudy.backup.catalog import read_catalog
 from understudy.backup.encryption import Encryption, Unlocking
 from understudy.backup.history import Result
@@ -213,7 +213,9 @@ def test_a_portable_backup_brings_everything_back(tmp_path: Path, source: Source
     else:
         encryption = Encryption("correct horse") if name.endswith("age") else None
         unlocking = Unlocking("correct horse")
-        made = write_archive(source.path, tmp_path / name, selection=portable, encryption=encryption)
+        made = write_archive(
+            source.path, tmp_path / name, ArchiveOptions(selection=portable, encryption=encryption)
+        )
     assert made.manifest.form is Form.RECORDS
     assert made.manifest.realms == read_manifest(source.path).realms == 6
     assert (
@@ -318,7 +320,7 @@ def test_a_backup_of_chosen_realms_has_them_and_no_others(
     if way == "directory":
         make_backup(source.path, tmp_path / "b", selection=selection)
     else:
-        write_archive(source.path, tmp_path / "a.tar.zst", selection=selection)
+        write_archive(source.path, tmp_path / "a.tar.zst", ArchiveOptions(selection=selection))
         restore_backup(tmp_path / "a.tar.zst", tmp_path / "b")
     assert_same(tmp_path / "b", source, selection)
 
@@ -341,6 +343,22 @@ def test_clients_of_chosen_realms_go_on(processes: Processes, tmp_path: Path, so
     checkpoint(server.address)
     server.terminate()
     assert_sound(tmp_path / "b")
+
+
+@pytest.mark.parametrize("portable", [False, True])
+def test_a_backup_of_chosen_realms_does_not_hold_the_operators_token(
+    tmp_path: Path, source: Source, portable: bool
+) -> None:
+    """G10: who is given some realms is not given the key to the server; a backup of all realms has it."""
+    token = copy_node(source.path, tmp_path / "a") / "admin-token"
+    token.write_text("secret")
+    for name, selection in (
+        ("chosen", Selection(realms=TWO.realms, portable=portable)),
+        ("all", Selection(portable=portable)),
+    ):
+        made = make_backup(tmp_path / "a", tmp_path / name, selection=selection).manifest
+        assert (tmp_path / name / "admin-token").exists() == (name == "all")
+        assert ("admin-token" in {entry.path for entry in made.files}) == (name == "all")
 
 
 def test_a_replica_follows_the_server_on_a_backup_of_chosen_realms(
@@ -403,7 +421,7 @@ def test_some_realms_of_any_backup_are_restored(
 ) -> None:
     """G8: `restore --realm` gives only these, and leaves nothing of the others behind."""
     selection = EVERYTHING if of == "pages" else Selection(portable=True)
-    made = write_archive(source.path, tmp_path / "a.tar.zst", selection=selection).manifest
+    made = write_archive(source.path, tmp_path / "a.tar.zst", ArchiveOptions(selection=selection)).manifest
     said = processes.run("restore", tmp_path / "a.tar.zst", "--to", tmp_path / "b", "--realm", "/two/*")
     assert said.stdout.decode().startswith("3 realms, ")
     assert_same(tmp_path / "b", source, TWO)
@@ -466,7 +484,7 @@ def test_a_damaged_realm_is_left_out_and_the_others_are_saved(
 def test_damage_of_what_was_dropped_since_is_no_loss(tmp_path: Path, source: Source) -> None:
     """A realm that the log drops, or drops and makes again, is as whole as ever."""
     bad = damaged(source, tmp_path / "bad", "/two/y", "/two/z")
-    assert make_backup(bad, tmp_path / "b", selection=TWO).failed == []
+    assert make_backup(bad, tmp_path / "b", selection=TWO).manifest.failed == []
     assert_same(tmp_path / "b", source, TWO)
 
 
@@ -478,8 +496,10 @@ def test_a_flipped_bit_in_a_leaf_page_is_found(tmp_path: Path, source: Source) -
     content = store.read_bytes()
     assert value in content
     store.write_bytes(content.replace(value, value[:-1] + b"m"))
-    report = write_archive(tmp_path / "bad", tmp_path / "a.tar.zst", selection=Selection(portable=True))
-    assert [one.realm for one in report.failed] == ["/three/deep/down"]
+    report = write_archive(
+        tmp_path / "bad", tmp_path / "a.tar.zst", ArchiveOptions(selection=Selection(portable=True))
+    )
+    assert [one.realm for one in report.manifest.failed] == ["/three/deep/down"]
     restore_backup(tmp_path / "a.tar.zst", tmp_path / "b")
     assert_sound(tmp_path / "b")
     assert contents(tmp_path / "b") == chosen(source.path, Selection(exclude=("/three/**",)))
@@ -505,7 +525,9 @@ def test_a_realm_that_the_list_has_lost_is_missed(tmp_path: Path, source: Source
     environment = open_environment(tmp_path / "bad" / "store", readonly=False)
     with contextlib.closing(environment), environment.env.begin(environment.realms, write=True) as txn:
         assert txn.delete(b"/three/deep/down")
-    (failed,) = make_backup(tmp_path / "bad", tmp_path / "b", selection=Selection(portable=True)).failed
+    (failed,) = make_backup(
+        tmp_path / "bad", tmp_path / "b", selection=Selection(portable=True)
+    ).manifest.failed
     assert failed.realm == ""
     assert "some are lost" in failed.error
 
@@ -627,11 +649,11 @@ def test_a_policy_that_can_t_be_is_refused(table: dict[str, object], says: str) 
 _MEASURED = r"""
 import re, sys
 from pathlib import Path
-from understudy.backup.archive import write_archive
+from understudy.backup.archive import ArchiveOptions, write_archive
 from understudy.backup.restore import restore_backup
 from understudy.backup.selection import Selection
 if sys.argv[1] == "backup":
-    write_archive(Path(sys.argv[2]), Path(sys.argv[3]), selection=Selection(portable=True))
+    write_archive(Path(sys.argv[2]), Path(sys.argv[3]), ArchiveOptions(selection=Selection(portable=True)))
 else:
     restore_backup(Path(sys.argv[2]), Path(sys.argv[3]))
 status = Path("/proc/self/status").read_text()

@@ -11,6 +11,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from s3_server import BUCKET, PAGE_OBJECTS, FaultyFront, S3Server, credentials
 from store_helpers import fill_disk, small_disk
 
 from understudy.backup import folder_repository
+from understudy.backup.folder_repository import FolderRepository
 from understudy.backup.object_repository import ObjectRepository, Patience
 from understudy.backup.repository import (
     IDENTITY,
@@ -525,6 +527,53 @@ def test_sweeping_takes_only_old_files_that_were_being_written(folder: Repositor
         folder.sweep(older_than_s=3600)
         out.write(b"2")
     assert sorted(path.name for path in root.rglob("*")) == ["a", "one", "two"]
+
+
+def test_what_is_deleted_leaves_no_empty_folders(folder: Repository, tmp_path: Path) -> None:
+    """Backups come and go for years, and nobody walks the folders of those that have gone; the root stays."""
+    root = tmp_path / "repository"
+    folder.put("a/b/c/one", b"1")
+    folder.put("a/two", b"2")
+    folder.delete("a/b/c/one")
+    assert sorted(path.name for path in root.rglob("*")) == ["a", "two"]
+    folder.delete("a/two")
+    folder.put("three", b"3")
+    folder.delete("three")
+    assert list(root.iterdir()) == []
+    folder.put("a/b/c/one", b"1")
+    assert names(folder) == ["a/b/c/one"]
+
+
+def test_a_folder_that_is_removed_before_anything_is_in_it_is_made_again(
+    folder: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G8: who deletes the last object of a folder does not make an upload into it fail."""
+    make_folders = FolderRepository._make_folders
+    removals = iter(["a/b", "a"])
+
+    def overtaken(self: FolderRepository, wanted: Path) -> None:
+        make_folders(self, wanted)
+        if wanted.name == "b" and (name := next(removals, None)):
+            shutil.rmtree(tmp_path / "repository" / name)
+
+    monkeypatch.setattr(FolderRepository, "_make_folders", overtaken)
+    folder.put("a/b/one", b"1")
+    assert folder.read("a/b/one") == b"1"
+    assert next(removals, None) is None
+
+
+def test_who_stores_and_deletes_at_once_does_not_hinder_the_other(folder: Repository) -> None:
+    """G8: two who store and delete in the same folders each find what they have stored."""
+
+    def work(name: str) -> None:
+        for number in range(100):
+            folder.put(f"a/b/{name}", b"%d" % number)
+            assert folder.read(f"a/b/{name}") == b"%d" % number
+            folder.delete(f"a/b/{name}")
+
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(work, ("one", "two")))
+    assert names(folder) == []
 
 
 def test_killed_at_any_step_a_folder_holds_whole_objects(tmp_path: Path) -> None:

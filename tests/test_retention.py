@@ -10,32 +10,32 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from understudy.backup.retention import Kept, Retention, split
+from understudy.backup.retention import Candidate, Retention, split
 from understudy.common.errors import UsageError
 
 HOUR_S, DAY_S = 3600.0, 86400.0
 NOW_S = datetime.datetime(2026, 11, 21, 18, 30, tzinfo=datetime.UTC).timestamp()
 
 
-def backup(made: str, *, restorable: bool = True, zone: str = "UTC", fold: int = 0) -> Kept:
+def backup(made: str, *, restorable: bool = True, zone: str = "UTC", fold: int = 0) -> Candidate:
     """One that is called by the time at which it was made."""
     moment = datetime.datetime.fromisoformat(made).replace(tzinfo=ZoneInfo(zone), fold=fold)
-    return Kept(name=made + "'" * fold, made_s=moment.timestamp(), restorable=restorable)
+    return Candidate(name=made + "'" * fold, made_s=moment.timestamp(), restorable=restorable)
 
 
-def hourly_backups(count: int) -> list[Kept]:
+def hourly_backups(count: int) -> list[Candidate]:
     """One each hour, the newest half an hour before now."""
     times = [NOW_S - HOUR_S / 2 - number * HOUR_S for number in range(count)]
-    return [Kept(name=f"{time:.0f}", made_s=time, restorable=True) for time in times]
+    return [Candidate(name=f"{time:.0f}", made_s=time, restorable=True) for time in times]
 
 
-def kept_times(backups: Sequence[Kept], retention: Retention) -> list[str]:
+def kept_times(backups: Sequence[Candidate], retention: Retention) -> list[str]:
     """When the backups that stay were made, UTC, the newest first."""
     kept = [each for each, _ in split(backups, retention, now_s=NOW_S).kept]
     return [f"{datetime.datetime.fromtimestamp(each.made_s, datetime.UTC):%Y-%m-%dT%H}" for each in kept]
 
 
-def names(backups: Sequence[Kept]) -> list[str]:
+def names(backups: Sequence[Candidate]) -> list[str]:
     return [each.name for each in backups]
 
 
@@ -195,7 +195,7 @@ steps = st.lists(
 )
 
 
-def restorable(backups: Sequence[Kept]) -> list[Kept]:
+def restorable(backups: Sequence[Candidate]) -> list[Candidate]:
     return [each for each in backups if each.restorable]
 
 
@@ -204,22 +204,22 @@ def test_a_restorable_backup_remains_whatever_happens(
     story: list[tuple[float, str, int, Retention]],
 ) -> None:
     """A removal leaves as many restorable backups as asked, the newest among them, and finds nothing more to remove."""
-    backups: list[Kept] = []
+    backups: list[Candidate] = []
     now_s = NOW_S
     for number, (pause_s, step, choice, retention) in enumerate(story):
         now_s += pause_s
         if step in ("add", "cut off"):
-            backups.append(Kept(name=str(number), made_s=now_s, restorable=step == "add"))
+            backups.append(Candidate(name=str(number), made_s=now_s, restorable=step == "add"))
         elif step == "damage" and backups:
             damaged = backups[choice % len(backups)]
             backups = [each for each in backups if each != damaged]
-            backups.append(Kept(name=damaged.name, made_s=damaged.made_s, restorable=False))
+            backups.append(Candidate(name=damaged.name, made_s=damaged.made_s, restorable=False))
         elif step == "prune":
             left = check_prune(backups, retention, now_s)
             backups = left
 
 
-def check_prune(backups: list[Kept], retention: Retention, now_s: float) -> list[Kept]:
+def check_prune(backups: list[Candidate], retention: Retention, now_s: float) -> list[Candidate]:
     """What is left; with all that is promised of it."""
     result = split(backups, retention, now_s=now_s)
     left = [each for each, _ in result.kept]
@@ -241,6 +241,6 @@ def test_the_order_in_which_backups_are_listed_does_not_matter(
 ) -> None:
     """The same backups are split in the same way however a directory lists them."""
     backups = [
-        Kept(name=str(number), made_s=NOW_S - age, restorable=good) for number, (age, good) in enumerate(made)
+        Candidate(name=str(number), made_s=NOW_S - age, restorable=good) for number, (age, good) in enumerate(made)
     ]
     assert split(backups, retention, now_s=NOW_S) == split(backups[::-1], retention, now_s=NOW_S)

@@ -14,7 +14,7 @@ from understudy.common.checkpoint import apply_checkpoint
 from understudy.common.errors import CorruptionError, NewerFormat
 from understudy.common.lmdb_check import check_structure
 from understudy.common.store import Store
-from understudy.common.store_check import PROBLEMS_MAX, check_state
+from understudy.common.store_check import PROBLEMS_MAX, RealmState, check_state
 from understudy.common.store_layout import (
     CHECKPOINT_KEY,
     Environment,
@@ -45,16 +45,38 @@ def test_a_sound_store_has_no_problems(tmp_path: Path) -> None:
     model = two_realms(tmp_path)[-1]
     with Store.open(tmp_path / "store") as store:
         read: list[int] = []
-        found = check_state(store, progress=read.append)
+        states: list[RealmState] = []
+        found = check_state(store, progress=read.append, on_realm=states.append)
         assert found.problems == []
         assert (found.lsn, found.state_digest) == (model.lsn, model.state_digest)
         assert (found.realms_checked, found.entries_checked) == (2, 350)
-        for path, realm in model.realms.items():
-            state = found.realms[path]
+        assert [state.path for state in states] == ["/a", "/b"]
+        for state in states:
+            realm = model.realms[state.path]
             assert (state.version, state.entries) == (realm.version, len(realm.pairs))
             assert state.state_digest == realm.state_digest
         assert read == []
     assert check_structure(tmp_path / "store") == []
+
+
+@pytest.mark.parametrize("sorted_at_once", [1, 3, 7, 100])
+def test_any_number_of_realms_is_checked_a_few_at_a_time(
+    tmp_path: Path, sorted_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G9: realms are taken in the order of their ids, which is not that of their paths, and each of them once."""
+    monkeypatch.setattr("understudy.common.store_check._REALMS_SORTED_AT_ONCE", sorted_at_once)
+    environment, store = open_both(make_store(tmp_path))
+    with store:
+        edits = [
+            Edit(path=path, puts={b"key": path.encode()})
+            for path in ("/e", "/b", "/g", "/a", "/f", "/c", "/d")
+        ]
+        model, job = Model().step(edits)
+        apply_checkpoint(environment, [job])
+        states: list[RealmState] = []
+        found = check_state(store, on_realm=states.append)
+        assert [state.path for state in states] == [edit.path for edit in edits]
+        assert (found.problems, found.state_digest, found.realms_checked) == ([], model.state_digest, 7)
 
 
 def test_progress_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,10 +307,16 @@ def _change_row(environment: Environment, change: Callable[[RealmRow], None]) ->
         (_combined_digest, "names 2 realms with state digest 00000000"),
     ],
 )
+@pytest.mark.parametrize("sorted_at_once", [1, 100])
 def test_each_kind_of_damage_is_reported_with_its_place(
-    tmp_path: Path, spoil: Callable[[Environment], None], says: str
+    tmp_path: Path,
+    spoil: Callable[[Environment], None],
+    says: str,
+    sorted_at_once: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Rows that were changed behind the store's back are found, and the report says where."""
+    """Rows that were changed behind the store's back are found, and the report says where; with many realms, too."""
+    monkeypatch.setattr("understudy.common.store_check._REALMS_SORTED_AT_ONCE", sorted_at_once)
     two_realms(tmp_path)
     environment, store = open_both(tmp_path / "store")
     with store:

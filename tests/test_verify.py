@@ -393,6 +393,15 @@ def test_a_change_that_does_not_follow_is_found(sample: Sample) -> None:
     assert "does not follow" in sample.problem()
 
 
+def test_a_log_of_very_many_realms_is_checked_as_any(sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
+    """G9: where not all realms' heads fit into memory, a sound log is sound and what does not follow is found."""
+    monkeypatch.setattr("understudy.common.realm_heads._IN_MEMORY_MAX", 1)
+    assert sample.verify().ok
+    version, head = head_of(sample)
+    append(sample, change_payload(sample, version=version + 2, previous=head, key=sample.key))
+    assert "does not follow" in sample.problem()
+
+
 def test_a_change_with_another_predecessor_is_found(sample: Sample) -> None:
     """The right version is not enough: the predecessor's digest must agree too."""
     version, _ = head_of(sample)

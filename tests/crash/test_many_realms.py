@@ -18,7 +18,7 @@ from understudy.common import portal
 
 MIB = 1 << 20
 MEMORY_BYTES_MAX = 300 * MIB  # of a process, without what it has mapped
-_COMMAND_S_MAX = 900.0
+_COMMAND_S_MAX = 2 * 3600.0  # a drill reads each realm by itself: a million of them in most of an hour
 _AT_ONCE = 2_000
 
 
@@ -75,9 +75,9 @@ def count(is_thorough: bool) -> int:
 
 
 def test_very_many_realms_take_little_memory(
-    processes: Processes, tmp_path: Path, count: int, is_thorough: bool, tally: Tally
+    processes: Processes, tmp_path: Path, count: int, tally: Tally
 ) -> None:
-    """G9: backed up and restored in each way, and proven, they take less than 300 MiB; and all of them are there."""
+    """G9: backed up and restored in each way, verified, proven, they take less than 300 MiB, and all are there."""
     primary = processes.primary(tmp_path / "a")
     portal.call(make_realms(primary.address, count))
     assert primary.terminate() == 0
@@ -96,10 +96,10 @@ def test_very_many_realms_take_little_memory(
         "an archive restored": ("restore", archive, "--to", tmp_path / "from-archive"),
         "a portable one restored": ("restore", portable, "--to", tmp_path / "from-portable"),
         "one realm restored": ("restore", archive, "--to", tmp_path / "one", "--realm", "/realm/7"),
+        "the source verified": ("verify", source),
         "a run": ("backup", "run", *policy, "--data-dir", source),
+        "a drill": ("backup", "drill", *policy, "--scratch", tmp_path),
     }
-    if not is_thorough:  # it reads one realm after the other, which would take an hour
-        commands["a drill"] = ("backup", "drill", *policy, "--scratch", tmp_path)
     for name, words in commands.items():
         peak = peak_of(processes.start(*words))
         tally.add(f"MiB for {name}", peak // MIB)

@@ -8,6 +8,8 @@ REPOSITORY = "tests/test_backup_repository.py"
 BAD_LUCK = "tests/test_backup_bad_luck.py"
 SOURCES = "tests/test_backup_sources.py"
 DRILL = "tests/test_drill.py"
+RUNS = "tests/test_backup_runs.py"
+WATCHED = "tests/test_watched_repository.py"
 
 MUTANTS = (
     Mutant(
@@ -49,7 +51,7 @@ MUTANTS = (
     Mutant(
         name="a file is restored whatever its digest",
         guarantee="G11",
-        file="backup/restore.py",
+        file="backup/archive.py",
         old="    if found != expected:\n",
         new="    if found is None:\n",
         tests=("tests/test_archive.py::test_a_directory_is_restored_with_every_file_checked",),
@@ -170,6 +172,42 @@ MUTANTS = (
         old="    lock.check()\n    publish_backup(repository, backup)\n",
         new="    publish_backup(repository, backup)\n",
         tests=(f"{BAD_LUCK}::test_who_has_lost_the_lock_publishes_and_removes_nothing",),
+        simulated=False,
+    ),
+    Mutant(
+        name="an archive that was removed is published",
+        guarantee="G8",
+        file="backup/store_backup.py",
+        old="        with repository.download(backup.archive_name):\n            pass\n",
+        new="        pass\n",
+        tests=(f"{BAD_LUCK}::test_an_archive_that_was_taken_for_a_leftover_is_no_backup",),
+        simulated=False,
+    ),
+    Mutant(
+        name="a run that ends its process is made up for ever",
+        guarantee="G9",
+        file="backup/worker.py",
+        old="self._attempts.begin(policy.name, run.due_s) < ATTEMPTS_MAX",
+        new="self._attempts.begin(policy.name, run.due_s) < 1000",
+        tests=(f"{RUNS}::test_a_run_that_takes_its_process_with_it_each_time_has_failed",),
+        simulated=False,
+    ),
+    Mutant(
+        name="two runs have one number",
+        guarantee="G4",
+        file="backup/history.py",
+        old="            self._store(_Content(number, known.entries))\n",
+        new="            pass\n",
+        tests=(f"{RUNS}::test_runs_on_one_repository_do_not_wait_for_each_others_archives",),
+        simulated=False,
+    ),
+    Mutant(
+        name="log that was shipped before an error counts for nothing",
+        guarantee="G9",
+        file="backup/watched_repository.py",
+        old="                self.shipped_lsn, self.shipped_s = lsn, self._clock()\n                yield\n",
+        new="                yield\n            self.shipped_lsn, self.shipped_s = lsn, self._clock()\n",
+        tests=(f"{WATCHED}::test_a_long_log_counts_as_shipped_segment_by_segment",),
         simulated=False,
     ),
     Mutant(

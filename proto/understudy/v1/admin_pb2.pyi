@@ -187,6 +187,7 @@ class RepositoryStatus(_message.Message):
     SHIPPED_LSN_FIELD_NUMBER: _builtins.int
     PROBLEM_FIELD_NUMBER: _builtins.int
     GAP_FIELD_NUMBER: _builtins.int
+    SHIPPED_S_FIELD_NUMBER: _builtins.int
     url: _builtins.str
     shipped_lsn: _builtins.int
     """up to where the log is there"""
@@ -194,6 +195,8 @@ class RepositoryStatus(_message.Message):
     """why it is not there further; empty: it will be in seconds"""
     gap: _builtins.str
     """what of it is missing there for good, until a new backup makes up for that"""
+    shipped_s: _builtins.float
+    """when it last got on, or there was nothing to do; seconds since 1970"""
     def __init__(
         self,
         *,
@@ -201,10 +204,11 @@ class RepositoryStatus(_message.Message):
         shipped_lsn: _builtins.int = ...,
         problem: _builtins.str = ...,
         gap: _builtins.str = ...,
+        shipped_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gap", b"gap", "problem", b"problem", "shipped_lsn", b"shipped_lsn", "url", b"url"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gap", b"gap", "problem", b"problem", "shipped_lsn", b"shipped_lsn", "shipped_s", b"shipped_s", "url", b"url"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

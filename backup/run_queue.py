@@ -11,15 +11,12 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from understudy.backup.history import Result
-from understudy.backup.run import Cancelled, RunReport
-from understudy.common.backup_runs import ENDED_MAX
+from understudy.backup.history import ERROR_CHARACTERS_MAX, ERRORS_MAX, Result
+from understudy.backup.run import Cancelled, CutOff, RunReport
 from understudy.common.errors import UnderstudyError
+from understudy.common.known_runs import ENDED_MAX
 from understudy.v1.admin_pb2 import BackupRun
 
-# As many as a history keeps, and of each the beginning: all runs together are one line.
-_ERRORS_MAX = 10
-_ERROR_CHARACTERS_MAX = 2000
 _ENDS = {
     Result.DONE: BackupRun.DONE,
     Result.PARTIAL: BackupRun.PARTIAL,
@@ -34,6 +31,7 @@ class Run:
 
     id: str
     policy: str
+    due_s: float | None = None  # when it was planned for, since 1970; None where it was asked for
     state: BackupRun.State.ValueType = BackupRun.WAITING
     started_s: float = 0.0  # seconds since 1970
     seconds: float = 0.0  # once it has ended
@@ -43,15 +41,15 @@ class Run:
     errors: list[str] = field(default_factory=list)
     _begun_s: float = 0.0  # by the monotonic clock
     _ending: threading.Event = field(default_factory=threading.Event)
-    _why: str = ""
+    _reason: Cancelled = field(default_factory=Cancelled)
 
     def begin(self, now_s: float) -> None:
         """Its turn has come."""
         self.state, self.started_s, self._begun_s = BackupRun.RUNNING, now_s, time.monotonic()
 
-    def cancel(self, why: str) -> None:
+    def cancel(self, reason: Cancelled) -> None:
         """Has it end where it looks next."""
-        self._why = why
+        self._reason = reason
         self._ending.set()
 
     def progress(self, done: int, total: int | None) -> None:
@@ -79,7 +77,7 @@ class Run:
             Cancelled.
         """
         if self._ending.is_set():
-            raise Cancelled(self._why)
+            raise self._reason
 
     def end(self, report: RunReport) -> None:
         """It has ended so."""
@@ -103,7 +101,7 @@ class Run:
             done_bytes=self.done_bytes,
             total_bytes=self.total_bytes,
             paths=self.paths,
-            errors=[error[:_ERROR_CHARACTERS_MAX] for error in self.errors[:_ERRORS_MAX]],
+            errors=[error[:ERROR_CHARACTERS_MAX] for error in self.errors[:ERRORS_MAX]],
         )
 
 
@@ -122,10 +120,14 @@ class Runs:
         self._ended: deque[Run] = deque(maxlen=ENDED_MAX)
         self._is_closed = False
 
-    def add(self, policy: str, run_id: str) -> None:
-        """Has a policy run when its turn comes."""
+    def add(self, policy: str, run_id: str, *, due_s: float | None = None) -> None:
+        """Has a policy run when its turn comes.
+
+        Args:
+            due_s: when it was planned for, by schedule.
+        """
         with self._lock:
-            self._waiting.append(Run(id=run_id, policy=policy))
+            self._waiting.append(Run(id=run_id, policy=policy, due_s=due_s))
 
     def is_waiting(self, policy: str) -> bool:
         """Whether a run of the policy waits."""
@@ -162,7 +164,7 @@ class Runs:
         """Ends the one that is meant if it has not ended yet; returns it if it had been waiting, and so has ended."""
         with self._lock:
             if self._current is not None and self._current.id == run_id:
-                self._current.cancel(why)
+                self._current.cancel(Cancelled(why))
             for run in self._waiting:
                 if run.id == run_id:
                     self._waiting.remove(run)
@@ -176,7 +178,7 @@ class Runs:
         with self._lock:
             self._is_closed = True
             if self._current is not None:
-                self._current.cancel(why)
+                self._current.cancel(CutOff(why))
 
     def messages(self) -> list[BackupRun]:
         """How they stand."""
