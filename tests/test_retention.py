@@ -241,6 +241,7 @@ def test_the_order_in_which_backups_are_listed_does_not_matter(
 ) -> None:
     """The same backups are split in the same way however a directory lists them."""
     backups = [
-        Candidate(name=str(number), made_s=NOW_S - age, restorable=good) for number, (age, good) in enumerate(made)
+        Candidate(name=str(number), made_s=NOW_S - age, restorable=good)
+        for number, (age, good) in enumerate(made)
     ]
     assert split(backups, retention, now_s=NOW_S) == split(backups[::-1], retention, now_s=NOW_S)

@@ -269,8 +269,12 @@ MUTANTS = (
         name="a staging is replaced whatever is in it",
         guarantee="G4",
         file="backup/staging.py",
-        old="            _check_replaceable(directory)\n",
-        new="            pass\n",
+        old="""    if directory.is_new:
+        return
+    proven_lsn""",
+        new="""    if directory.path:
+        return
+    proven_lsn""",
         tests=(f"{DRILL}::test_a_staging_that_is_somebody_elses_is_not_replaced",),
         simulated=False,
     ),
