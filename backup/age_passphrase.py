@@ -9,8 +9,10 @@ random file key with a key that scrypt makes of the passphrase, an HMAC of the h
 from __future__ import annotations
 
 import base64
+import contextlib
 import hmac
 import os
+from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from typing import IO
 
@@ -101,22 +103,24 @@ class PassphraseReader:
         source: at its beginning.
         name: what error messages call it.
 
+        passphrases: those that it may be.
+
     Raises:
         NotPermitted: the passphrase is another one.
         CorruptionError: it is no such file, or damaged.
     """
 
-    def __init__(self, source: IO[bytes], passphrase: str, name: object) -> None:
+    def __init__(self, source: IO[bytes], passphrases: Sequence[str], name: object) -> None:
         self._source = source
         self._name = name
-        file_key = self._open_header(passphrase)
+        file_key = self._open_header(passphrases)
         self._cipher = ChaCha20Poly1305(_derive(file_key, self._exactly(_NONCE_BYTES), b"payload"))
         self._number = 0
         self._next = self._chunk()
         self._plain = b""
         self._ended = False
 
-    def _open_header(self, passphrase: str) -> bytes:
+    def _open_header(self, passphrases: Sequence[str]) -> bytes:
         """The file key."""
         header, mac = self._read_header()
         try:
@@ -124,15 +128,22 @@ class PassphraseReader:
             _, kind, salt, work_factor = stanza.split(b" ")
             if intro + b"\n" != INTRO or kind != b"scrypt" or not 1 <= int(work_factor) <= _WORK_FACTOR_MAX:
                 raise ValueError("it is not encrypted with a passphrase")
-            wrapping = ChaCha20Poly1305(_wrapping_key(passphrase, _decode(salt), int(work_factor)))
-            file_key = wrapping.decrypt(_NO_NONCE, _decode(body), None)
-        except InvalidTag:
-            raise NotPermitted(f"{self._name} does not open with this passphrase") from None
+            keys = (_wrapping_key(one, _decode(salt), int(work_factor)) for one in passphrases)
+            file_key = self._unwrap(_decode(body), keys)
         except ValueError as error:
             raise self._damaged(f"its header can't be read: {error}") from error
         if not hmac.compare_digest(_encode(_mac(file_key, header)), mac):
             raise self._damaged("its header was changed")
         return file_key
+
+    def _unwrap(self, wrapped: bytes, keys: Iterable[bytes]) -> bytes:
+        for key in keys:
+            with contextlib.suppress(InvalidTag):
+                return ChaCha20Poly1305(key).decrypt(_NO_NONCE, wrapped, None)
+        raise NotPermitted(
+            f"{self._name} does not open with this passphrase",
+            remedy="if it was changed, give both: --passphrase-file once for each",
+        )
 
     def _read_header(self) -> tuple[bytes, bytes]:
         """All up to the three dashes, and the HMAC behind them."""

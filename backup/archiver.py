@@ -38,7 +38,7 @@ class Archiver:
         log: the directory ``log/`` of a data directory, whose server may run.
         cluster: its cluster.
         repository: claimed for that cluster.
-        encryption: as of the backups beside it.
+        encryption: as of the backups beside it; may be set anew between calls.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Archiver:
         self._log = log
         self._cluster = cluster
         self._repository = repository
-        self._encryption = encryption
+        self.encryption = encryption
         self._level = level
         self._shipped: LogPlace | None = None
         self._epoch = Epoch(0)  # of the last entry shipped
@@ -140,7 +140,7 @@ class Archiver:
         begun = (epoch for lsn, epoch in epochs.items() if lsn <= end)
         self._epoch = max(self._epoch, part.header.epoch, *begun)
         stretch = ship(
-            self._repository, part, epoch=self._epoch, encryption=self._encryption, level=self._level
+            self._repository, part, epoch=self._epoch, encryption=self.encryption, level=self._level
         )
         self._shipped = part.end
         return stretch

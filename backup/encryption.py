@@ -83,11 +83,11 @@ class Encryption:
 class Unlocking:
     """What may open an encrypted backup."""
 
-    passphrase: str = field(default="", repr=False)
+    passphrases: tuple[str, ...] = field(default=(), repr=False)
     identities: tuple[Any, ...] = field(default=(), repr=False)  # of pyrage
 
     @classmethod
-    def given(cls, *, passphrase: str, identity_files: Sequence[Path]) -> Unlocking:
+    def given(cls, *, passphrases: Sequence[str], identity_files: Sequence[Path]) -> Unlocking:
         """Reads the files of keys, age's or SSH's.
 
         Raises:
@@ -95,7 +95,7 @@ class Unlocking:
             StorageFailed: it can't be read.
         """
         identities = tuple(identity for path in identity_files for identity in _read_identities(path))
-        return cls(passphrase, identities)
+        return cls(tuple(passphrases), identities)
 
     @contextlib.contextmanager
     def decrypting(self, source: io.BufferedReader, name: object) -> Iterator[Stream]:
@@ -113,9 +113,9 @@ class Unlocking:
             and what ``source`` raises when it is read.
         """
         if _is_for_passphrase(source):
-            if not self.passphrase:
+            if not self.passphrases:
                 raise NotPermitted(f"{name} needs a passphrase", remedy="give it with --passphrase-file")
-            yield PassphraseReader(source, self.passphrase, name)
+            yield PassphraseReader(source, self.passphrases, name)
             return
         if not self.identities:
             raise NotPermitted(f"{name} is encrypted for recipients", remedy="give a key with --identity")

@@ -27,6 +27,7 @@ from understudy.backup.in_progress import (
     was_begun_from,
 )
 from understudy.backup.manifest import FileEntry, Form, Manifest, read_manifest, write_manifest
+from understudy.backup.places import check_apart
 from understudy.backup.progress import Meter, OnProgress
 from understudy.backup.selection import EVERYTHING, Selection
 from understudy.backup.source import Source, open_source
@@ -87,7 +88,7 @@ def make_backup(
         ForeignCluster, Diverged, AheadOfPrimary: ``target`` holds what ``source`` does not know; it was not touched.
         CorruptionError, DiskFull, StorageFailed, UsageError.
     """
-    _check_apart(source, target)
+    check_apart(source, target)
     _check_form(target, selection, update=update)
     started_s = time.monotonic()
     with open_source(source) as pinned, DataDirectory.open_unfinished(target) as directory:
@@ -101,13 +102,6 @@ def make_backup(
             bytes_copied=making.bytes_copied,
             seconds=time.monotonic() - started_s,
         )
-
-
-def _check_apart(source: Path, target: Path) -> None:
-    """Neither may lie within the other."""
-    one, other = source.resolve(), target.resolve()
-    if one == other or one in other.parents or other in one.parents:
-        raise UsageError(f"{target} and {source} lie within each other", remedy="back up to another place")
 
 
 def _check_form(target: Path, selection: Selection, *, update: bool) -> None:

@@ -46,7 +46,8 @@ def parse_time(text: str) -> int:
         UsageError: it is none.
     """
     try:
-        return round(datetime.datetime.fromisoformat(text).timestamp() * 1e6)
+        found = datetime.datetime.fromisoformat(text).astimezone(datetime.UTC)
+        return round(found.timestamp() * 1e6)
     except (ValueError, OverflowError, OSError):
         raise UsageError(
             f"{text!r} is no date and time",

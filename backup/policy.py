@@ -19,6 +19,9 @@ from understudy.common.sizes import parse_size
 
 NAME_CHARACTERS_MAX = 60
 _LEVELS = range(1, 20)
+_RETRIES_MAX = 100
+_RETRY_WAIT_S_MAX = 24 * 3600
+_DRILL_WARN_DAYS_MAX = 3650
 _RETENTION_KEYS = frozenset(field.name for field in fields(Retention)) - {"zone"}
 
 
@@ -79,7 +82,7 @@ class Policy:
         if self.identity_file is not None:
             read_private(self.identity_file)  # refuses what others may read
         return Unlocking.given(
-            passphrase=read_passphrase(self.passphrase_file) if self.passphrase_file else "",
+            passphrases=[read_passphrase(self.passphrase_file)] if self.passphrase_file else [],
             identity_files=[self.identity_file] if self.identity_file else [],
         )
 
@@ -205,9 +208,18 @@ class _Table:
             check_url(url)
         if policy.level not in _LEVELS:
             raise self._wrong(f"level is {policy.level}", "give 1 to 19")
-        if policy.retries < 0 or policy.retry_wait_s < 0 or policy.drill_warn_days < 1:
+        if len(set(policy.repositories)) < len(policy.repositories):
+            raise self._wrong("a repository is named twice", "name each once")
+        if policy.staging is not None and not policy.staging.is_absolute():
+            raise self._wrong(f"staging is {str(policy.staging)!r}", "give the whole path, from / on")
+        if not (
+            0 <= policy.retries <= _RETRIES_MAX
+            and 0 <= policy.retry_wait_s <= _RETRY_WAIT_S_MAX
+            and 1 <= policy.drill_warn_days <= _DRILL_WARN_DAYS_MAX
+        ):
             raise self._wrong(
-                "retries, retry_wait_s or drill_warn_days is too small", "give 0 or more; days from 1 on"
+                "retries, retry_wait_s or drill_warn_days is out of range",
+                f"give up to {_RETRIES_MAX} retries, {_RETRY_WAIT_S_MAX} seconds, and 1 to {_DRILL_WARN_DAYS_MAX} days",
             )
         if policy.recipients and policy.passphrase_file is not None:
             raise self._wrong("recipients and passphrase_file", "give one of them")
@@ -243,7 +255,11 @@ class _Table:
 
     def _rate(self) -> int | None:
         rate = self._take("rate", (str, int), 0)
-        return (parse_size(rate.removesuffix("/s")) if isinstance(rate, str) else rate) or None
+        if isinstance(rate, str):
+            rate = parse_size(rate.removesuffix("/s"))
+        if rate < 0:
+            raise self._wrong(f"rate is {rate}", "give bytes a second, such as 50MB/s")
+        return rate or None
 
     def _retention(self, zone: str) -> Retention:
         table = self._take("retention", dict, {})

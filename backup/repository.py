@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from understudy.common.errors import (
     AlreadyStored,
@@ -133,7 +133,7 @@ def open_repository(url: str) -> Repository:
     # The two import this module; and importing the library for object storages takes its time.
     from understudy.backup.folder_repository import FolderRepository
 
-    folder = _folder(url)
+    folder = folder_of_url(url)
     if folder is not None:
         repository = FolderRepository(url, folder)
         repository.check_root()
@@ -149,21 +149,30 @@ def check_url(url: str) -> None:
     Raises:
         UsageError.
     """
-    _folder(url)
+    folder_of_url(url)
 
 
 def is_repository(text: str) -> bool:
     """Whether ``text`` names a repository: by its scheme, or as a folder that was claimed by a cluster."""
-    if urlsplit(text).scheme in (*OBJECT_SCHEMES, "file"):
+    if _split(text).scheme in (*OBJECT_SCHEMES, "file"):
         return True
     return (Path(text) / IDENTITY).is_file()
 
 
-def _folder(url: str) -> Path | None:
+def _split(url: str) -> SplitResult:
+    try:
+        return urlsplit(url)
+    except ValueError as error:
+        raise UsageError(f"{url!r} is no URL: {error}") from None
+
+
+def folder_of_url(url: str) -> Path | None:
     """The folder that a URL names; None if it names an object storage."""
     if url.startswith("/"):
         return Path(url)
-    parts = urlsplit(url)
+    parts = _split(url)
+    if "@" in parts.netloc:  # not shown: it may hold a credential
+        raise UsageError("the URL of a repository holds credentials", remedy="give them in the environment")
     if parts.scheme == "file" and parts.path.startswith("/") and parts.netloc in ("", "localhost"):
         return Path(unquote(parts.path))
     if parts.scheme not in OBJECT_SCHEMES:

@@ -24,6 +24,7 @@ from understudy.backup.in_progress import in_progress, is_in_progress, was_begun
 from understudy.backup.load_records import Loading, load_selected
 from understudy.backup.log_archive import append_archived
 from understudy.backup.manifest import FileEntry, Form, Manifest, read_manifest, write_manifest
+from understudy.backup.places import check_apart, check_repository_apart
 from understudy.backup.point import Point, cut_log
 from understudy.backup.progress import Meter, OnProgress
 from understudy.backup.repository import Repository
@@ -92,6 +93,8 @@ def restore_backup(
         DiskFull, StorageFailed.
     """
     check_finished(backup)
+    if backup.is_dir():
+        check_apart(backup, target)
     if not backup.exists():
         raise NotADataDirectory(f"there is no backup {backup}")
 
@@ -135,6 +138,7 @@ def restore_stored(
         RepositoryError: the repository can't be read.
         and what :func:`restore_backup` raises.
     """
+    check_repository_apart(repository.url, target)
     unlocking = unlocking or Unlocking()
     name = f"{backup.archive_name} in {repository.url}"
 

@@ -20,6 +20,7 @@ from understudy.backup.encryption import Encryption
 from understudy.backup.history import Result
 from understudy.backup.hooks import run_hook
 from understudy.backup.manifest import utc_text
+from understudy.backup.places import check_repository_apart
 from understudy.backup.policy import Policy
 from understudy.backup.progress import OnProgress
 from understudy.backup.repository import Repository, claim, open_repository
@@ -252,6 +253,7 @@ class _Run:
 
     def _back_up(self, outcome: Outcome, encryption: Encryption | None) -> None:
         policy = self._policy
+        check_repository_apart(outcome.url, self._data_dir)
         repository = open_repository(outcome.url)
         with open_source(self._data_dir) as source:
             claim(repository, source.cluster)

@@ -10,6 +10,7 @@ from pathlib import Path
 from understudy.backup.archiver import Archiver
 from understudy.backup.catalog import last_proven_s, read_catalog
 from understudy.backup.log_gap import find_gap
+from understudy.backup.places import check_repository_apart
 from understudy.backup.policy import Policy
 from understudy.backup.repository import claim, open_repository
 from understudy.backup.stretch import list_stretches
@@ -68,6 +69,7 @@ class WatchedRepository:
         try:
             if self._archiver is None:
                 self._archiver = self._open()
+            self._archiver.encryption = self.policy.encryption()  # whose passphrase may have been changed
             for lsn in self._archiver.ship_parts():
                 if lsn > self.shipped_lsn:
                     self.problem = ""
@@ -93,6 +95,7 @@ class WatchedRepository:
         if not node.cluster:
             raise NotADataDirectory(f"{self._data_dir} has no copy yet")
         cluster = ClusterId(uuid.UUID(node.cluster).bytes)
+        check_repository_apart(self.url, self._data_dir)
         repository = open_repository(self.url)
         claim(repository, cluster)
         return Archiver(

@@ -151,6 +151,9 @@ def restore(
         report = make(selection, target)
         _tell(report, target, as_json=as_json)
         is_whole = not print_problems(report.manifest)
+        if realms and not report.manifest.realms:
+            click.echo(f"problem: the backup has no realm {' or '.join(realms)}", err=True)
+            is_whole = False
     else:
         return
     if not is_whole:

@@ -12,11 +12,8 @@ import click
 
 PASSPHRASE_VARIABLE = "UNDERSTUDY_PASSPHRASE"
 
-_passphrase_option = click.option(
-    "--passphrase-file",
-    metavar="FILE",
-    type=click.Path(path_type=Path),
-    help=f"Holds the passphrase, on its first line. [{PASSPHRASE_VARIABLE} is the passphrase itself]",
+_PASSPHRASE_HELP = (
+    f"Holds the passphrase, on its first line. [{PASSPHRASE_VARIABLE} is the passphrase itself]"
 )
 
 
@@ -42,7 +39,14 @@ def encryption_options(function: Callable[..., Any]) -> Callable[..., Any]:
         multiple=True,
         metavar="KEY",
         help="Encrypt for this key, age1… or ssh-…; may be given several times.",
-    )(_passphrase_option(with_encryption))
+    )(
+        click.option(
+            "--passphrase-file",
+            metavar="FILE",
+            type=click.Path(path_type=Path),
+            help=_PASSPHRASE_HELP,
+        )(with_encryption)
+    )
 
 
 def unlocking_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -50,11 +54,12 @@ def unlocking_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def with_unlocking(
-        *arguments: Any, identities: tuple[Path, ...], passphrase_file: Path | None, **options: Any
+        *arguments: Any, identities: tuple[Path, ...], passphrase_files: tuple[Path, ...], **options: Any
     ) -> Any:
         from understudy.backup.encryption import Unlocking
 
-        unlocking = Unlocking.given(passphrase=_passphrase(passphrase_file), identity_files=identities)
+        passphrases = [_passphrase(path) for path in passphrase_files] or [_passphrase(None)]
+        unlocking = Unlocking.given(passphrases=list(filter(None, passphrases)), identity_files=identities)
         return function(*arguments, unlocking=unlocking, **options)
 
     return click.option(
@@ -64,7 +69,16 @@ def unlocking_options(function: Callable[..., Any]) -> Callable[..., Any]:
         metavar="FILE",
         type=click.Path(path_type=Path),
         help="A file with a key that opens the backup: age's or SSH's.",
-    )(_passphrase_option(with_unlocking))
+    )(
+        click.option(
+            "--passphrase-file",
+            "passphrase_files",
+            multiple=True,
+            metavar="FILE",
+            type=click.Path(path_type=Path),
+            help=f"{_PASSPHRASE_HELP} Several where it was changed between a backup and the log behind it.",
+        )(with_unlocking)
+    )
 
 
 def _passphrase(path: Path | None) -> str:

@@ -207,7 +207,7 @@ def test_a_flipped_bit_anywhere_in_an_archive_is_found(
         "passphrase": Encryption("correct horse"),
         "recipients": Encryption("", (str(key.to_public()),)),
     }[kind]
-    unlocking = Unlocking("correct horse", (key,))
+    unlocking = Unlocking(("correct horse",), (key,))
     good = tmp_path / f"good{suffix}"
     write_archive(server_files, good, ArchiveOptions(encryption=encryption))
     data = good.read_bytes()
@@ -373,7 +373,7 @@ def test_our_passphrase_stream_is_ages(size: int) -> None:
     writer.finish()
     assert pyrage.passphrase.decrypt(out.getvalue(), "geheim: ä") == data
     theirs = io.BytesIO(pyrage.passphrase.encrypt(data, "geheim: ä"))
-    reader = PassphraseReader(theirs, "geheim: ä", "theirs")
+    reader = PassphraseReader(theirs, ("geheim: ä",), "theirs")
     assert b"".join(iter(lambda: reader.read(10_000), b"")) == data
 
 
@@ -394,7 +394,7 @@ def test_chunks_of_a_passphrase_stream_can_not_be_moved() -> None:
 
 
 def read_all(source: io.BytesIO) -> None:
-    reader = PassphraseReader(source, "secret", "moved")
+    reader = PassphraseReader(source, ("another", "secret"), "moved")
     while reader.read(1 << 20):
         pass
 

@@ -46,7 +46,7 @@ from understudy.common.errors import CorruptionError, ExitCode, NotStored, Repos
 
 KEY = pyrage.x25519.Identity.generate()
 ENCRYPTION = Encryption("", (str(KEY.to_public()),))
-UNLOCKING = Unlocking("", (KEY,))
+UNLOCKING = Unlocking(identities=(KEY,))
 SAMPLES = 40
 CHOSEN = Selection(realms=("/one", "/two/*"))
 PORTABLE = Selection(portable=True)

@@ -199,7 +199,7 @@ def test_an_older_backup_keeps_its_passphrase(processes: Processes, tmp_path: Pa
     for word, backup in zip(("first", "second"), made, strict=True):
         target = tmp_path / f"restored-{word}"
         restore_stored(
-            open_repository(str(folder)), backup, target, with_log=False, unlocking=Unlocking(word)
+            open_repository(str(folder)), backup, target, with_log=False, unlocking=Unlocking((word,))
         )
         assert pairs(processes.primary(target).address, "/realm") == {b"key": word.encode()}
 

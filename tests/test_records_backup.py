@@ -212,7 +212,7 @@ def test_a_portable_backup_brings_everything_back(tmp_path: Path, source: Source
         made = make_backup(source.path, tmp_path / name, selection=portable)
     else:
         encryption = Encryption("correct horse") if name.endswith("age") else None
-        unlocking = Unlocking("correct horse")
+        unlocking = Unlocking(("correct horse",))
         made = write_archive(
             source.path, tmp_path / name, ArchiveOptions(selection=portable, encryption=encryption)
         )

@@ -6,18 +6,20 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
 import pytest
 from harness import Process, Processes, wait_until
-from nodes import put, status
+from nodes import offline_status, put, status
 
 from understudy.backup import archiver as archiver_module
 from understudy.backup import watched_repository as watched_module
 from understudy.backup.folder_repository import FolderRepository
 from understudy.backup.policy import Policy
 from understudy.backup.repository import Repository, open_repository
+from understudy.backup.run import run_policy
 from understudy.backup.stretch import list_stretches
 from understudy.backup.watched_repository import WatchedRepository
 from understudy.backup.worker import Worker
@@ -186,3 +188,32 @@ def test_a_long_log_counts_as_shipped_segment_by_segment(
     assert reached[-1] == status(primary.address).lsn
     assert listed.calls == 3  # to find where it goes on, and once in each attempt
     assert [stretch.first for stretch in list_stretches(open_repository(str(folder)))] == firsts
+
+
+# -- secrets ---------------------------------------------------------------------------------------------------
+
+
+def test_a_new_passphrase_counts_for_the_log_too(
+    processes: Processes, tmp_path: Path, folder: Path, primary: Process
+) -> None:
+    """G10: after a change the newest state opens with the new one; a way across the change takes both."""
+    secret, old, new = (tmp_path / name for name in ("secret", "old", "new"))
+    for path, words in ((old, "old words"), (new, "new words"), (secret, "old words")):
+        path.touch(mode=0o600)
+        path.write_text(words)
+    policy = replace(policy_to(folder), passphrase_file=secret, retries=0)
+    watched = WatchedRepository(policy, str(folder), tmp_path / "a", lambda: 1_760_000_000.0)
+    (first,) = run_policy(policy, tmp_path / "a").backups
+    put(primary.address, "/realm", (b"key", b"second"))
+    list(watched.steps())
+    secret.write_text("new words")
+    run_policy(policy, tmp_path / "a")
+    receipt = put(primary.address, "/realm", (b"key", b"third"))
+    list(watched.steps())
+    restore = ("restore", folder, "--passphrase-file", new)
+    processes.run(*restore, "--to", tmp_path / "b")
+    assert offline_status(tmp_path / "b").lsn == receipt.lsn
+    across = (*restore, first.id, "--epoch", "1", "--to", tmp_path / "c")
+    assert "give both" in processes.run(*across, code=7).stderr.decode()
+    processes.run(*across, "--passphrase-file", old)
+    assert offline_status(tmp_path / "c").lsn == receipt.lsn

@@ -18,7 +18,8 @@ from understudy.common import portal
 
 MIB = 1 << 20
 MEMORY_BYTES_MAX = 300 * MIB  # of a process, without what it has mapped
-_COMMAND_S_MAX = 2 * 3600.0  # a drill reads each realm by itself: a million of them in most of an hour
+_COMMAND_S_MAX = 1800.0
+_MANY_FOR_A_DRILL = 100_000  # it reads each by itself, which takes most of an hour for a million
 _AT_ONCE = 2_000
 
 
@@ -98,8 +99,9 @@ def test_very_many_realms_take_little_memory(
         "one realm restored": ("restore", archive, "--to", tmp_path / "one", "--realm", "/realm/7"),
         "the source verified": ("verify", source),
         "a run": ("backup", "run", *policy, "--data-dir", source),
-        "a drill": ("backup", "drill", *policy, "--scratch", tmp_path),
     }
+    if count < _MANY_FOR_A_DRILL:
+        commands["a drill"] = ("backup", "drill", *policy, "--scratch", tmp_path)
     for name, words in commands.items():
         peak = peak_of(processes.start(*words))
         tally.add(f"MiB for {name}", peak // MIB)
