@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from understudy.common.errors import CorruptionError, ExitCode, UnderstudyError
+from understudy.common.errors import CorruptionError, ExitCode, Unavailable, UnderstudyError
 
 MODULE = "understudy.cli.drill_server"
 ANY_PORT = "127.0.0.1:0"
@@ -92,13 +92,16 @@ def proven_server(
             yield ReadReport(**facts), process.wait
         except _Stalled:
             process.kill()  # it would not end by itself either
-            raise
+            raise Unavailable(
+                f"a server on the restored backup has read nothing for {stalled_s:g} s",
+                remedy="run the drill again where memory, disk and processors are less busy",
+            ) from None
         finally:
             process.stdin.close()
             _end(process)
 
 
-class _Stalled(UnderstudyError):
+class _Stalled(Exception):
     """The server goes on with nothing: that says nothing about the backup."""
 
 
@@ -121,10 +124,7 @@ def _read_report(out: IO[bytes], check: Callable[[], None], stalled_s: float) ->
             facts: dict[str, Any] = json.loads(line)
             if "pairs" in facts:
                 return facts
-    raise _Stalled(
-        f"a server on the restored backup has read nothing for {stalled_s:g} s",
-        remedy="run the drill again where memory, disk and processors are less busy",
-    )
+    raise _Stalled
 
 
 def _hand_on(out: IO[bytes], lines: queue.SimpleQueue[bytes]) -> None:

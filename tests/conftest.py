@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import signal
@@ -14,6 +15,7 @@ from hypothesis import HealthCheck, settings
 from killing import Nursery
 
 from understudy.common.certificate_authority import KeyFiles, create_keys
+from understudy.common.events import LOGGER
 
 # How long one example takes depends on what else the machine does, and so can't be what a test fails by. The
 # blob printed with a failure repeats it exactly.
@@ -32,6 +34,16 @@ def seed() -> int:
     value = int(os.environ.get("TEST_SEED") or secrets.randbits(32))
     print(f"TEST_SEED={value}")
     return value
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """How loud a command makes this process ends with its test."""
+    loggers = [logging.getLogger(), logging.getLogger(LOGGER)]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture

@@ -168,7 +168,7 @@ def test_the_story_of_a_failover(processes: Processes, tmp_path: Path) -> None:
     first.kill()
 
     promoted = json.loads(processes.run("promote", tmp_path / "b", "--json").stdout)
-    assert list(promoted) == ["epoch", "lsn", "digest", "seconds"]
+    assert list(promoted) == ["epoch", "lsn", "digest", "seconds", "durability"]
     assert promoted["epoch"] == 2
     assert second.wait() == ExitCode.DONE
     assert f"understudy primary --data-dir {tmp_path / 'b'}" in second.stderr
