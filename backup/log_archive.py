@@ -7,7 +7,6 @@ An object is a segment of the log, as in a data directory, compressed and perhap
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -169,8 +168,7 @@ class _Following:
             if not legs:
                 self._check_end(log.end.lsn)
                 return
-            for leg, following in pairwise([*legs, None]):
-                assert leg is not None, "only the last is"
+            for leg, following in zip(legs, [*legs[1:], None], strict=True):
                 if not self._take(log, leg):
                     break
                 self._check_joint(log, leg, following)
@@ -254,9 +252,8 @@ class _Following:
             raise CorruptionError(f"{name} is of another log", remedy="restore to a point before it")
         known = _skip(plain, header, log.end_offset, name)
         if known != log.end:
-            self._seen[leg.stretch.name, log.end.lsn] = short_digest(
-                known.digest
-            )  # of another entry, perhaps
+            # Of another entry, perhaps; then it differs all the more.
+            self._seen[leg.stretch.name, log.end.lsn] = short_digest(known.digest)
             raise _WrongWay
         pieces = iter(lambda: plain.read(_PIECE_BYTES), b"")
         last = leg.last if leg.last < leg.stretch.last else None
