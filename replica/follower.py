@@ -50,7 +50,7 @@ class Follower:
     def __init__(
         self, copy: Copy, settings: ReplicaSettings, *, on_end: Callable[[UnderstudyError], None]
     ) -> None:
-        self.problem = "not yet connected"
+        self.problems = {"": "not yet connected"}  # why each address was not followed when asked last
         self.bootstrap_progress: tuple[int, int] | None = None  # bytes in place, bytes in all
         self._copy = copy
         self._settings = settings
@@ -128,11 +128,16 @@ class Follower:
             await asyncio.sleep(backoff.next_s(random.random()))
 
     def _note_problem(self, address: str, error: UnderstudyError) -> None:
-        self.problem = str(error)
+        problem = str(error)
+        self._tell(address, problem)
         said = self._said.setdefault(address, set())
-        if self.problem not in said and len(said) < _PROBLEMS_SAID_MAX:  # once, not at every try
-            said.add(self.problem)
-            log.warning("not_following", primary=address, error=self.problem)
+        if problem not in said and len(said) < _PROBLEMS_SAID_MAX:  # once, not at every try
+            said.add(problem)
+            log.warning("not_following", primary=address, error=problem)
+
+    def _tell(self, address: str, problem: str) -> None:
+        self.problems.pop("", None)
+        self.problems[address] = problem
 
     async def _follow_once(self, address: str, backoff: Backoff) -> UnderstudyError | None:
         """Follows until the connection ends; returns why this replica must not go on at all, if so.
@@ -260,7 +265,7 @@ class Follower:
         log.info("following", primary=address, lsn=session.head_lsn)
 
     def _all_is_well(self, address: str) -> None:
-        self.problem = ""
+        self.problems.clear()
         self._said.pop(address, None)
         self._damaged = Lsn(0)
 
@@ -343,7 +348,7 @@ class Follower:
         Raises:
             UnderstudyError: it could not be fetched; ask again later.
         """
-        self.problem = f"fetching a copy from {address}"
+        self._tell(address, f"fetching a copy from {address}")
         log.info("bootstrap_begins", primary=address)
 
         def on_progress(done: int, total: int) -> None:

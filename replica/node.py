@@ -136,8 +136,7 @@ class ReplicaNode:
             found += self.tls.warnings()
         if engine is not None and engine.disk_full:
             found.append(f"no space left in {self.directory.path}: nothing more is received")
-        if follower.problem:
-            found.append(f"not following: {follower.problem}")
+        found += [f"not following: {problem}" for problem in follower.problems.values()]
         if follower.bootstrap_progress is not None:
             done, total = follower.bootstrap_progress
             found.append(f"bootstrapping: {done:,} of {total:,} bytes fetched")

@@ -131,7 +131,7 @@ def _show_as_replica(processes: Processes, directory: Path, new: Process, old: P
     wait_until_caught_up(new.address, replica.address)
     new.kill()
     wait_until(lambda: status(old.address).role == "fenced", what=replica.describe)
-    assert "is fenced" in "\n".join(status(replica.address).warnings)
+    wait_until(lambda: "is fenced" in "\n".join(status(replica.address).warnings), what=replica.describe)
 
 
 def test_clients_leave_a_primary_that_is_fenced_while_it_runs(processes: Processes, tmp_path: Path) -> None:

@@ -484,6 +484,18 @@ def test_a_replica_waits_for_a_primary_and_says_so_once(processes: Processes, tm
     _check_said_once(replica.stderr[before:])
 
 
+def test_what_keeps_each_of_several_addresses_from_being_followed_is_told(
+    processes: Processes, tmp_path: Path
+) -> None:
+    """Of addresses that are asked in turn, each one's trouble stands in the status, not only the latest."""
+    with GarbageServer() as garbage, GarbageServer() as other:
+        replica = processes.replica(tmp_path / "b", f"{garbage.address},{other.address}")
+        wait_until(lambda: min(garbage.connections, other.connections) >= 3, what=replica.describe)
+        told = warnings(replica.address)
+        assert garbage.address in told
+        assert other.address in told
+
+
 def _check_said_once(logged: str) -> None:
     complaints = re.findall(r"event=not_following .*", logged)
     assert complaints
