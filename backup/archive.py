@@ -7,6 +7,7 @@ digests known.
 from __future__ import annotations
 
 import contextlib
+import io
 import re
 import tarfile
 import time
@@ -24,6 +25,7 @@ from understudy.backup.contents import Member, copy_members, describe, node_memb
 from understudy.backup.encryption import Encryption, Unlocking, is_encrypted, peekable
 from understudy.backup.make import BackupReport
 from understudy.backup.manifest import MANIFEST_BYTES_MAX, FileEntry, Manifest
+from understudy.backup.places import check_apart
 from understudy.backup.progress import Meter, OnProgress
 from understudy.backup.records import Records
 from understudy.backup.selection import EVERYTHING, Selection
@@ -37,6 +39,9 @@ DEFAULT_LEVEL = 3
 _THREADS = 2
 _BLOCK_BYTES = 512  # tar's
 _PIECE_BYTES = 1 << 20
+# zstd passes it over behind a whole frame (RFC 8878, 3.1.2), and takes it for the rest of one that was cut off, which
+# it never fits. Its reader alone does not tell the end of a frame from that of the file: cut checksums went unnoticed.
+_EMPTY_FRAME = bytes.fromhex("502a4d1800000000")
 # Anything else has no business in a data directory, and is not written anywhere.
 _KNOWN_NAMES = re.compile(
     r"(node\.json|backup\.json|admin-token|store/data\.mdb|log/[0-9]{20}\.seg|records/[a-z]+-[0-9]{6}\.rows)\Z"
@@ -71,10 +76,11 @@ def write_archive(
         progress: told of bytes done and in all.
 
     Raises:
-        UsageError: the name does not say what the file would be, or it is there already.
+        UsageError: the name does not say what the file would be, it would lie within the source, or it is there.
         and what :func:`understudy.backup.make.make_backup` raises of the source.
     """
     _check_name(target, options)
+    check_apart(source, target)
     if target.exists():
         raise UsageError(f"{target} is there already", remedy="give another name, or remove it")
     with open_source(source) as pinned, publishing(target) as file:
@@ -185,7 +191,19 @@ def opening(file: IO[bytes], name: str, unlocking: Unlocking) -> Iterator[Stream
         if is_encrypted(begun):
             source = opened.enter_context(unlocking.decrypting(begun, name))
         with _damage(name):
-            yield zstandard.ZstdDecompressor().stream_reader(source, read_size=_PIECE_BYTES, closefd=False)
+            ended: Any = _Ended(source)
+            yield zstandard.ZstdDecompressor().stream_reader(ended, read_size=_PIECE_BYTES, closefd=False)
+
+
+class _Ended:
+    """A compressed file with :data:`_EMPTY_FRAME` behind it."""
+
+    def __init__(self, source: Stream) -> None:
+        self._source = source
+        self._end = io.BytesIO(_EMPTY_FRAME)
+
+    def read(self, count: int) -> bytes:
+        return self._source.read(count) or self._end.read(count)
 
 
 @contextlib.contextmanager

@@ -301,7 +301,7 @@ def decode_backup(data: bytes, name: str) -> StoredBackup:
         numbers = (backup.size, backup.run)
         if (
             "/" in backup.archive
-            or not all(isinstance(number, int) for number in numbers)
+            or not all(type(number) is int and number >= 0 for number in numbers)
             or not isinstance(backup.policy, str)
         ):
             raise ValueError("a value is of another kind")

@@ -6,6 +6,8 @@ the place of a good one.
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from understudy.backup.drill_server import ReadAll, ReadReport
 from understudy.backup.encryption import Unlocking
 from understudy.backup.in_progress import in_progress
 from understudy.backup.journal import Journal
-from understudy.backup.log_archive import append_archived
+from understudy.backup.log_following import Following, Goal, WrongWay
 from understudy.backup.manifest import Form
 from understudy.backup.policy import Policy
 from understudy.backup.progress import OnProgress
@@ -30,7 +32,6 @@ from understudy.common.directory import DataDirectory
 from understudy.common.errors import CorruptionError, NotPermitted, NotStored, UnderstudyError, UsageError
 from understudy.common.files import sync_tree
 from understudy.common.store import Store
-from understudy.common.types import Epoch
 from understudy.common.verify import verify_directory
 
 # Called with the directory of a proven backup before that is removed.
@@ -261,19 +262,21 @@ class _Proving:
 
     def _follow_log(self, repository: Repository, target: Path, unlocking: Unlocking) -> Reached:
         """Goes on behind the backup as far as the shipped log reaches; one that lacks realms stays as it is."""
-        manifest = self._backup.manifest
-        with DataDirectory.open_existing(target) as directory, in_progress(target, self._drill.url):
-            if manifest.is_whole:
-                append_archived(
-                    repository,
-                    directory,
-                    epoch=Epoch(manifest.epoch),
-                    unlocking=unlocking,
-                    progress=self._progress,
-                )
-            reached = settle(directory)
-            sync_tree(target)
-        return reached
+        if not self._backup.manifest.is_whole:
+            with DataDirectory.open_existing(target) as directory:
+                return settle(directory)
+        following = Following(repository, Goal(), unlocking, progress=self._progress)
+        while True:
+            with (
+                DataDirectory.open_existing(target) as directory,
+                in_progress(target, self._drill.url),
+                contextlib.suppress(WrongWay),
+            ):
+                reached = following.follow(directory)
+                sync_tree(target)
+                return reached
+            shutil.rmtree(target)
+            self._restore(repository, target, unlocking)
 
     def _read(self, target: Path, reached: Reached) -> None:
         report: ReadReport = self._read_all(target)

@@ -12,7 +12,7 @@ from pathlib import Path
 from understudy.backup.in_progress import is_in_progress, must_begin_anew
 from understudy.backup.make import BackupReport
 from understudy.backup.manifest import read_manifest, write_manifest
-from understudy.backup.target_log import describe_settled
+from understudy.backup.target_log import describe_reached, settle
 from understudy.common.directory import IN_PROGRESS_FILE, MANIFEST_FILE, DataDirectory
 from understudy.common.errors import OTHER_BACKUP, CorruptionError, NotADataDirectory, UnfinishedBackup
 from understudy.common.files import storage_errors, sync_directory, sync_tree
@@ -40,7 +40,7 @@ def finish_backup(target: Path) -> BackupReport:
         )
     with DataDirectory.open_unfinished(target) as directory:
         shutil.rmtree(directory.incoming, ignore_errors=True)
-        manifest = describe_settled(directory, read_manifest(target))
+        manifest = describe_reached(directory, read_manifest(target), settle(directory))
         found = verify_opened(directory)
         if found.problems:
             raise CorruptionError(f"{target} is damaged: {'; '.join(found.problems)}", remedy=OTHER_BACKUP)

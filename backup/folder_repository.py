@@ -13,7 +13,7 @@ from typing import IO
 
 from understudy.backup.repository import SIZE_MAX, StoredObject, check_name, check_prefix, is_name
 from understudy.common.errors import AlreadyStored, CorruptionError, NotStored, RepositoryError, StorageFailed
-from understudy.common.files import storage_errors, sync_directory
+from understudy.common.files import open_regular, storage_errors, sync_directory
 
 # Files that are being written. No object's name begins with a dot.
 _TEMPORARY = ".writing-"
@@ -82,7 +82,7 @@ class FolderRepository:
         path = self._path(name)
         with self._errors("read", path), contextlib.ExitStack() as opened:
             try:
-                file = opened.enter_context(path.open("rb"))
+                file = opened.enter_context(open_regular(path))
             except _ABSENT:
                 self.check_root()
                 raise NotStored(f"there is no {name} in {self.url}") from None

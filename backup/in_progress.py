@@ -7,10 +7,18 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from understudy.backup.manifest import utc_text
 from understudy.common.directory import IN_PROGRESS_FILE
 from understudy.common.files import publish, storage_errors, sync_directory
+
+
+class Filled(NamedTuple):
+    """A restore whose backup is in place, so that only the log behind it is missing."""
+
+    goal: str  # how far it is to go
+    reached: bool  # the backup alone goes so far
 
 
 def is_in_progress(root: Path) -> bool:
@@ -18,14 +26,33 @@ def is_in_progress(root: Path) -> bool:
     return (root / IN_PROGRESS_FILE).exists()
 
 
-def was_begun_from(root: Path, source: str) -> bool:
-    """Whether the mark is there, and says that the directory is being made from ``source``."""
-    return _note(root).get("source") == source
+def begun_from(root: Path) -> str:
+    """What the mark says that the directory is being made from; empty where there is none."""
+    return str(_note(root).get("source", ""))
 
 
 def must_begin_anew(root: Path) -> bool:
     """Whether the mark is there, and says that what is being made can't be brought up to date."""
     return _note(root).get("anew") is True
+
+
+def read_filled(root: Path, source: str) -> Filled | None:
+    """What :func:`note_filled` has noted, where the directory is being made from ``source``."""
+    note = _note(root)
+    filled = note.get("filled")
+    if note.get("source") != source or not isinstance(filled, dict):
+        return None
+    return Filled(str(filled.get("goal")), filled.get("reached") is True)
+
+
+def note_filled(root: Path, filled: Filled | None) -> None:
+    """Adds to the mark that the backup itself is in place, and all in the directory durable; or that it is not.
+
+    Raises:
+        DiskFull, StorageFailed.
+    """
+    note = {**_note(root), "filled": filled._asdict() if filled is not None else None}
+    publish(root / IN_PROGRESS_FILE, json.dumps(note).encode() + b"\n")
 
 
 def _note(root: Path) -> dict[str, object]:
@@ -37,19 +64,21 @@ def _note(root: Path) -> dict[str, object]:
 
 
 @contextlib.contextmanager
-def in_progress(root: Path, source: str, *, anew: bool = False) -> Iterator[None]:
+def in_progress(root: Path, source: str, *, anew: bool = False, goes_on: bool = False) -> Iterator[None]:
     """Marks ``root`` until the block has ended well; all in it must be durable then.
 
     Args:
         source: what it is made from: a path, or a URL and an id.
         anew: what is cut off can't be gone on with: it may not hold all that its place in the log says.
+        goes_on: the mark is there, and stays what it is.
 
     Raises:
         DiskFull, StorageFailed.
     """
     mark = root / IN_PROGRESS_FILE
-    note = {"source": source, "began": utc_text(time.time()), "anew": anew}
-    publish(mark, json.dumps(note).encode() + b"\n")
+    if not goes_on:
+        note = {"source": source, "began": utc_text(time.time()), "anew": anew}
+        publish(mark, json.dumps(note).encode() + b"\n")
     yield
     sync_directory(root)
     with storage_errors("remove", mark):

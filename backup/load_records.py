@@ -21,7 +21,7 @@ from understudy.backup.records import Records
 from understudy.backup.rows import PART_BYTES_MAX, TAIL, TailRow, database_of, decode_rows, decode_tail
 from understudy.backup.selection import Selection
 from understudy.backup.source import Source
-from understudy.backup.target_log import describe_settled
+from understudy.backup.target_log import describe_reached, settle
 from understudy.backup.writing import write_member
 from understudy.common.changelog import ChangeLog
 from understudy.common.checkpoint_process import Checkpointer
@@ -197,4 +197,4 @@ def load_selected(directory: DataDirectory, source: Source, selection: Selection
     directory.begin(Role.BACKUP, source.cluster)
     secrets = () if selection.is_filtered else token_member(source)
     written = [write_member(directory.path, member, meter) for member in secrets]
-    return describe_settled(directory, replace(manifest, files=written))
+    return describe_reached(directory, replace(manifest, files=written), settle(directory))

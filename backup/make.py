@@ -21,10 +21,10 @@ from pathlib import Path
 
 from understudy.backup.contents import STORE_FILE, copy_members, describe, origin_of, token_member
 from understudy.backup.in_progress import (
+    begun_from,
     in_progress,
     is_in_progress,
     must_begin_anew,
-    was_begun_from,
 )
 from understudy.backup.manifest import FileEntry, Form, Manifest, read_manifest, write_manifest
 from understudy.backup.places import check_apart
@@ -205,7 +205,7 @@ class _Making:
         from understudy.backup.load_records import load_selected
 
         origin = f"{self._source.path} {selection}"
-        if self._was_cut_off and not was_begun_from(self._root, origin):
+        if self._was_cut_off and begun_from(self._root) != origin:
             raise UnfinishedBackup(f"{self._root} holds another backup that is not finished", remedy=_ANEW)
         if not self._was_cut_off and not self._target.is_new:
             raise WrongRole(

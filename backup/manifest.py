@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import enum
 import json
+import re
 import uuid
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import xxhash
 
 from understudy.common.directory import MANIFEST_FILE
-from understudy.common.errors import RESTORE, CorruptionError, NewerFormat, NotADataDirectory
+from understudy.common.errors import OTHER_BACKUP, CorruptionError, NewerFormat, NotADataDirectory
 from understudy.common.files import publish, storage_errors
 from understudy.common.types import ClusterId, Epoch, Lsn
 
@@ -22,6 +23,30 @@ FORMAT_VERSION = 1
 MANIFEST_BYTES_MAX = 64 << 20
 _SEAL = "seal"
 _PROBLEMS_MAX = 20  # where there are so many, more say nothing new
+_SHOWN_CHARACTERS_MAX = 100  # of a value that can't be
+_U64 = range(1 << 64)
+# What each number can be. Earlier versions wrote no seal, so a value that can't be is all there is to tell damage by.
+_NUMBERS = {
+    "format": range(1, FORMAT_VERSION + 1),
+    "epoch": _U64[1:],
+    "lsn": _U64[1:],
+    "log_offset": _U64,
+    "checkpoint_lsn": _U64,
+    "realms": _U64,
+    "page_bytes": _U64,
+}
+_FILE_BYTES = range(1 << 63)
+_TEXT = re.compile(r".*", re.DOTALL)
+_TEXTS = {
+    "cluster": re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"),
+    "digest": re.compile(r"[0-9a-f]{64}"),
+    "state_digest": re.compile(r"([0-9a-f]{2})*"),
+    "node": _TEXT,
+    "version": _TEXT,
+    "machine": _TEXT,
+    "byte_order": _TEXT,
+}
+_XXH3 = re.compile(r"[0-9a-f]{32}")
 
 
 class Form(enum.StrEnum):
@@ -137,25 +162,63 @@ class Manifest:
             manifest = cls(files=files, failed=failed, form=form, **raw)
             manifest._check()
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CorruptionError(f"{name} can't be read: {error}", remedy=RESTORE) from error
+            raise CorruptionError(f"{name} can't be read: {error}", remedy=OTHER_BACKUP) from error
         return manifest
 
     def _check(self) -> None:
+        for key, numbers in _NUMBERS.items():
+            _require(_is_in(getattr(self, key), numbers), key, getattr(self, key))
+        for key, pattern in _TEXTS.items():
+            _require(_fits(getattr(self, key), pattern), key, getattr(self, key))
+        for key in ("time", "made"):
+            _require(_is_moment(getattr(self, key)), key, getattr(self, key))
+        self._check_files()
+        self._check_realms()
+
+    def _check_files(self) -> None:
+        seen: set[str] = set()
         for file in self.files:
-            parts = Path(file.path).parts
-            if not parts or file.path.startswith("/") or ".." in parts or len(file.xxh3) != 32:
-                raise ValueError(f"it names a file {file.path!r}")
-        uuid.UUID(self.cluster)
-        for moment in (self.time, self.made):
-            utc_seconds(moment)
-        bytes.fromhex(self.digest)
-        numbers = (self.epoch, self.lsn, self.log_offset, self.checkpoint_lsn, self.realms)
-        if not all(isinstance(number, int) and number >= 0 for number in numbers):
-            raise ValueError("a number is none")
-        texts = [*self.realms_chosen, *self.realms_excluded]
-        texts += [text for one in self.failed for text in (one.realm, one.error)]
-        if not all(isinstance(text, str) for text in texts):
-            raise ValueError("a pattern or a realm is no text")
+            is_new = _is_path_within(file.path) and file.path not in seen
+            _require(is_new, "the path of a file", file.path)
+            _require(_is_in(file.bytes, _FILE_BYTES), f"bytes of {file.path}", file.bytes)
+            _require(_fits(file.xxh3, _XXH3), f"xxh3 of {file.path}", file.xxh3)
+            seen.add(file.path)
+
+    def _check_realms(self) -> None:
+        for key in ("realms_chosen", "realms_excluded"):
+            patterns = getattr(self, key)
+            are_texts = isinstance(patterns, list) and all(isinstance(each, str) for each in patterns)
+            _require(are_texts, key, patterns)
+        for one in self.failed:
+            _require(isinstance(one.realm, str) and isinstance(one.error, str), "failed", asdict(one))
+
+
+def _is_in(number: object, numbers: range) -> bool:
+    return type(number) is int and number in numbers  # True is an int, too
+
+
+def _fits(text: object, pattern: re.Pattern[str]) -> bool:
+    return isinstance(text, str) and pattern.fullmatch(text) is not None
+
+
+def _is_moment(text: str) -> bool:
+    try:
+        utc_seconds(text)
+    except (ValueError, TypeError):
+        return False
+    return True
+
+
+def _is_path_within(path: object) -> bool:
+    """Whether it names a file below the backup, in the one way in which that can be written."""
+    if not isinstance(path, str) or not path.isprintable():
+        return False
+    return not {"", ".", ".."} & set(path.split("/"))
+
+
+def _require(is_so: bool, what: str, value: object) -> None:
+    if not is_so:
+        raise ValueError(f"{what} is {repr(value)[:_SHOWN_CHARACTERS_MAX]}")
 
 
 def sealed(facts: dict[str, Any]) -> bytes:

@@ -14,7 +14,6 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, TypeVar, cast
 from urllib.parse import urlsplit
@@ -29,12 +28,14 @@ from obstore.exceptions import (
 )
 from obstore.store import from_url
 
+from understudy.backup.ranged_download import RangedDownload, Ranges
 from understudy.backup.repository import SIZE_MAX, StoredObject, check_name, check_prefix
+from understudy.common import portal
 from understudy.common.backoff import Backoff
 from understudy.common.errors import AlreadyStored, CorruptionError, NotStored, RepositoryError, UsageError
 
 if TYPE_CHECKING:
-    from obstore import GetOptions, ObjectMeta, UpdateVersion, WritableFile
+    from obstore import ObjectMeta, UpdateVersion, WritableFile
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
     from typing_extensions import Buffer
 
@@ -43,7 +44,6 @@ _PART_BYTES = 16 << 20  # at the least
 _PARTS_MAX = 10_000
 _PARTS_AT_ONCE = 2
 _SLICE_BYTES = 1 << 20  # what is handed over at once; within one call there is no limit to what is in flight
-_PIECE_BYTES = 8 << 20  # of a download; one is read while the next is fetched
 _RETRIES_MAX = 100  # time is what ends them; this is for a clock that stands still
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.1, 15.0
 _SAID_CHARACTERS = 300  # of what the storage or the library says; more of it hides the rest of the message
@@ -142,16 +142,21 @@ class ObjectRepository:
 
     @contextlib.contextmanager
     def download(self, name: str) -> Iterator[IO[bytes]]:
-        """Reads an object in ranges, each of the same version of it."""
-        with self.errors("read", check_name(name)):
+        """Reads an object in ranges, several at once, all of the same version of it."""
+        ranges = Ranges(self._store, check_name(name), self._pauses)
+        with self.errors("read", name):
             try:
-                about = obstore.head(self._store, name)
-            except FileNotFoundError:
+                first = portal.call(ranges.first())
+            except FileNotFoundError as error:
+                if _NO_CONTAINER.search(str(error)):
+                    raise
                 raise self._not_stored(name) from None
-        with (
-            ThreadPoolExecutor(max_workers=1, thread_name_prefix="backup-read") as ahead,
-            io.BufferedReader(_Download(self, name, about, ahead), _SLICE_BYTES) as file,
-        ):
+
+        async def fetch(start: int, end: int) -> memoryview:
+            return await self._fetch(ranges, name, start, end)
+
+        download = RangedDownload(first, ranges.size, fetch)
+        with io.BufferedReader(download, _SLICE_BYTES) as file:
             yield file
 
     def list(self, prefix: str = "") -> Iterator[StoredObject]:
@@ -268,14 +273,11 @@ class ObjectRepository:
         at_once = _PARTS_AT_ONCE if part_bytes == _PART_BYTES else 1
         return obstore.open_writer(self._store, name, buffer_size=part_bytes, max_concurrency=at_once)
 
-    def fetch(self, name: str, start: int, end: int, e_tag: str | None) -> memoryview:
-        """A range of a version of an object, whole."""
+    async def _fetch(self, ranges: Ranges, name: str, start: int, end: int) -> memoryview:
+        """A range of the same version of an object, whole."""
         with self.errors("read", name):
             try:
-                options: GetOptions = {"range": (start, end)}
-                if e_tag is not None:
-                    options["if_match"] = e_tag
-                data = memoryview(obstore.get(self._store, name, options=options).bytes())
+                data = await ranges.fetch(start, end)
             except (FileNotFoundError, PreconditionError) as error:
                 raise RepositoryError(f"{name} in {self.url} was changed while it was read") from error
         if len(data) != end - start:
@@ -368,44 +370,6 @@ class _Upload(io.BufferedIOBase):
         if parts is not None:
             with contextlib.suppress(BaseError, OSError):
                 parts.__exit__(RepositoryError, None, None)
-
-
-class _Download(io.RawIOBase):
-    """An object in pieces, the next of which is fetched while one is read."""
-
-    def __init__(
-        self, repository: ObjectRepository, name: str, about: ObjectMeta, ahead: ThreadPoolExecutor
-    ) -> None:
-        self._repository = repository
-        self._name = name
-        self._about = about
-        self._ahead = ahead
-        self._piece = memoryview(b"")
-        self._begun = 0  # bytes that are fetched or being fetched
-        self._next = self._fetch()
-
-    def readable(self) -> bool:
-        """Yes."""
-        return True
-
-    def readinto(self, buffer: Buffer) -> int:
-        """The next bytes; none only at the object's end."""
-        if not self._piece and self._next is not None:
-            self._piece = self._next.result()
-            self._next = self._fetch()
-        view = memoryview(buffer).cast("B")
-        count = min(len(view), len(self._piece))
-        view[:count], self._piece = self._piece[:count], self._piece[count:]
-        return count
-
-    def _fetch(self) -> Future[memoryview] | None:
-        start = self._begun
-        self._begun = min(start + _PIECE_BYTES, self._about["size"])
-        if start == self._begun:
-            return None
-        return self._ahead.submit(
-            self._repository.fetch, self._name, start, self._begun, self._about["e_tag"]
-        )
 
 
 def _checked(url: str) -> str:

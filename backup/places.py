@@ -8,14 +8,19 @@ from understudy.backup.repository import folder_of_url
 from understudy.common.errors import UsageError
 
 
+def are_apart(one: Path, other: Path) -> bool:
+    """Whether neither of two paths is the other, or lies within it, wherever links lead to."""
+    first, second = one.resolve(), other.resolve()
+    return first != second and first not in second.parents and second not in first.parents
+
+
 def check_apart(one: Path, other: Path) -> None:
-    """Neither of two directories may lie within the other.
+    """Neither of two paths may lie within the other.
 
     Raises:
         UsageError: it does.
     """
-    first, second = one.resolve(), other.resolve()
-    if first == second or first in second.parents or second in first.parents:
+    if not are_apart(one, other):
         raise UsageError(f"{one} and {other} lie within each other", remedy="choose another place")
 
 

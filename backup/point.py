@@ -32,6 +32,16 @@ class Point:
         assert self.time_us is not None, "one is given"
         return time_us > self.time_us
 
+    def is_before_entry(self, record: Record) -> bool:
+        """As :meth:`is_before`, of an entry as the log has it.
+
+        Raises:
+            CorruptionError: it can't be decoded.
+        """
+        # An entry's time is in its payload, and parsing takes long.
+        time_us = 0 if self.lsn is not None else parse_entry(record.payload, record.lsn).time_us
+        return self.is_before(record.lsn, time_us)
+
     def __str__(self) -> str:
         if self.lsn is not None:
             return f"LSN {self.lsn}"
@@ -55,8 +65,14 @@ def parse_time(text: str) -> int:
         ) from None
 
 
-def cut_log(directory: DataDirectory, point: Point) -> None:
+def cut_log(directory: DataDirectory, point: Point, *, goes_on: bool = False) -> bool:
     """Takes what is behind ``point`` out of a copy's log. The directory must be marked as unfinished meanwhile.
+
+    Args:
+        goes_on: more may come behind the log, so that it need not reach up to an LSN.
+
+    Returns:
+        Whether something was behind it.
 
     Raises:
         UsageError: the copy's store is behind the point already, or its log does not reach up to that LSN.
@@ -77,29 +93,30 @@ def cut_log(directory: DataDirectory, point: Point) -> None:
         header = segments[skipped].header
         place = LogPlace(header.before, header.first_offset)
     for record in records_from(segments[skipped:], place):
-        if _is_behind(point, record):
-            break
+        if point.is_before_entry(record):
+            _check_reached(place, point)
+            _truncate(segments, place)
+            return True
         place = LogPlace(record.position, place.offset + record.encoded_bytes)
+    if not goes_on:
+        _check_reached(place, point)
+    return False
+
+
+def _check_reached(place: LogPlace, point: Point) -> None:
     if point.lsn is not None and point.lsn > place.position.lsn:
         raise UsageError(f"the backup reaches up to LSN {place.position.lsn}, not to {point.lsn}")
     if place.position.lsn == NO_LSN:
         raise UsageError(f"{point} lies before the first entry of all")
-    _truncate(segments, place)
 
 
 def _segments_before(segments: list[Segment], point: Point) -> int:
     """How many of the first segments hold nothing behind the point; never all."""
     for number in range(len(segments) - 1, 0, -1):
         first = next(segment_records(segments[number]), None)
-        if first is not None and not _is_behind(point, first):
+        if first is not None and not point.is_before_entry(first):
             return number
     return 0
-
-
-def _is_behind(point: Point, record: Record) -> bool:
-    # An entry's time is in its payload, and parsing takes long.
-    time_us = 0 if point.lsn is not None else parse_entry(record.payload, record.lsn).time_us
-    return point.is_before(record.lsn, time_us)
 
 
 def _truncate(segments: list[Segment], place: LogPlace) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from understudy.backup.encryption import Encryption, Unlocking
-from understudy.backup.repository import check_url
+from understudy.backup.places import are_apart
+from understudy.backup.repository import check_url, folder_of_url
 from understudy.backup.retention import Retention
 from understudy.backup.schedule import Schedule
 from understudy.backup.selection import Selection
@@ -106,8 +107,11 @@ def read_passphrase(path: Path) -> str:
     return passphrase
 
 
-def read_policies(path: Path) -> dict[str, Policy]:
+def read_policies(path: Path, data_dir: Path | None = None) -> dict[str, Policy]:
     """The policies of a file, by name.
+
+    Args:
+        data_dir: of the node that they are for, if that is known.
 
     Raises:
         UsageError: it can't be read, or says what can't be; with the policy's name and the key.
@@ -123,31 +127,35 @@ def read_policies(path: Path) -> dict[str, Policy]:
         raise UsageError(f"{path}: 'backup' is no list of tables", remedy="begin each policy with [[backup]]")
     policies: dict[str, Policy] = {}
     for table in tables:
-        policy = parse_policy(table, str(path))
+        policy = parse_policy(table, str(path), data_dir)
         if policy.name in policies:
             raise UsageError(f"{path}: two policies are called {policy.name!r}")
         policies[policy.name] = policy
     return policies
 
 
-def find_policy(path: Path, name: str) -> Policy:
+def find_policy(path: Path, name: str, data_dir: Path | None) -> Policy:
     """The policy of that name.
+
+    Args:
+        data_dir: as of :func:`read_policies`.
 
     Raises:
         UsageError: the file has none, or can't be read.
     """
-    policies = read_policies(path)
+    policies = read_policies(path, data_dir)
     if name not in policies:
         known = f"known: {', '.join(sorted(policies))}" if policies else "the file has none"
         raise UsageError(f"{path} has no backup policy {name!r}", remedy=known)
     return policies[name]
 
 
-def parse_policy(table: Mapping[str, Any], where: str) -> Policy:
+def parse_policy(table: Mapping[str, Any], where: str, data_dir: Path | None = None) -> Policy:
     """One table.
 
     Args:
         where: the file's name, for messages.
+        data_dir: as of :func:`read_policies`.
 
     Raises:
         UsageError: a key is unknown, or a value can't be.
@@ -158,15 +166,16 @@ def parse_policy(table: Mapping[str, Any], where: str) -> Policy:
             f"{where}: a policy's name is {name!r}",
             remedy=f"give 1 to {NAME_CHARACTERS_MAX} printable characters",
         )
-    return _Table(table, f"{where}, backup policy {name!r}").policy(name)
+    return _Table(table, f"{where}, backup policy {name!r}", data_dir).policy(name)
 
 
 class _Table:
     """A policy's table while it is being read."""
 
-    def __init__(self, table: Mapping[str, Any], where: str) -> None:
+    def __init__(self, table: Mapping[str, Any], where: str, data_dir: Path | None) -> None:
         self._left = {key: value for key, value in table.items() if key != "name"}
         self._where = where
+        self._data_dir = data_dir
 
     def policy(self, name: str) -> Policy:
         zone = self._take("zone", str, "UTC")
@@ -210,8 +219,8 @@ class _Table:
             raise self._wrong(f"level is {policy.level}", "give 1 to 19")
         if len(set(policy.repositories)) < len(policy.repositories):
             raise self._wrong("a repository is named twice", "name each once")
-        if policy.staging is not None and not policy.staging.is_absolute():
-            raise self._wrong(f"staging is {str(policy.staging)!r}", "give the whole path, from / on")
+        if policy.staging is not None:
+            self._check_staging(policy.staging, policy.repositories)
         if not (
             0 <= policy.retries <= _RETRIES_MAX
             and 0 <= policy.retry_wait_s <= _RETRY_WAIT_S_MAX
@@ -236,6 +245,17 @@ class _Table:
             )
         if policy.recipients:
             Encryption("", policy.recipients).check()
+
+    def _check_staging(self, staging: Path, repositories: tuple[str, ...]) -> None:
+        """Drills replace it as a whole, and restore beside it."""
+        if not staging.is_absolute():
+            raise self._wrong(f"staging is {str(staging)!r}", "give the whole path, from / on")
+        for place in (self._data_dir, *map(folder_of_url, repositories)):
+            if place is not None and not are_apart(staging, place):
+                raise self._wrong(
+                    f"staging is {str(staging)!r}, and that and {place} lie within each other",
+                    "choose another place for it",
+                )
 
     def _take(self, key: str, kind: Any, default: Any) -> Any:
         value = self._left.pop(key, default)

@@ -56,7 +56,7 @@ class Bases:
             CorruptionError, DiskFull, StorageFailed.
         """
         with storage_errors("create", self._folder):
-            self._folder.mkdir()
+            self._folder.mkdir(exist_ok=True)
         with Store.open(directory.store, cluster=directory.cluster) as store:
             for path, row in store.current.realms():
                 if row.history_first > 1 and not is_system_realm(path) and self._is_wanted(path):

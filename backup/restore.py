@@ -20,9 +20,16 @@ from understudy.backup.archive import check_entry, unpack
 from understudy.backup.catalog import Catalog, StoredBackup
 from understudy.backup.contents import Member
 from understudy.backup.encryption import Unlocking
-from understudy.backup.in_progress import in_progress, is_in_progress, was_begun_from
+from understudy.backup.in_progress import (
+    Filled,
+    begun_from,
+    in_progress,
+    is_in_progress,
+    note_filled,
+    read_filled,
+)
 from understudy.backup.load_records import Loading, load_selected
-from understudy.backup.log_archive import append_archived
+from understudy.backup.log_following import Following, Goal, WrongWay
 from understudy.backup.manifest import FileEntry, Form, Manifest, read_manifest, write_manifest
 from understudy.backup.places import check_apart, check_repository_apart
 from understudy.backup.point import Point, cut_log
@@ -32,7 +39,7 @@ from understudy.backup.rows import FOLDER
 from understudy.backup.selection import EVERYTHING, Selection
 from understudy.backup.source import open_source
 from understudy.backup.stretch import list_stretches
-from understudy.backup.target_log import describe_settled
+from understudy.backup.target_log import describe_reached, settle
 from understudy.backup.writing import read_blocks, write_member
 from understudy.common.directory import DataDirectory, Role, check_finished
 from understudy.common.errors import (
@@ -42,6 +49,7 @@ from understudy.common.errors import (
     DirectoryInUse,
     NotADataDirectory,
     StorageFailed,
+    UnfinishedBackup,
     UsageError,
     WrongRole,
 )
@@ -50,7 +58,7 @@ from understudy.common.types import Epoch
 
 # Writes a backup's files into a directory and returns what its manifest says.
 Fill = Callable[[DataDirectory], Manifest]
-# Given the directory when all of it is there, before the log behind the store is folded into that.
+# Given the directory with the backup in it, before the log behind the store is folded into that: once, or more often.
 BeforeFolding = Callable[[DataDirectory], None]
 
 
@@ -104,10 +112,10 @@ def restore_backup(
         with storage_errors("read", backup), backup.open("rb") as file:
             return _extract(file, str(backup), directory, unlocking or Unlocking(), progress)
 
-    def restore(target: Path) -> RestoreReport:
-        return _restore(target, str(backup), fill, None, point, before_folding=before_folding)
-
-    return _chosen(target, str(backup), restore, selection, progress)
+    origin = _Origin(
+        name=str(backup), fill=fill, goal=Goal(point=point), following=None, before_folding=before_folding
+    )
+    return _restore(target, origin, selection, progress)
 
 
 def restore_stored(
@@ -139,28 +147,7 @@ def restore_stored(
         and what :func:`restore_backup` raises.
     """
     check_repository_apart(repository.url, target)
-    unlocking = unlocking or Unlocking()
     name = f"{backup.archive_name} in {repository.url}"
-
-    def fill(directory: DataDirectory) -> Manifest:
-        with repository.download(backup.archive_name) as file:
-            manifest = _extract(file, name, directory, unlocking, progress)
-        if manifest != backup.manifest:
-            raise CorruptionError(f"{name} holds another backup than its manifest says", remedy=OTHER_BACKUP)
-        return manifest
-
-    def follow(directory: DataDirectory) -> None:
-        append_archived(
-            repository,
-            directory,
-            epoch=Epoch(backup.manifest.epoch),
-            epoch_max=epoch_max,
-            point=point,
-            known=[one.manifest.rank for one in catalog.backups] if catalog is not None else (),
-            unlocking=unlocking,
-            progress=progress,
-        )
-
     if with_log and not backup.manifest.is_whole:
         raise UsageError(
             f"{name} does not hold all realms, so the log does not go on behind it",
@@ -171,91 +158,146 @@ def restore_stored(
             f"{name} is of epoch {backup.manifest.epoch}, behind epoch {epoch_max}",
             remedy="name an earlier backup",
         )
-    origin = f"{repository.url} {backup.id}"
-    backups = catalog.backups if catalog is not None else [backup]
-    epochs = [one.manifest.epoch for one in backups] + [one.epoch for one in list_stretches(repository)]
+    unlocking = unlocking or Unlocking()
 
-    def restore(target: Path) -> RestoreReport:
-        return _restore(
-            target,
-            origin,
-            fill,
-            follow if with_log else None,
-            point,
-            epoch_floor=max(epochs),
-            before_folding=before_folding,
-        )
+    def fill(directory: DataDirectory) -> Manifest:
+        with repository.download(backup.archive_name) as file:
+            manifest = _extract(file, name, directory, unlocking, progress)
+        if manifest != backup.manifest:
+            raise CorruptionError(f"{name} holds another backup than its manifest says", remedy=OTHER_BACKUP)
+        return manifest
 
-    return _chosen(target, origin, restore, selection, progress, epoch_floor=max(epochs))
-
-
-def _chosen(
-    target: Path,
-    origin: str,
-    restore: Callable[[Path], RestoreReport],
-    selection: Selection,
-    progress: OnProgress | None,
-    *,
-    epoch_floor: int = 0,
-) -> RestoreReport:
-    """Restores all, and where that is not wanted, takes the chosen realms out of it."""
-    if not selection.is_filtered:
-        return restore(target)
-    started_s = time.monotonic()
-    origin = f"{origin} {selection}"
-    with DataDirectory.open_unfinished(target) as directory:
-        _check_free(directory, origin)
-        with in_progress(target, origin, anew=True):
-            shutil.rmtree(directory.incoming, ignore_errors=True)
-            whole = restore(directory.incoming).manifest
-            with open_source(directory.incoming) as source:
-                manifest = load_selected(directory, source, selection, Meter(None, progress=progress))
-            shutil.rmtree(directory.incoming)
-            directory.raise_epoch_floor(epoch_floor)
-            sync_tree(target)
-            manifest = replace(manifest, node=whole.node)
-            write_manifest(target, manifest)
-    return RestoreReport(manifest=manifest, seconds=time.monotonic() - started_s)
+    ranks = [one.manifest.rank for one in (catalog.backups if catalog is not None else [backup])]
+    goal = Goal(point=point, epoch_max=epoch_max)
+    origin = _Origin(
+        name=f"{repository.url} {backup.id}",
+        fill=fill,
+        goal=goal,
+        following=Following(repository, goal, unlocking, known=ranks, progress=progress)
+        if with_log
+        else None,
+        epoch_floor=max(epoch for epoch, _ in [*ranks, *(one.rank for one in list_stretches(repository))]),
+        before_folding=before_folding,
+    )
+    return _restore(target, origin, selection, progress)
 
 
-def _check_free(directory: DataDirectory, origin: str) -> None:
-    if not directory.is_new and not was_begun_from(directory.path, origin):
-        raise WrongRole(
-            f"{directory.path} holds data already, its role is {directory.role.value}",
-            remedy="restore into an absent or empty directory",
-        )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Origin:
+    """What a directory is restored from."""
+
+    name: str
+    fill: Fill
+    goal: Goal
+    following: Following | None  # the log behind it
+    epoch_floor: int = 0  # the epoch to come is higher
+    before_folding: BeforeFolding | None
 
 
 def _restore(
-    target: Path,
-    origin: str,
-    fill: Fill,
-    follow: Callable[[DataDirectory], None] | None,
-    point: Point | None,
-    *,
-    epoch_floor: int = 0,
-    before_folding: BeforeFolding | None = None,
+    target: Path, origin: _Origin, selection: Selection, progress: OnProgress | None
 ) -> RestoreReport:
     started_s = time.monotonic()
+    if selection.is_filtered:
+        manifest = _restore_chosen(target, origin, selection, progress)
+    else:
+        manifest = _restore_all(target, origin)
+    return RestoreReport(manifest=manifest, seconds=time.monotonic() - started_s)
+
+
+def _restore_chosen(
+    target: Path, origin: _Origin, selection: Selection, progress: OnProgress | None
+) -> Manifest:
+    """Restores all, and takes the chosen realms out of it."""
+    name = f"{origin.name} {selection}"
     with DataDirectory.open_unfinished(target) as directory:
-        _check_free(directory, origin)
-        with in_progress(target, origin, anew=True):
-            # Of an attempt before, which may have been of another backup.
-            shutil.rmtree(directory.log, ignore_errors=True)
-            manifest = fill(directory)
-            directory.begin(Role.BACKUP, manifest.cluster_id)
-            directory.raise_epoch_floor(epoch_floor)
-            if follow is not None:
-                follow(directory)
-            if point is not None:
-                cut_log(directory, point)
-            if before_folding is not None:
-                before_folding(directory)
-            if follow is not None or point is not None or manifest.form is Form.RECORDS:
-                manifest = describe_settled(directory, manifest)
+        _check_free(directory, name)
+        with in_progress(target, name, anew=True):
+            if begun_from(directory.incoming) != origin.name:
+                shutil.rmtree(directory.incoming, ignore_errors=True)
+            whole = _restore_all(directory.incoming, origin)
+            with open_source(directory.incoming) as source:
+                manifest = load_selected(directory, source, selection, Meter(None, progress=progress))
+            shutil.rmtree(directory.incoming)
+            directory.raise_epoch_floor(origin.epoch_floor)
+            sync_tree(target)
+            manifest = replace(manifest, node=whole.node)
+            write_manifest(target, manifest)
+    return manifest
+
+
+def _check_free(directory: DataDirectory, origin: str) -> None:
+    begun = begun_from(directory.path)
+    if directory.is_new or begun == origin:
+        return
+    if begun:
+        raise UnfinishedBackup(
+            f"{directory.path} is not finished: it was begun from {begun}",
+            remedy="name that backup to go on with it, or restore into another directory",
+        )
+    raise WrongRole(
+        f"{directory.path} holds data already, its role is {directory.role.value}",
+        remedy="restore into an absent or empty directory",
+    )
+
+
+def _restore_all(target: Path, origin: _Origin) -> Manifest:
+    with DataDirectory.open_unfinished(target) as directory:
+        _check_free(directory, origin.name)
+        filled = read_filled(target, origin.name)
+        goes_on = filled is not None and filled.goal == str(origin.goal) and origin.before_folding is None
+        with in_progress(target, origin.name, anew=True, goes_on=goes_on):
+            manifest = _bring_forward(directory, origin, goes_on=goes_on)
             sync_tree(target)
             write_manifest(target, manifest)
-    return RestoreReport(manifest=manifest, seconds=time.monotonic() - started_s)
+    return manifest
+
+
+def _bring_forward(directory: DataDirectory, origin: _Origin, *, goes_on: bool) -> Manifest:
+    """The backup and the log behind it.
+
+    Args:
+        goes_on: an attempt before has put the backup in place, and perhaps taken some of the log.
+    """
+    if not goes_on:
+        _fill(directory, origin)
+    try:
+        return _follow(directory, origin)
+    except WrongWay:
+        pass
+    except CorruptionError:
+        if not goes_on:
+            raise
+    return _bring_forward(directory, origin, goes_on=False)
+
+
+def _fill(directory: DataDirectory, origin: _Origin) -> None:
+    """Puts the backup itself in place."""
+    note_filled(directory.path, None)
+    for folder in (directory.log, directory.store):  # of an attempt before, perhaps of another backup
+        shutil.rmtree(folder, ignore_errors=True)
+    manifest = origin.fill(directory)
+    directory.begin(Role.BACKUP, manifest.cluster_id)
+    directory.raise_epoch_floor(origin.epoch_floor)
+    point = origin.goal.point
+    reached = point is not None and cut_log(directory, point, goes_on=origin.following is not None)
+    sync_tree(directory.path)
+    write_manifest(directory.path, manifest)
+    note_filled(directory.path, Filled(str(origin.goal), reached))
+    if origin.before_folding is not None:
+        origin.before_folding(directory)
+
+
+def _follow(directory: DataDirectory, origin: _Origin) -> Manifest:
+    """Opens what is there, and goes on behind it where that is wanted; returns what the manifest is to say then."""
+    manifest, filled = read_manifest(directory.path), read_filled(directory.path, origin.name)
+    if origin.following is not None and filled is not None and not filled.reached:
+        reached = origin.following.follow(directory)
+    elif origin.goal.point is not None or manifest.form is Form.RECORDS:
+        reached = settle(directory)
+    else:
+        return manifest
+    return describe_reached(directory, manifest, reached)
 
 
 class _Unpacking:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from understudy.backup.contents import STORE_FILE
 from understudy.backup.manifest import Form, Manifest, utc_text
@@ -19,10 +20,13 @@ from understudy.common.entries import parse_epoch_start
 from understudy.common.errors import CorruptionError
 from understudy.common.files import OsFileSystem
 from understudy.common.log_reader import LogPlace, records_from, segments_behind
-from understudy.common.records import read_headers, scan_chain
+from understudy.common.records import scan_chain
 from understudy.common.store import Store
 from understudy.common.types import Digest, Epoch, Lsn, Position
 from understudy.v1.store_pb2 import CheckpointRow
+
+if TYPE_CHECKING:
+    from understudy.common.engine import Engine
 
 # As much is made durable at a time.
 _BATCH_BYTES = 8 << 20
@@ -80,12 +84,11 @@ def read_head(directory: DataDirectory) -> tuple[LogPlace, Epoch]:
     return LogPlace(position, offset), Epoch(epoch)
 
 
-def append_records(log: ChangeLog, pieces: Iterable[bytes], epoch: Epoch, *, last: Lsn | None = None) -> None:
+def append_records(log: ChangeLog, pieces: Iterable[bytes], epoch: Epoch) -> None:
     """Appends record bytes, cut anywhere, that follow behind the log's end.
 
     Args:
         epoch: of the first of them, which a segment that they begin will name.
-        last: the last entry to append; all of them if not given.
 
     Raises:
         CorruptionError: they do not follow, or end within a record.
@@ -95,18 +98,13 @@ def append_records(log: ChangeLog, pieces: Iterable[bytes], epoch: Epoch, *, las
     for piece in pieces:
         pending += piece
         if len(pending) >= _BATCH_BYTES:
-            pending = _append_whole(log, pending, epoch, last)
-        if log.end.lsn == last:
-            return
-    if pending and _append_whole(log, pending, epoch, last):
+            pending = _append_whole(log, pending, epoch)
+    if pending and _append_whole(log, pending, epoch):
         raise CorruptionError(f"the change-log behind LSN {log.end.lsn} ends within an entry")
 
 
-def _append_whole(log: ChangeLog, data: bytes, epoch: Epoch, last: Lsn | None) -> bytes:
-    """Appends the whole records in ``data``, and returns the rest; nothing of what lies behind ``last``."""
-    if last is not None:
-        behind = (at for lsn, _, at in read_headers(data, Lsn(log.end.lsn + 1)) if lsn > last)
-        data = data[: next(behind, len(data))]
+def _append_whole(log: ChangeLog, data: bytes, epoch: Epoch) -> bytes:
+    """Appends the whole records in ``data``, and returns the rest."""
     scan = scan_chain(data, log.end)
     if scan.damage:
         raise CorruptionError(f"entry {scan.position.lsn + 1} of the change-log is damaged: {scan.damage}")
@@ -138,16 +136,25 @@ def settle(directory: DataDirectory) -> Reached:
 
     engine = Engine.open(directory)
     try:
-        engine.log.prune(Lsn(engine.checkpoint.lsn + 1))
-        return Reached(
-            place=LogPlace(engine.durable, engine.log.end_offset),
-            epoch=engine.epoch,
-            time_us=engine.state.time_us,
-            realms=engine.state.user_realm_count,
-            checkpoint=engine.checkpoint,
-        )
+        return reached(engine)
     finally:
         engine.abandon()
+
+
+def reached(engine: Engine) -> Reached:
+    """Where an opened copy stands, without the segments that are not needed any more.
+
+    Raises:
+        StorageFailed.
+    """
+    engine.log.prune(Lsn(engine.checkpoint.lsn + 1))
+    return Reached(
+        place=LogPlace(engine.durable, engine.log.end_offset),
+        epoch=engine.epoch,
+        time_us=engine.state.time_us,
+        realms=engine.state.user_realm_count,
+        checkpoint=engine.checkpoint,
+    )
 
 
 def log_files(directory: Path) -> list[str]:
@@ -155,13 +162,13 @@ def log_files(directory: Path) -> list[str]:
     return sorted(f"log/{path.name}" for path in (directory / "log").iterdir())
 
 
-def describe_settled(directory: DataDirectory, manifest: Manifest) -> Manifest:
-    """The manifest of what is in a copy's directory now, once that was found to open; see :func:`settle`.
+def describe_reached(directory: DataDirectory, manifest: Manifest, reached: Reached) -> Manifest:
+    """The manifest of what is in a copy's directory now.
 
     Args:
         manifest: says the rest of it.
+        reached: where the copy was found to stand when it was opened.
     """
-    reached = settle(directory)
     if manifest.form is Form.RECORDS:  # whose pages this machine has made
         manifest = replace(
             manifest,

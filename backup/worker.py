@@ -22,6 +22,7 @@ from understudy.backup.attempts import ATTEMPTS_MAX, Attempts
 from understudy.backup.books import FOLDER, Books
 from understudy.backup.drill_server import read_all
 from understudy.backup.history import Result
+from understudy.backup.manifest import utc_text
 from understudy.backup.policy import Policy, read_policies
 from understudy.backup.run import RunReport, note_cancelled, note_failed, run_policy
 from understudy.backup.run_queue import Run, Runs
@@ -217,13 +218,26 @@ class Worker:
 
         What has ended the process, such as LMDB on a damaged page, would do so again for ever.
         """
-        if run.due_s is None or self._attempts.begin(policy.name, run.due_s) < ATTEMPTS_MAX:
+        if run.due_s is None:
+            return None
+        cut_off = self._attempts.begin(policy.name, run.due_s)
+        if cut_off < ATTEMPTS_MAX:
+            self._note_cut_off(run, cut_off)
             return None
         why = (
             f"the process that made it has ended {ATTEMPTS_MAX} times: see the server's log, and look for damage with "
             f"`understudy verify {self._data_dir}`"
         )
         return note_failed(policy, self._data_dir, why, clock=self._clock, check=run.check)
+
+    def _note_cut_off(self, run: Run, attempts: int) -> None:
+        """Tells people of the attempt before, which can't have told of its end."""
+        if attempts:
+            assert run.due_s is not None, "others are not tried again"
+            self._books.journal.write(
+                f"the run of {run.policy} that was due at {utc_text(run.due_s)}: attempt {attempts} was cut off with "
+                f"its process; attempt {attempts + 1} follows"
+            )
 
     # -- repositories --------------------------------------------------------------------------------------
 
@@ -302,7 +316,7 @@ def main(data_dir: Path, policies: Path) -> int:
     """Works until standard input ends; returns the exit code."""
     let_commits_go_first()
     try:
-        worker = Worker(data_dir, read_policies(policies), tell=_print)
+        worker = Worker(data_dir, read_policies(policies, data_dir), tell=_print)
         worker.report()  # before anything that can take its time
     except UnderstudyError as error:
         print(error, file=sys.stderr)

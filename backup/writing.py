@@ -21,7 +21,7 @@ import xxhash
 from understudy.backup.contents import Member
 from understudy.backup.manifest import FileEntry
 from understudy.backup.progress import Meter
-from understudy.common.files import OsFile, storage_errors
+from understudy.common.files import OsFile, open_regular, storage_errors
 
 _BATCH_BYTES = 4 << 20  # of one write; a server's fdatasync waits for all that are under way
 _PIECES_MAX = os.sysconf("SC_IOV_MAX") - 1  # of one write; one more may be open
@@ -234,7 +234,7 @@ def read_blocks(path: Path) -> Iterator[bytes]:
     """
     with contextlib.ExitStack() as opened:
         with storage_errors("read", path):
-            file = opened.enter_context(path.open("rb"))
+            file = opened.enter_context(open_regular(path))
         while True:
             with storage_errors("read", path):
                 block = file.read(_READ_BYTES)

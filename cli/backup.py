@@ -14,7 +14,7 @@ from understudy.cli.options import EPILOG, INTERRUPTED, byte_rate, json_option
 from understudy.cli.policies import policy_arguments
 from understudy.cli.realm_choice import exclude_option, print_problems, realm_option
 from understudy.cli.secrets import encryption_options
-from understudy.common.errors import ExitCode
+from understudy.common.errors import ExitCode, UsageError
 from understudy.common.niceness import let_commits_go_first
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def run(context: click.Context, name: str, config: Path, data_dir: Path, as_json
 
     configure_logs(level=logging.WARNING)
     let_commits_go_first()
-    policy = find_policy(config, name)
+    policy = find_policy(config, name, data_dir)
     with Progress("backing up", unit="bytes") as progress:
         report = run_policy(policy, data_dir, progress=progress.update)
     if as_json:
@@ -202,6 +202,8 @@ def _make(
         raise click.UsageError("--update is for directories: an archive is made anew.")
     if not is_archive and options.encryption is not None:
         raise click.UsageError("Only an archive can be encrypted: end TARGET in .tar.zst.age.")
+    if target == _STANDARD_OUTPUT and sys.stdout.isatty():
+        raise UsageError("an archive is not for a terminal", remedy="redirect standard output, or pipe it")
     if not is_archive:
         from understudy.backup.make import make_backup
 

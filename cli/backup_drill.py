@@ -74,7 +74,7 @@ def drill(
     from understudy.common.addresses import check_free, check_listen
 
     configure_logs(level=QUIET)
-    policy = find_policy(config, name)
+    policy = find_policy(config, name, data_dir)
     if listen is not None:
         check_listen(listen, has_tls=False)
         check_free(listen)

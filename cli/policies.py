@@ -22,7 +22,7 @@ def policy_arguments(function: Callable[..., Any]) -> Callable[..., Any]:
     )
 
 
-def check_policies(path: Path | None) -> None:
+def check_policies(path: Path | None, data_dir: Path) -> None:
     """Refuses a file of policies that can't be: in the server's own words, not in those of the process beside it.
 
     Raises:
@@ -31,4 +31,4 @@ def check_policies(path: Path | None) -> None:
     if path is not None:
         from understudy.backup.policy import read_policies
 
-        read_policies(path)
+        read_policies(path, data_dir)

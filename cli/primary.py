@@ -75,7 +75,7 @@ def primary(config: Path | None, log_format: str, **flags: Any) -> None:
     from understudy.primary.server import serving_primary
 
     settings = load_settings(PrimarySettings, flags, file=config)
-    check_policies(settings.backup_policies)
+    check_policies(settings.backup_policies, settings.data_dir)
     serve(
         "primary",
         lambda: serving_primary(settings),

@@ -67,7 +67,7 @@ def replica(config: Path | None, log_format: str, **flags: Any) -> None:
     from understudy.replica.server import serving_replica
 
     settings = load_settings(ReplicaSettings, flags, file=config)
-    check_policies(settings.backup_policies)
+    check_policies(settings.backup_policies, settings.data_dir)
     succeeding = succession(settings, config)
     ended_by_itself = serve(
         "replica",

@@ -99,7 +99,8 @@ def restore(
 
     With --to and --realm, all is restored into DIR/incoming first. Where a backup lacks a realm that was damaged, the
     exit code is 1. `understudy primary --data-dir DIR` then starts a server, with a new epoch of the same cluster:
-    clients who saw later things are told apart, and heal or reset. Cut off, the same command begins anew.
+    clients who saw later things are told apart, and heal or reset. Cut off, the same command goes on with
+    the log where the backup itself was in place, and begins anew where it was not.
 
     With --into-server, all is restored into a scratch folder, and the realms of --realm are written to the server as
     ordinary changes, which its replicas and clients get as any others. One that is not there comes with its history as

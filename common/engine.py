@@ -10,13 +10,14 @@ callbacks' first steps, which only hand over to the loop.
 from __future__ import annotations
 
 import asyncio
-import collections
 import contextlib
-from collections.abc import Callable
-from typing import ParamSpec, Protocol, TypeVar
+from collections.abc import Callable, Iterable
+from concurrent import futures
+from typing import ParamSpec, Protocol
 
 from understudy.common.changelog import ChangeLog
 from understudy.common.checkpoint_process import Checkpointer
+from understudy.common.digest_comparison import DigestComparison
 from understudy.common.directory import DataDirectory
 from understudy.common.entries import parse_epoch_start
 from understudy.common.errors import DiskFull, UnderstudyError
@@ -35,11 +36,9 @@ HISTORY_KEY = b"history-key"
 # Beyond this many frozen memtables the checkpoint has fallen behind; nothing more is applied until it caught up.
 FROZEN_MAX = 2
 _CHECKPOINT_RETRY_S = 2.0  # after a full disk
-_DIGESTS_KEPT = 64  # results waiting for the other side's, and the other way round
 
 
 _P = ParamSpec("_P")
-_V = TypeVar("_V")
 
 
 class EngineOwner(Protocol):
@@ -71,7 +70,6 @@ class Engine:
         self.log = changelog
         self.state = State(store)
         self.metrics = metrics
-        self.mismatches: list[str] = []
         self._out_of_space: set[str] = set()  # what waits for space: the log, a checkpoint, or both
         self.failed: UnderstudyError | None = None
         self._checkpointer = Checkpointer()
@@ -81,8 +79,9 @@ class Engine:
         self._checkpointed = Signal()
         self.checkpointing = asyncio.Lock()  # whoever has it keeps the store as it is
         self._task: asyncio.Task[None] | None = None
-        self._own_digests: collections.OrderedDict[int, bytes] = collections.OrderedDict()
-        self._marked_digests: collections.OrderedDict[int, log_pb2.DigestMark] = collections.OrderedDict()
+        self._digests = DigestComparison(metrics)
+        self._threads = futures.ThreadPoolExecutor(1)
+        self._writing: futures.Future[store_pb2.CheckpointResult] | None = None  # a checkpoint of `replay`
 
     # -- opening and closing -------------------------------------------------------------------------------
 
@@ -123,11 +122,35 @@ class Engine:
     def _recover(self) -> None:
         if self.log.torn_bytes:
             log.warning("log_tail_cut", bytes=self.log.torn_bytes, lsn=self.log.end.lsn)
-        for record in self.log.records(self.state.applied.lsn):
-            self.state.apply(record)
-            while self.state.frozen:
-                self._start_checkpointer()
-                self._note_result(self._checkpointer.run(self.state.frozen[-1].parts()))
+        self.replay(self.log.records(self.state.applied.lsn))
+        self.finish_replay()
+
+    def replay(self, records: Iterable[Record]) -> None:
+        """Applies durable entries before :meth:`start`; a checkpoint is written while the next ones are applied.
+
+        Raises:
+            CorruptionError, DiskFull, StorageFailed.
+        """
+        for record in records:
+            self.apply(record)
+            if self._frozen.is_set():
+                self._frozen.clear()
+                self.finish_replay()
+                self._writing = self._threads.submit(self._write_oldest)
+
+    def finish_replay(self) -> None:
+        """Waits for the checkpoint that :meth:`replay` has left under way.
+
+        Raises:
+            DiskFull, StorageFailed.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            self._note_result(writing.result())
+
+    def _write_oldest(self) -> store_pb2.CheckpointResult:
+        self._start_checkpointer()
+        return self._checkpointer.run(self.state.frozen[-1].parts())
 
     def _start_checkpointer(self) -> None:
         # Not when opening: a promotion needs none, and must not wait for a process to start.
@@ -187,10 +210,16 @@ class Engine:
     def abandon(self) -> None:
         """Closes the files of an engine that was not started."""
         self._checkpointer.close()
+        self._threads.shutdown()
         self.log.close()
         self.state.store.close()
 
     # -- facts ---------------------------------------------------------------------------------------------
+
+    @property
+    def mismatches(self) -> list[str]:
+        """Where this copy's state was found not to be the primary's."""
+        return self._digests.mismatches
 
     @property
     def durable(self) -> Position:
@@ -267,7 +296,7 @@ class Engine:
         if entry.HasField("freeze"):
             self._frozen.set()
         elif entry.HasField("digest_mark"):
-            self._note_mark(entry.digest_mark)
+            self._digests.note_mark(entry.digest_mark, self.state.store)
 
     def fail(self, error: UnderstudyError) -> None:
         """Notes the first failure and tells the owner."""
@@ -319,10 +348,7 @@ class Engine:
     def _note_result(self, result: store_pb2.CheckpointResult) -> None:
         self.state.checkpointed()
         self.metrics.observe_checkpoint(result.seconds)
-        row = result.checkpoint
-        self._own_digests[row.lsn] = row.state_digest
-        _forget_oldest(self._own_digests)
-        self._compare(row.lsn)
+        self._digests.note_own(result.checkpoint, self.state.store)
 
     async def _prune(self) -> None:
         if self._owner is None:
@@ -339,44 +365,3 @@ class Engine:
     async def wait_for_checkpoint(self, lsn: Lsn) -> None:
         """Returns once the store holds everything up to ``lsn``, the LSN of a freeze mark or below it."""
         await self._checkpointed.wait_for(lambda: self.checkpoint.lsn >= lsn or self.failed is not None)
-
-    # -- comparing digests -------------------------------------------------------------------------------
-
-    def _note_mark(self, mark: log_pb2.DigestMark) -> None:
-        self._marked_digests[mark.freeze_lsn] = mark
-        _forget_oldest(self._marked_digests)
-        self._compare(mark.freeze_lsn)
-
-    def _compare(self, freeze_lsn: int) -> None:
-        mark = self._marked_digests.get(freeze_lsn)
-        own = self._own_digests.get(freeze_lsn)
-        if mark is None or own is None:
-            return
-        del self._marked_digests[freeze_lsn]
-        equal = own == mark.state_digest
-        self.metrics.count_comparison(equal=equal)
-        if not equal:
-            message = self._describe_mismatch(mark)
-            self.mismatches.append(message)
-            del self.mismatches[:-_DIGESTS_KEPT]
-            log.error("state_digest_mismatch", freeze_lsn=freeze_lsn, detail=message)
-
-    def _describe_mismatch(self, mark: log_pb2.DigestMark) -> str:
-        differing = [
-            changed.realm
-            for changed in mark.changed
-            if (row := self.state.store.current.realm(changed.realm)) is not None
-            and row.version == changed.version
-            and row.state_digest != changed.state_digest
-        ]
-        where = f"realms {', '.join(differing[:10])}" if differing else "a realm not changed since"
-        return (
-            f"at LSN {mark.freeze_lsn} this copy's state is not the primary's: {where}; find out which side is "
-            "damaged with `understudy verify --server A --against B` and `understudy verify DIR`, then remove the "
-            "damaged copy and let it bootstrap again"
-        )
-
-
-def _forget_oldest(kept: collections.OrderedDict[int, _V]) -> None:
-    while len(kept) > _DIGESTS_KEPT:
-        kept.popitem(last=False)

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import Processes, plain_environment
+from harness import DEADLINE_S, Processes, plain_environment
 from hypothesis import HealthCheck, settings
 from killing import Nursery
 
+from understudy.client import peers
 from understudy.common.certificate_authority import KeyFiles, create_keys
 from understudy.common.events import LOGGER
 
@@ -44,6 +45,12 @@ def logging_as_it_was() -> Iterator[None]:
     yield
     for logger, level in zip(loggers, levels, strict=True):
         logger.setLevel(level)
+
+
+@pytest.fixture
+def patient_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of whom a client believes: it hears every server out, also where the machine is slow."""
+    monkeypatch.setattr(peers, "_SURVEY_S_MAX", DEADLINE_S)
 
 
 @pytest.fixture

@@ -10,9 +10,11 @@ A test takes the fixture ``processes`` (in ``conftest.py``)::
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -100,6 +102,7 @@ class Process:
         self._stdout = folder / "stdout"
         self._stderr = folder / "stderr"
         self._process = launch(arguments, environment, self._stdout, self._stderr)
+        self._place = contextlib.ExitStack()  # where it served
 
     @property
     def pid(self) -> int:
@@ -144,9 +147,27 @@ class Process:
     def wait(self, *, deadline_s: float = DEADLINE_S) -> int:
         """Its exit code, once it has ended; negative where a signal ended it."""
         try:
-            return self._process.wait(deadline_s)
+            code = self._process.wait(deadline_s)
         except subprocess.TimeoutExpired:
             pytest.fail(f"it did not end within {deadline_s:g} s\n{self.describe()}")
+        self._keep_port()
+        return code
+
+    def _keep_port(self) -> None:
+        """Takes care that nobody is given its port by chance: tests that run at the same time ask for free ones.
+
+        A socket that is bound and does not listen refuses connections as none would, and whoever asks for this very
+        port gets it.
+        """
+        place = self._place.enter_context(socket.socket())
+        with contextlib.suppress(OSError, ValueError):  # its successor listens there by now; it never served
+            host, _, port = self.stdout.partition(" ready on ")[2].strip().rpartition(":")
+            place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            place.bind((host, int(port)))
+
+    def forget(self) -> None:
+        """Gives its port back."""
+        self._place.close()
 
     @property
     def is_running(self) -> bool:
@@ -219,6 +240,7 @@ class Processes:
         for process in self._started:
             if process.is_running:
                 process.kill()
+            process.forget()
             print(process.describe())
 
 

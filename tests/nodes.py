@@ -15,11 +15,11 @@ import grpc.aio
 import pytest
 from harness import DEADLINE_S, Process, Processes, wait_until
 
-from understudy.cli.compare import compare_servers
+from understudy.cli.compare import Comparison, compare_servers
 from understudy.cli.node_status import directory_status
 from understudy.client import Add, AsyncServer, Operation, Put, Receipt, aconnect, connect
 from understudy.common import portal
-from understudy.common.errors import UnderstudyError
+from understudy.common.errors import OutcomeUnknown, Unavailable, UnderstudyError
 from understudy.common.rpc import open_channel, peer_errors
 from understudy.common.verify import verify_directory
 from understudy.v1 import admin_pb2, admin_pb2_grpc, replication_pb2, replication_pb2_grpc
@@ -68,6 +68,17 @@ def checkpoint(address: str) -> None:
     portal.call(ask())
 
 
+def settle(address: str) -> admin_pb2.StatusResponse:
+    """What the primary at ``address`` says once it has a checkpoint of everything, and adds no entries by itself."""
+
+    def is_durable() -> admin_pb2.StatusResponse | None:
+        found = status(address)  # with the checkpoint's mark, which may still be on its way to the disk
+        return found if found.durable_lsn == found.lsn else None
+
+    checkpoint(address)
+    return wait_until(is_durable)
+
+
 def try_checkpoint(address: str) -> None:
     """The same, whatever becomes of it: the node may be killed meanwhile."""
     with contextlib.suppress(UnderstudyError):
@@ -78,6 +89,15 @@ def put(address: str, realm: str, *pairs: tuple[bytes, bytes], durability: str |
     """Puts the pairs, in one transaction."""
     with connect(address) as server:
         return server.commit(realm, [Put(key, value) for key, value in pairs], durability=durability)
+
+
+async def until_said(client: AsyncServer, number: int, reason: str) -> None:
+    """Returns once the client gives that reason for why a transaction is unanswered, which it is all the time."""
+    said = ""
+    while reason not in said:
+        with pytest.raises(OutcomeUnknown) as unknown:
+            await client.wait(number, timeout_s=0.02)
+        said = unknown.value.message
 
 
 def pairs(address: str, realm: str) -> dict[bytes, bytes]:
@@ -103,8 +123,15 @@ def assert_equal(primary: str, *replicas: str) -> None:
     """Logs and recomputed state digests of these nodes are equal at one LSN (G11)."""
     wait_until_caught_up(primary, *replicas)
     for replica in replicas:
-        problems = portal.call(compare_servers(primary, replica)).problems
+        problems = wait_until(lambda at=replica: _compared(primary, at)).problems  # type: ignore[misc]
         assert not problems, problems
+
+
+def _compared(primary: str, replica: str) -> Comparison | None:
+    """What came of comparing them; nothing, while the replica is behind the checkpoint that is taken for that."""
+    with contextlib.suppress(Unavailable):
+        return portal.call(compare_servers(primary, replica))
+    return None
 
 
 def copy_node(path: Path, to: Path) -> Path:

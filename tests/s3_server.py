@@ -78,6 +78,7 @@ class FaultyFront:
         self.unanswered_posts = 0
         self.cut_downloads = 0  # cut in the middle of the content
         self.cut_uploads = 0  # cut in the middle of the content
+        self.has_e_tags = True  # while it is not, answers come without
         self.is_silent = False  # while it is, requests are taken, and then nothing happens
         self.may_pass = threading.Event()  # while it is cleared, requests are taken, and wait
         self.may_pass.set()
@@ -163,7 +164,8 @@ class FaultyFront:
     ) -> None:
         request.send_response_only(status)
         for name, value in headers.items():
-            if name.lower() not in ("connection", "transfer-encoding", "content-length"):
+            is_kept = self.has_e_tags or name.lower() != "etag"
+            if is_kept and name.lower() not in ("connection", "transfer-encoding", "content-length"):
                 request.send_header(name, value)
         length = {name.lower(): value for name, value in headers.items()}.get("content-length")
         request.send_header("content-length", length or str(len(content)))

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from nodes import DIRECTORY, assert_sound, checkpoint, copy_node, offline_status
 
 from understudy.backup import restore as restore_module
 from understudy.backup.age_passphrase import PassphraseReader, PassphraseWriter
-from understudy.backup.archive import ArchiveOptions, write_archive
+from understudy.backup.archive import ArchiveOptions, opening, write_archive
 from understudy.backup.encryption import Encryption, Unlocking
 from understudy.backup.make import make_backup
 from understudy.backup.manifest import Manifest, read_manifest
@@ -32,7 +33,7 @@ from understudy.backup.verify_archive import verify_archive
 from understudy.common.directory import IN_PROGRESS_FILE, MANIFEST_FILE
 from understudy.common.errors import CorruptionError, DirectoryInUse, DiskFull, NotPermitted, UsageError
 
-CORRUPT, USAGE, NOT_PERMITTED = 4, 2, 7
+FAILED, CORRUPT, USAGE, NOT_PERMITTED = 1, 4, 2, 7
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +114,30 @@ def test_standard_output_takes_an_archive(processes: Processes, tmp_path: Path, 
     (tmp_path / "piped.tar.zst").write_bytes(done.stdout)
     processes.run("restore", tmp_path / "piped.tar.zst", "--to", tmp_path / "b")
     assert_sound(tmp_path / "b")
+
+
+def test_no_archive_is_written_to_a_terminal(processes: Processes, server_files: Path) -> None:
+    """Whoever forgets to redirect `-t -` is told so, and does not get their terminal upset."""
+    screen, terminal = os.openpty()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "understudy.cli", "backup", "-f", server_files, "-t", "-"],
+            stdout=terminal,
+            stderr=subprocess.PIPE,
+            timeout=20,
+            env=processes.environment,
+        )
+        os.set_blocking(screen, False)
+        with pytest.raises(BlockingIOError):
+            os.read(screen, 1)
+    finally:
+        os.close(terminal)
+        os.close(screen)
+    assert done.returncode == USAGE
+    assert (
+        complaint(done)
+        == "understudy: an archive is not for a terminal (redirect standard output, or pipe it)"
+    )
 
 
 def test_an_archive_opens_without_understudy(
@@ -223,6 +248,38 @@ def test_a_flipped_bit_anywhere_in_an_archive_is_found(
             assert (tmp_path / "b" / IN_PROGRESS_FILE).exists()
     restore_backup(good, tmp_path / "b", unlocking=unlocking)
     assert_sound(tmp_path / "b")
+
+
+def test_an_archive_that_lacks_its_last_bytes_is_damaged(tmp_path: Path, server_files: Path) -> None:
+    """G8, G11: verify and restore refuse what ends within zstd's own checksum, though all of the files are there."""
+    write_archive(server_files, tmp_path / "good.tar.zst")
+    data = (tmp_path / "good.tar.zst").read_bytes()
+    for missing in range(1, 9):
+        bad = tmp_path / f"bad{missing}.tar.zst"
+        bad.write_bytes(data[:-missing])
+        assert verify_archive(bad, Unlocking()).problems
+        with pytest.raises(CorruptionError):
+            restore_backup(bad, tmp_path / "b")
+
+
+@pytest.mark.parametrize("size", [0, 131_072, 1_000_000])
+def test_a_compressed_stream_that_was_cut_off_is_damaged_wherever_it_was(size: int) -> None:
+    """G8: what is opened, an archive or a stretch of the log, ends without an error only if its last byte was there."""
+    out = io.BytesIO()
+    with zstandard.ZstdCompressor(write_checksum=True).stream_writer(out, closefd=False) as compressed:
+        compressed.write(bytes(size))
+        compressed.flush()  # so that the last block is an empty one
+    whole = out.getvalue()
+    assert opened(whole) == size
+    for missing in range(1, 8):
+        with pytest.raises(CorruptionError):
+            opened(whole[:-missing])
+
+
+def opened(data: bytes) -> int:
+    """How many bytes a compressed stream holds."""
+    with opening(io.BytesIO(data), "it", Unlocking()) as plain:
+        return sum(map(len, iter(lambda: plain.read(70_000), b"")))
 
 
 def test_a_wrong_passphrase_or_key_is_told_from_damage(
@@ -357,6 +414,13 @@ def test_verify_of_an_archive_that_does_not_open_or_is_not_there_says_so(
     assert "--passphrase-file" in complaint(processes.run("verify", archive, code=NOT_PERMITTED))
     done = processes.run("verify", tmp_path / "absent.tar.zst", code=DIRECTORY)
     assert "there is no backup" in complaint(done)
+
+
+def test_a_pipe_in_a_backups_directory_is_not_waited_for(processes: Processes, tmp_path: Path) -> None:
+    """What has a manifest's name and is no file is refused at once, though nobody writes to it."""
+    (tmp_path / "b").mkdir()
+    os.mkfifo(tmp_path / "b" / MANIFEST_FILE)
+    processes.run("restore", tmp_path / "b", "--to", tmp_path / "c", code=DIRECTORY)
 
 
 # -- age with a passphrase -------------------------------------------------------------------------------------

@@ -109,6 +109,7 @@ def _restored_records(origin: Origin, folder: Path) -> Words:
     return ("restore", folder / "records", "--to")
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("prepare", "selection"),
     [(_chosen, CHOSEN), (_portable, PORTABLE), (_restored, CHOSEN), (_restored_records, PORTABLE)],

@@ -263,11 +263,13 @@ def test_a_server_that_ends_says_so_to_whoever_watches(
     async def watch() -> admin_pb2.BackupRun:
         async with open_channel(remote.address) as channel:
             call = admin_pb2_grpc.AdminStub(channel).WatchBackup(admin_pb2.WatchBackupRequest(id=run_id))
+            is_told = False
             async for run in call:
-                if run.state == admin_pb2.BackupRun.RUNNING:
-                    primary.send(signal.SIGTERM)
-                else:
+                if run.state != admin_pb2.BackupRun.RUNNING:
                     return run
+                if not is_told:  # a second signal would end it at once
+                    is_told = True
+                    primary.send(signal.SIGTERM)
         raise AssertionError("it has not ended")
 
     told = portal.call(watch())

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import sys
-import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -28,26 +27,24 @@ from nodes import (
     status,
     wait_until_caught_up,
 )
+from repositories import archiver_of, done, policy_to, ship
 from s3_server import FaultyFront, S3Server, credentials
 
-from understudy.backup.archiver import Archiver
-from understudy.backup.catalog import StoredBackup, read_catalog
+from understudy.backup.catalog import read_catalog
 from understudy.backup.drill import drill_newest
 from understudy.backup.drill_server import read_all
 from understudy.backup.encryption import Unlocking
 from understudy.backup.manifest import read_manifest
-from understudy.backup.policy import Policy
-from understudy.backup.repository import Repository, StoredObject, open_repository
+from understudy.backup.repository import StoredObject, open_repository
 from understudy.backup.repository_lock import locked
 from understudy.backup.restore import restore_stored
 from understudy.backup.retention import Retention
-from understudy.backup.run import RunReport, run_policy
+from understudy.backup.run import run_policy
 from understudy.backup.stretch import list_stretches
 from understudy.backup.upkeep import prune
-from understudy.common.directory import NODE_FILE, NodeFile
 from understudy.common.errors import CorruptionError
 from understudy.common.segment import SECTOR_BYTES, SegmentHeader
-from understudy.common.types import ClusterId, Digest
+from understudy.common.types import Digest
 
 FAILED, USAGE, CORRUPT = 1, 2, 4
 
@@ -60,32 +57,10 @@ def folder(tmp_path: Path) -> Path:
     return path
 
 
-def policy_to(*folders: Path, **values: object) -> Policy:
-    settings: dict[str, object] = {"retries": 0, **values}
-    return Policy(name="nightly", schedule=None, repositories=tuple(map(str, folders)), **settings)  # type: ignore[arg-type]
-
-
-def done(report: RunReport) -> StoredBackup:
-    """The one backup of a run in which nothing went wrong."""
-    assert report.all_errors == []
-    (backup,) = report.backups
-    return backup
-
-
 def write_config(path: Path, *folders: Path, more: str = "") -> Path:
     repositories = json.dumps([str(folder) for folder in folders])
     path.write_text(f'[[backup]]\nname = "nightly"\nrepositories = {repositories}\nretries = 0\n{more}')
     return path
-
-
-def archiver_of(data_dir: Path, repository: Repository) -> Archiver:
-    cluster = ClusterId(uuid.UUID(NodeFile.read(data_dir / NODE_FILE).cluster).bytes)
-    return Archiver(data_dir / "log", cluster, repository, encryption=None)
-
-
-def ship(data_dir: Path, repository: Repository) -> int:
-    """Ships what there is of a node's log."""
-    return archiver_of(data_dir, repository).ship()
 
 
 # -- runs ------------------------------------------------------------------------------------------------------

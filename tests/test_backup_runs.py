@@ -202,7 +202,7 @@ def test_a_hook_hears_of_a_run_that_was_cancelled_but_not_as_the_server_ends(
 def test_a_run_that_takes_its_process_with_it_each_time_has_failed(
     processes: Processes, tmp_path: Path, folder: Path
 ) -> None:
-    """After three attempts it is written down and told, a new process goes on, and it is due at its next time only."""
+    """Each attempt is noted; after three, it is written down and told, and it is due at its next time only."""
     processes.primary(tmp_path / "a")
     told = tmp_path / "told"
     before = ["/bin/sh", "-c", "kill -ABRT $PPID; sleep 60"]
@@ -229,6 +229,11 @@ def test_a_run_that_takes_its_process_with_it_each_time_has_failed(
         last.stdin.close()
         assert last.wait(60) == 0
     (entry,) = entries(tmp_path / "a")
+    first, second, failed, *_ = (books / "journal").read_text().splitlines()
+    assert "nightly that was due at 1971-01-01T00:00:00.000000Z: attempt 1 was cut off" in first
+    assert first.endswith("attempt 2 follows")
+    assert second.endswith("attempt 3 follows")
+    assert f"run {entry.number} of nightly: failed" in failed
     assert entry.result is Result.FAILED
     assert "has ended 3 times" in entry.errors[0]
     assert f"understudy verify {tmp_path / 'a'}" in entry.errors[0]

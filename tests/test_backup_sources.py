@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -171,22 +172,29 @@ def test_a_log_that_is_pruned_while_it_is_backed_up_is_copied_all_the_same(
 # -- with processes --------------------------------------------------------------------------------------------
 
 
-class Slow(NamedTuple):
-    """A backup under way that takes some seconds."""
+class Halted(NamedTuple):
+    """A backup that stands still in the middle, however long the rest of a test takes."""
 
     command: Process
     target: Path
 
+    def go_on(self) -> None:
+        """Lets it come to its end, which is a good one."""
+        self.command.send(signal.SIGCONT)
+        assert self.command.wait() == 0, self.command.describe()
 
-def begin_slowly(processes: Processes, source: Path, target: Path) -> Slow:
-    """Starts one, and returns once it is copying."""
+
+def begin_and_halt(processes: Processes, source: Path, target: Path) -> Halted:
+    """Starts one, and halts it once it is copying."""
     command = processes.start("backup", "-f", source, "-t", target, "--rate", "500kB/s")
     wait_until((target / IN_PROGRESS_FILE).exists, what=command.describe)
-    return Slow(command, target)
+    command.send(signal.SIGSTOP)
+    assert command.is_running
+    return Halted(command, target)
 
 
 def fill(address: str) -> None:
-    """Some MB, so that a slow backup takes its time."""
+    """Some MB, for which a backup takes some seconds."""
     put(address, "/large", *((b"%d" % number, b"%04d" % number * 250) for number in range(1500)))
     checkpoint(address)
 
@@ -204,21 +212,20 @@ def test_a_replica_that_is_promoted_while_it_is_backed_up(processes: Processes, 
     pair = Pair(processes, tmp_path)
     fill(pair.primary.address)
     wait_until_caught_up(pair.primary.address, pair.replica.address)
-    slow = begin_slowly(processes, pair.b, tmp_path / "c")
+    halted = begin_and_halt(processes, pair.b, tmp_path / "c")
     primary = pair.fail_over()
     with Load(primary.address) as load:
         load.wait_for(100)
         checkpoint(primary.address)
         load.stop()
-    assert slow.command.is_running
-    assert slow.command.wait() == 0
-    assert_sound(slow.target)
-    manifest = read_manifest(slow.target)
+    halted.go_on()
+    assert_sound(halted.target)
+    manifest = read_manifest(halted.target)
     assert (manifest.epoch, manifest.realms) == (1, 1)
-    processes.run("backup", "-f", pair.b, "-t", slow.target, "--update")
-    assert read_manifest(slow.target).epoch == 2
+    processes.run("backup", "-f", pair.b, "-t", halted.target, "--update")
+    assert read_manifest(halted.target).epoch == 2
     assert primary.terminate() == 0
-    assert_holds(slow.target, {"/load": contents(pair.b)["/load"], "/large": contents(pair.b)["/large"]})
+    assert_holds(halted.target, {"/load": contents(pair.b)["/load"], "/large": contents(pair.b)["/large"]})
 
 
 def test_an_old_primary_that_is_rewound_while_it_is_backed_up(processes: Processes, tmp_path: Path) -> None:
@@ -233,14 +240,13 @@ def test_an_old_primary_that_is_rewound_while_it_is_backed_up(processes: Process
     primary = processes.primary(pair.b)
     put(primary.address, "/realm", (b"new", b"1"))
     before = contents(pair.a)
-    slow = begin_slowly(processes, pair.a, tmp_path / "c")
+    halted = begin_and_halt(processes, pair.a, tmp_path / "c")
     processes.run("rewind", pair.a, "--to", primary.address)
-    assert slow.command.is_running
-    assert slow.command.wait() == 0
-    assert_holds(slow.target, before)
-    again = processes.run("backup", "-f", pair.a, "-t", slow.target, "--update", code=RESET_NEEDED)
+    halted.go_on()
+    assert_holds(halted.target, before)
+    again = processes.run("backup", "-f", pair.a, "-t", halted.target, "--update", code=RESET_NEEDED)
     assert b"keep this backup" in again.stderr
-    assert_holds(slow.target, before)
+    assert_holds(halted.target, before)
     processes.run("backup", "-f", pair.a, "-t", tmp_path / "d")
     assert_holds(tmp_path / "d", contents(pair.a))
 
@@ -254,17 +260,16 @@ def test_a_replica_that_is_bootstrapped_anew_while_it_is_backed_up(
     wait_until_caught_up(pair.primary.address, pair.replica.address)
     assert pair.replica.terminate() == 0
     before = contents(pair.b)
-    slow = begin_slowly(processes, pair.b, tmp_path / "c")
+    halted = begin_and_halt(processes, pair.b, tmp_path / "c")
     shutil.rmtree(pair.b)
     replica = processes.replica(pair.b, pair.primary.address, "--id", "b")
     put(pair.primary.address, "/realm", (b"meanwhile", b"1"))
     wait_until_caught_up(pair.primary.address, replica.address)
-    assert slow.command.is_running
-    assert slow.command.wait() == 0
-    assert_holds(slow.target, before)
-    processes.run("backup", "-f", pair.b, "-t", slow.target, "--update")
+    halted.go_on()
+    assert_holds(halted.target, before)
+    processes.run("backup", "-f", pair.b, "-t", halted.target, "--update")
     assert replica.terminate() == 0
-    assert_holds(slow.target, contents(pair.b))
+    assert_holds(halted.target, contents(pair.b))
 
 
 def test_a_source_that_is_no_copy_for_a_moment_is_refused(tmp_path: Path, copies: Copies) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -54,8 +55,9 @@ def worker_of(address_pid: int) -> int:
 
     def find() -> int:
         for pid in Path(f"/proc/{address_pid}/task/{address_pid}/children").read_text().split():
-            if "understudy.backup.worker" in Path(f"/proc/{pid}/cmdline").read_text():
-                return int(pid)
+            with contextlib.suppress(OSError):  # it has ended just now
+                if "understudy.backup.worker" in Path(f"/proc/{pid}/cmdline").read_text():
+                    return int(pid)
         return 0
 
     return wait_until(find)

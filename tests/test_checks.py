@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from understudy.backup.catalog import (
 )
 from understudy.backup.folder_repository import FolderRepository
 from understudy.backup.manifest import Manifest, utc_text
-from understudy.common.errors import CorruptionError, RepositoryError
+from understudy.common.errors import OTHER_BACKUP, CorruptionError, RepositoryError
 from understudy.common.types import Lsn
 
 MADE_S = 1_763_760_000.0
@@ -181,6 +182,90 @@ def test_a_manifest_of_no_time_is_told_as_damaged(key: str, moment: object) -> N
     raw["manifest"][key] = moment
     with pytest.raises(CorruptionError, match="can't be read"):
         decode_backup(json.dumps(raw).encode(), "manifest.json")
+
+
+FILE = {"path": "store/data.mdb", "bytes": 1, "xxh3": "0" * 32}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("format", 0),
+        ("form", "other"),
+        ("cluster", "a cluster"),
+        ("node", 7),
+        ("version", None),
+        ("machine", []),
+        ("byte_order", 1),
+        ("epoch", 0),
+        ("epoch", -1),
+        ("epoch", True),
+        ("lsn", 0),
+        ("lsn", 2**64),
+        ("lsn", 2**70),
+        ("lsn", 7.0),
+        ("log_offset", -1),
+        ("log_offset", 2**64),
+        ("checkpoint_lsn", -1),
+        ("checkpoint_lsn", 2**70),
+        ("realms", -1),
+        ("page_bytes", -4096),
+        ("page_bytes", "4096"),
+        ("digest", "00" * 31),
+        ("digest", "zz" * 32),
+        ("digest", 7),
+        ("state_digest", "0"),
+        ("state_digest", "no digest"),
+        ("realms_chosen", "/a"),
+        ("realms_excluded", [7]),
+        ("failed", [{"realm": "/a", "error": 7}]),
+        ("time", "yesterday"),
+        ("made", 7),
+    ],
+)
+def test_a_manifest_of_what_can_not_be_is_told_as_damaged(key: str, value: object) -> None:
+    """G11: one without a seal, as earlier versions wrote it, is refused for a value that can't be, and says which."""
+    refuse({key: value}, repr(value) if key == "form" else key)
+
+
+@pytest.mark.parametrize(
+    "path", ["", ".", "/etc/passwd", "../a", "log/../../a", "log//a", "log/./a", "a\0", "a/", 7]
+)
+def test_a_manifest_names_only_files_within_its_backup(path: object) -> None:
+    """G11: nothing outside of a backup is read or written, whatever its manifest says."""
+    refuse({"files": [{**FILE, "path": path}]}, "the path of a file")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"bytes": -1}, "bytes of store"),
+        ({"bytes": 2**63}, "bytes of store"),
+        ({"xxh3": "z" * 32}, "xxh3 of store"),
+    ],
+)
+def test_a_manifest_names_files_as_they_can_be(wrong: dict[str, object], says: str) -> None:
+    """G11: as with its other values."""
+    refuse({"files": [{**FILE, **wrong}]}, says)
+
+
+def test_a_manifest_names_no_file_twice() -> None:
+    """G11: one of both would not be looked at."""
+    Manifest.decode(without_seal({"files": [FILE]}), "backup.json")
+    refuse({"files": [FILE, FILE]}, "the path of a file is 'store/data.mdb'")
+
+
+def refuse(changed: dict[str, object], says: str) -> None:
+    """Reads a manifest of an earlier version, with some values changed."""
+    with pytest.raises(CorruptionError, match=f"backup.json can't be read: .*{re.escape(says)}") as refused:
+        Manifest.decode(without_seal(changed), "backup.json")
+    assert refused.value.remedy == OTHER_BACKUP
+
+
+def without_seal(changed: dict[str, object]) -> bytes:
+    facts = json.loads(MANIFEST.encode())
+    del facts["seal"]
+    return json.dumps({**facts, **changed}).encode()
 
 
 def test_verify_of_an_empty_repository_says_so(processes: Processes, tmp_path: Path) -> None:

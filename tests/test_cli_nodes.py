@@ -75,7 +75,7 @@ def test_status_shows_replicas_while_they_are_away(processes: Processes, tmp_pat
         found = replicas("--server", primary.address)
         return bool(found and found[0]["connected"])
 
-    wait_until(streaming)
+    wait_until_following(primary.address, "second")
     (connected,) = replicas("--server", primary.address)
     assert list(connected) == REPLICA_KEYS
     assert connected["id"] == "second"
@@ -185,8 +185,9 @@ def test_the_story_of_a_failover(processes: Processes, tmp_path: Path) -> None:
     rewound = json.loads(shown)
     assert rewound["common_lsn"] == promoted["lsn"] - 1
     first = processes.replica(tmp_path / "a", second.address, "--id", "a")
+    nodes.wait_until_caught_up(second.address, first.address)
     at = ("--server", first.address, "/inventory", "pear")
-    wait_until(lambda: processes.run("scan", *at[:3]).stdout == b"apple\t3\npear\t4\n")
+    assert processes.run("scan", *at[:3]).stdout == b"apple\t3\npear\t4\n"
     refused = processes.run("put", *at, "5", code=ExitCode.DIRECTORY)
     assert "is a replica" in complaint(refused)
 
@@ -224,20 +225,21 @@ def test_comparing_two_nodes_names_the_realm_that_differs(processes: Processes, 
     for realm in ("/sound", "/hurt"):
         processes.run("put", "--server", primary.address, realm, "key", "a value")
     replica = processes.replica(tmp_path / "b", primary.address)
-    nodes = ("verify", "--server", primary.address, "--against", replica.address)
-    wait_until(lambda: json.loads(processes.run("status", tmp_path / "b", "--json").stdout)["lsn"] > 3)
-    equal = json.loads(processes.run(*nodes, "--json").stdout)
+    compare = ("verify", "--server", primary.address, "--against", replica.address)
+    nodes.settle(primary.address)  # so that it takes no checkpoint that the replica would be behind
+    nodes.wait_until_caught_up(primary.address, replica.address)
+    equal = json.loads(processes.run(*compare, "--json").stdout)
     assert (equal["ok"], equal["problems"]) == (True, [])
     assert equal["realms_checked"] >= 2
-    assert b"equal" in processes.run(*nodes).stdout
+    assert b"equal" in processes.run(*compare).stdout
 
     assert replica.terminate() == 0
     put_past_everything(tmp_path / "b" / "store", "/hurt", b"key", b"another value")
     replica = processes.replica(tmp_path / "b", primary.address)
-    found = processes.run(*nodes[:-1], replica.address, code=ExitCode.CORRUPT).stdout.decode()
+    found = processes.run(*compare[:-1], replica.address, code=ExitCode.CORRUPT).stdout.decode()
     assert "realm /hurt differs" in found
     assert "realm /sound" not in found
-    assert processes.run(*nodes[:-1], replica.address, "--json", code=4).stdout.startswith(b'{"ok": false')
+    assert processes.run(*compare[:-1], replica.address, "--json", code=4).stdout.startswith(b'{"ok": false')
 
 
 def test_nodes_of_two_clusters_are_not_compared(processes: Processes, tmp_path: Path) -> None:
@@ -448,7 +450,7 @@ def test_a_replica_that_will_not_come_back_is_forgotten(processes: Processes, tm
     at = ("--server", primary.address)
     assert "none is known" in complaint(processes.run("forget", "b", *at, code=ExitCode.USAGE))
     replica = processes.replica(tmp_path / "b", primary.address, "--id", "b")
-    wait_until(lambda: "b" in connected(processes, primary.address))
+    wait_until_following(primary.address, "b")
     assert "connected" in complaint(processes.run("forget", "b", *at, code=ExitCode.FAILED))
     said = complaint(processes.run("forget", "c", *at, code=ExitCode.USAGE))
     assert "known are: b" in said
@@ -478,7 +480,7 @@ def test_what_forgetting_freed_is_said(processes: Processes, tmp_path: Path) -> 
     """Without ``--json``, ``forget`` says in words how far the replica had got."""
     primary = processes.primary(tmp_path / "a")
     replica = processes.replica(tmp_path / "b", primary.address, "--id", "b")
-    wait_until(lambda: "b" in connected(processes, primary.address))
+    wait_until_following(primary.address, "b")
     assert replica.terminate() == 0
     wait_until(lambda: not connected(processes, primary.address))
     shown = processes.run("forget", "b", "--server", primary.address).stdout
@@ -489,6 +491,16 @@ def put_in_a_checkpoint(address: str) -> None:
     """Something that the next checkpoint has to write, and that checkpoint."""
     nodes.put(address, "/a", (b"more", b""))
     nodes.checkpoint(address)
+
+
+def wait_until_following(address: str, replica_id: str) -> None:
+    """Returns once the replica follows the primary at ``address``, which knows that the replica has everything."""
+
+    def has_everything() -> bool:
+        found = nodes.slot(address, replica_id)
+        return found is not None and found.connected and not found.lag_entries
+
+    wait_until(has_everything)
 
 
 def connected(processes: Processes, address: str) -> list[str]:

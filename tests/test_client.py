@@ -19,7 +19,7 @@ import grpc.aio
 import pytest
 from faulty_proxy import FaultyProxy
 from harness import DEADLINE_S, Process, Processes, wait_until
-from nodes import GarbageServer, Pair, assert_left_alone, pairs, put, status, wait_until_caught_up
+from nodes import GarbageServer, Pair, assert_left_alone, pairs, put, status, until_said, wait_until_caught_up
 
 from understudy import client
 from understudy.client import (
@@ -739,8 +739,9 @@ def test_results_that_make_no_sense_are_the_server_s_fault() -> None:
             await context.read()
 
         fake.rest = babble
-        with pytest.raises(OutcomeUnknown, match="columns") as unknown:
-            await client.commit("/realm", [Put(b"key", b"value")], timeout_s=0.5)
+        with pytest.raises(OutcomeUnknown) as unknown:
+            await client.commit("/realm", [Put(b"key", b"value")], timeout_s=0.1)
+        await until_said(client, unknown.value.number, "columns")
         with pytest.raises(ProtocolError, match="columns"):
             # A server that has never seen it certainly did not apply it.
             await asyncio.gather(
@@ -901,6 +902,7 @@ def test_looking_for_the_primary_is_part_of_a_call_s_time(monkeypatch: pytest.Mo
 # -- whom to believe -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("patient_clients")
 @pytest.mark.parametrize("old_first", [True, False])
 def test_the_primary_of_the_latest_epoch_is_found_and_the_earlier_one_shown_its_proof(
     processes: Processes, tmp_path: Path, old_first: bool
@@ -981,6 +983,7 @@ class _Split:
         assert "understudy rewind" in error.remedy
 
 
+@pytest.mark.usefixtures("patient_clients")
 def test_a_client_that_meets_two_primaries_of_one_epoch_chooses_neither(
     processes: Processes, tmp_path: Path
 ) -> None:
@@ -999,6 +1002,7 @@ def test_a_client_that_meets_two_primaries_of_one_epoch_chooses_neither(
     assert pairs(first.address, "/realm") == {b"key": b"healed"}
 
 
+@pytest.mark.usefixtures("patient_clients")
 def test_a_client_that_was_bound_to_one_does_not_go_over_to_the_other(
     processes: Processes, tmp_path: Path
 ) -> None:
@@ -1022,6 +1026,7 @@ def test_a_client_that_was_bound_to_one_does_not_go_over_to_the_other(
     assert pairs(split.addresses[0], "/realm") == {b"key": b"first again"}
 
 
+@pytest.mark.usefixtures("patient_clients")
 def test_split_brain_is_told_only_while_it_is_there_to_be_seen() -> None:
     """When both primaries are gone, a client says that nobody answers."""
 
@@ -1070,12 +1075,15 @@ def test_g7_a_server_of_an_earlier_epoch_than_was_met_gets_no_transaction() -> N
     """G7: an old primary behind the address of a later one, which does not know yet that its reign is over."""
 
     async def story(fake: _FakePrimary, client: AsyncServer) -> None:
-        async def answer_one(context: Context) -> None:
+        async def answer_none(context: Context) -> None:
             await context.read()
+            was_sent.set()
 
-        fake.epoch, fake.proof, fake.rest = 2, b"second", answer_one
+        was_sent = asyncio.Event()
+        fake.epoch, fake.proof, fake.rest = 2, b"second", answer_none
         with pytest.raises(OutcomeUnknown):
             await client.commit("/realm", [Put(b"key", b"value")], timeout_s=0.1)
+        await was_sent.wait()  # and so it was bound
         fake.epoch, fake.proof, fake.rest = 1, b"first", fake.answer_all
         met = fake.binds
         await asyncio.to_thread(wait_until, lambda: fake.numbers or fake.binds >= met + 3)

@@ -74,8 +74,9 @@ def test_a_replica_that_does_not_read_for_a_while_blames_nobody(
         monkeypatch.setattr(follow_session, "APPLIED_AT_ONCE", 0)
         async with aconnect(address) as client:
             await client.commit("/realm", [Put(b"key", b"value")])
+            await _until(lambda: len(ticks) >= 1)  # it has come
             monkeypatch.setattr(follow_session, "SILENCE_S_MAX", 0.0)
-            await _until(lambda: len(ticks) >= 3)
+            await _until(lambda: len(ticks) >= 4)
             assert node.status().upstream.connected
         # And now it is closed in the same state.
 

@@ -48,6 +48,47 @@ def test_a_repository_within_the_data_is_refused(processes: Processes, tmp_path:
     assert "within each other" in refused.stderr.decode()
 
 
+def test_an_archive_within_its_source_is_refused(processes: Processes, tmp_path: Path) -> None:
+    """G4: no backup by hand writes into the directory that it copies, which is then to be lost with it."""
+    processes.primary(tmp_path / "a").terminate()
+    before = sorted(tmp_path.rglob("*"))
+    for target in (tmp_path / "a/a.tar.zst", tmp_path / "a/store/a.tar.zst"):
+        done = processes.run("backup", "-f", tmp_path / "a", "-t", target, code=USAGE)
+        assert "within each other" in done.stderr.decode()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "repository", ["/backup/here", "/backup/here/staging/in/it", "file:///backup/here/staging"]
+)
+def test_a_staging_within_or_around_a_repository_is_refused(repository: str) -> None:
+    """G4: what drills replace as a whole holds no backup, and is not taken for one."""
+    said = {"name": "nightly", "repositories": ["s3://bucket", repository], "staging": "/backup/here/staging"}
+    with pytest.raises(UsageError, match="'nightly': staging is '/backup/here/staging', and that"):
+        parse_policy(said, "u.toml")
+    parse_policy({**said, "staging": "/backup/staging"}, "u.toml")
+
+
+def test_a_staging_within_the_data_is_refused_by_all_who_know_both(
+    processes: Processes, tmp_path: Path
+) -> None:
+    """G4: the server does not start with it, and neither run nor drill begins."""
+    data_dir, config = tmp_path / "a", tmp_path / "u.toml"
+    processes.primary(data_dir).terminate()
+    config.write_text(
+        f'[[backup]]\nname = "nightly"\nrepositories = ["{tmp_path}/repository"]\nstaging = "{data_dir}/staging"\n'
+    )
+    policy = ("nightly", "--config", config, "--data-dir", data_dir)
+    for command in (
+        ("primary", "--data-dir", data_dir, "--config", config),
+        ("replica", "--data-dir", data_dir, "--primary", "127.0.0.1:1", "--config", config),
+        ("backup", "run", *policy),
+        ("backup", "drill", *policy),
+    ):
+        done = processes.run(*command, code=USAGE)
+        assert f"staging is '{data_dir}/staging', and that and {data_dir} lie" in done.stderr.decode()
+
+
 def test_a_restore_of_realms_that_are_not_there_says_so(processes: Processes, tmp_path: Path) -> None:
     """A pattern that holds no realm is a mistake, not a success without any."""
     put(processes.primary(tmp_path / "a").address, "/orders", (b"key", b"value"))

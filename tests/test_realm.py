@@ -285,8 +285,9 @@ def test_without_a_connection_waiting_ends_at_its_deadline(tmp_path: Path) -> No
     errors: list[UnderstudyError] = []
     with Realm.open("/realm", server=NOBODY, directory=tmp_path / "a", on_error=errors.append) as realm:
         realm.commit([Put(b"key", b"")])
+        wait_until(lambda: isinstance(realm.state.error, PeerUnreachable))
         with pytest.raises(OutcomeUnknown, match="not reachable"):
-            realm.wait_for_upload(0.5)
+            realm.wait_for_upload(0.1)
         with pytest.raises(PeerUnreachable, match="not reachable"):
             realm.wait_for_download(0.1)
         assert isinstance(realm.state.error, PeerUnreachable)

@@ -35,6 +35,7 @@ from nodes import (
     offline_status,
     pairs,
     put,
+    settle,
     slot,
     status,
     wait_until_caught_up,
@@ -45,13 +46,14 @@ from understudy.client import Put, connect
 from understudy.common.directory import DataDirectory
 from understudy.common.errors import ExitCode, OutcomeUnknown
 from understudy.common.follow_table import PROTOCOL_VERSION, Decision
+from understudy.common.log_reader import read_records
 from understudy.common.metrics import EngineMetrics
 from understudy.common.settings import PrimarySettings
-from understudy.common.types import START
+from understudy.common.types import START, ClusterId, Lsn
 from understudy.primary.node import PrimaryNode
 from understudy.primary.replication_service import ReplicationService
 from understudy.primary.snapshots import PinBoard
-from understudy.v1 import replication_pb2, replication_pb2_grpc
+from understudy.v1 import admin_pb2, replication_pb2, replication_pb2_grpc
 
 # -- bootstrap and catching up ---------------------------------------------------------------------------------
 
@@ -80,6 +82,7 @@ def test_several_replicas_bootstrap_while_the_primary_takes_writes(
     assert {one.id for one in status(primary.address).replicas if one.connected} == set(names)
 
 
+@pytest.mark.timeout(300)
 def test_a_bootstrap_killed_at_any_step_is_made_good_by_the_next_start(
     processes: Processes, tmp_path: Path, nursery: Nursery
 ) -> None:
@@ -88,7 +91,7 @@ def test_a_bootstrap_killed_at_any_step_is_made_good_by_the_next_start(
     put(primary.address, "/kept", *((b"%d" % number, bytes([number]) * 500_000) for number in range(2)))
     checkpoint(primary.address)
     put(primary.address, "/kept", (b"after", b"the checkpoint"))
-    head = status(primary.address)
+    head = status(primary.address)  # at least: in the end there may be a second checkpoint's marks
     for step in itertools.count(1):
         copy = tmp_path / f"b{step}"
         killed = _replica_launched(processes, nursery.dying_at(step), copy, primary)
@@ -102,7 +105,9 @@ def test_a_bootstrap_killed_at_any_step_is_made_good_by_the_next_start(
             wait_until(lambda: _applied(again) >= head.lsn, what=again.describe)  # noqa: B023
             again.kill()
         found = offline_status(copy)
-        assert (found.role, found.lsn, found.digest) == ("replica", head.lsn, head.digest)
+        assert found.role == "replica"
+        assert found.lsn >= head.lsn
+        assert found.digest == _digest_at(tmp_path / "a", found)
         assert_sound(copy)
         if survived:
             break
@@ -112,14 +117,14 @@ def test_a_bootstrap_killed_at_any_step_is_made_good_by_the_next_start(
     assert_equal(primary.address, replica.address)
 
 
+@pytest.mark.timeout(300)
 def test_a_bootstrap_that_finds_no_space_and_is_killed_soon_after_is_made_good_by_the_next_start(
     processes: Processes, tmp_path: Path, nursery: Nursery
 ) -> None:
     """G2, G9: whatever step finds the disk full, a replica that goes on and is killed then leaves nothing half done."""
     primary = processes.primary(tmp_path / "a")
     put(primary.address, "/kept", *((b"%d" % number, bytes([number]) * 500_000) for number in range(2)))
-    checkpoint(primary.address)
-    head = status(primary.address)
+    head = settle(primary.address)
     for step in itertools.count(1):
         copy = tmp_path / f"b{step}"
         replica = _replica_launched(processes, nursery.out_of_space_at(step), copy, primary)
@@ -148,6 +153,11 @@ def _replica_launched(processes: Processes, launch: Launch, copy: Path, primary:
     )
 
 
+def _digest_at(path: Path, where: admin_pb2.StatusResponse) -> bytes:
+    """The digest that the log in ``path``, of a primary that runs, has where another node stands."""
+    return next(read_records(path / "log", ClusterId(where.cluster), Lsn(where.lsn - 1))).digest
+
+
 def _applied(replica: Process) -> int:
     """How far a replica is that may not even be ready, or be gone."""
     address = replica.stdout.partition(" ready on ")[2].strip()
@@ -164,15 +174,15 @@ def test_a_bootstrap_that_broke_off_goes_on_where_it_was(processes: Processes, t
     put(primary.address, "/large", *values)
     checkpoint(primary.address)
     arguments = ("--id", "b", "--bootstrap-rate")
-    replica = processes.replica(tmp_path / "b", primary.address, *arguments, "6MiB")
-    total = wait_until(lambda: _total_once_fetched(replica, 8_000_000), what=replica.describe)
+    replica = processes.replica(tmp_path / "b", primary.address, *arguments, "2MiB")
+    total = wait_until(lambda: _total_once_fetched(replica, 6_000_000), what=replica.describe)
     replica.kill()
     put(primary.address, "/large", (b"new", b"value"))
     checkpoint(primary.address)
     with FaultyProxy(primary.address) as proxy:
         replica = processes.replica(tmp_path / "b", proxy.address, *arguments, "1GiB")
         assert_equal(primary.address, replica.address)
-        assert proxy.bytes_sent < total - 7_000_000
+        assert proxy.bytes_sent < total - 5_000_000
         replica.kill()
 
 
@@ -189,6 +199,7 @@ def test_a_slot_outlives_its_primary_and_shows_how_far_behind_its_replica_is(
     """A replica that is away is listed with its lag, also by a restarted primary, and is streamed to when it comes."""
     pair = Pair(processes, tmp_path)
     address = pair.primary.address
+    wait_until(lambda: _replica_facts(processes, address)["lag_entries"] == 0)  # as far as the primary knows
     pair.replica.kill()
     for number in range(5):
         put(address, "/away", (b"key", b"%d" % number))
@@ -204,7 +215,7 @@ def test_a_slot_outlives_its_primary_and_shows_how_far_behind_its_replica_is(
     assert again | {"lag_seconds": 0} == facts | {"lag_seconds": 0}
     replica = processes.replica(pair.b, address, "--id", "b")
     assert_equal(address, replica.address)
-    assert "decision=BOOTSTRAP" not in replica.stderr
+    assert "bootstrap_begins" not in replica.stderr
     wait_until(lambda: _replica_facts(processes, address)["lag_entries"] == 0)
     facts = _replica_facts(processes, address)
     assert (facts["connected"], facts["state"], facts["lag_bytes"]) == (True, "streaming", 0)
@@ -225,10 +236,9 @@ def test_a_replica_that_is_away_for_too_long_bootstraps_again(processes: Process
     with connect(address) as server:
         for number in range(28):
             server.commit("/large", [Put(b"%d" % (number % 3), bytes([number]) * (8 << 20))])
+    wait_until(lambda: _slot_state(address) == "lost")
     checkpoint(address)
-    lost = slot(address, "b")
-    assert lost is not None
-    assert lost.state == "lost"
+    assert _slot_state(address) == "lost"
     assert "replica b was lost and must bootstrap again" in warnings(address)
     put(address, "/large", (b"last", b"one"))
     checkpoint(address)  # each prunes behind it
@@ -238,9 +248,13 @@ def test_a_replica_that_is_away_for_too_long_bootstraps_again(processes: Process
     replica = processes.replica(pair.b, address, "--id", "b")
     assert_equal(address, replica.address)
     assert "bootstrap_begins" in replica.stderr
+    wait_until(lambda: _slot_state(address) == "streaming")
+
+
+def _slot_state(address: str) -> str:
     found = slot(address, "b")
     assert found is not None
-    assert found.state == "streaming"
+    return found.state
 
 
 # -- identity --------------------------------------------------------------------------------------------------
@@ -470,9 +484,10 @@ def test_a_replica_waits_for_a_primary_and_says_so_once(processes: Processes, tm
     """Where nobody listens, or only something else, a replica says so once, tries on, and follows when it can."""
     with GarbageServer() as garbage:
         replica = processes.replica(tmp_path / "b", garbage.address)
-        wait_until(lambda: garbage.connections >= 4, what=replica.describe)
+        wait_until(lambda: garbage.address in warnings(replica.address), what=replica.describe)
+        more = garbage.connections + 4
+        wait_until(lambda: garbage.connections >= more, what=replica.describe)
         _check_said_once(replica.stderr)
-        assert garbage.address in warnings(replica.address)
     primary = processes.primary(tmp_path / "a", "--listen", garbage.address)
     assert_equal(primary.address, replica.address)
     before = len(replica.stderr)
@@ -490,10 +505,15 @@ def test_what_keeps_each_of_several_addresses_from_being_followed_is_told(
     """Of addresses that are asked in turn, each one's trouble stands in the status, not only the latest."""
     with GarbageServer() as garbage, GarbageServer() as other:
         replica = processes.replica(tmp_path / "b", f"{garbage.address},{other.address}")
-        wait_until(lambda: min(garbage.connections, other.connections) >= 3, what=replica.describe)
-        told = warnings(replica.address)
-        assert garbage.address in told
-        assert other.address in told
+
+        def told() -> set[str]:
+            said = warnings(replica.address)
+            return {one.address for one in (garbage, other) if one.address in said}
+
+        wait_until(lambda: len(told()) == 2, what=replica.describe)
+        more = garbage.connections + 2
+        wait_until(lambda: garbage.connections >= more, what=replica.describe)
+        assert len(told()) == 2  # whoever was asked last
 
 
 def _check_said_once(logged: str) -> None:
@@ -545,7 +565,8 @@ def test_a_transaction_may_ask_for_more_than_its_server(processes: Processes, tm
         local = server.commit("/realm", [Put(b"local", b"1")])
         with pytest.raises(OutcomeUnknown) as unknown:
             server.commit("/realm", [Put(b"replica", b"1")], durability="replica", timeout_s=0.3)
-        assert server.get("/realm", b"replica") == b"1"  # committed at the server's level
+        # Committed at the server's level, in its own time.
+        wait_until(lambda: server.get("/realm", b"replica") == b"1")
         replica = processes.replica(tmp_path / "b", primary.address)
         receipt = server.wait(unknown.value.number)
         assert receipt.lsn == local.lsn + 1
@@ -592,6 +613,7 @@ def test_a_server_degrades_and_returns(processes: Processes, tmp_path: Path) -> 
     """With `--degrade-after` a server alone acknowledges at `local`, says so, and returns when a replica caught up."""
     pair = Pair(processes, tmp_path, "--durability", "replica", "--degrade-after", "0.5")
     address = pair.primary.address
+    wait_until(lambda: status(address).durability == "replica")  # it was alone while the replica started
     put(address, "/realm", (b"with", b"replica"))
     assert status(address).durability == "replica"
     pair.replica.kill()

@@ -52,6 +52,7 @@ async def _split(tmp_path: Path, old_first: bool) -> None:
             assert not new.node.is_fenced
 
 
+@pytest.mark.usefixtures("patient_clients")
 @pytest.mark.parametrize("old_first", [True, False])
 def test_a_client_given_both_addresses_writes_to_the_later_epoch_and_fences_the_earlier(
     tmp_path: Path, old_first: bool

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import pytest
 from harness import Process, Processes, wait_until
-from nodes import offline_status, put, status
+from nodes import offline_status, put, settle, status
 
 from understudy.backup import archiver as archiver_module
 from understudy.backup import watched_repository as watched_module
@@ -56,6 +56,7 @@ def fill(primary: Process, *, segments: int) -> None:
     """Writes so many segments and somewhat more."""
     for number in range(8 * segments + 1):
         put(primary.address, "/realm", (b"%d" % (number % 2), os.urandom(8 << 20)))
+    settle(primary.address)  # so much that checkpoints are taken, whose marks come when they will
 
 
 # -- storages --------------------------------------------------------------------------------------------------
@@ -89,6 +90,7 @@ def test_a_storage_that_hangs_holds_up_no_other(
     reports: list[admin_pb2.BackupReport] = []
     policies = {"nightly": policy_to(tmp_path / "hanging", folder)}
     worker = Worker(tmp_path / "a", policies, tell=reports.append)
+    worker.report()
     threads = [threading.Thread(target=watch) for watch in worker.watchers()]
     for thread in threads:
         thread.start()

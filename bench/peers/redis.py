@@ -120,7 +120,16 @@ class Redis(Pair):
         directory.mkdir(exist_ok=True)
         settings = [word for name, value in _SETTINGS.items() for word in (f"--{name}", *_words(value))]
         where = ["--bind", HOST, "--port", str(self._ports[which]), "--dir", str(directory)]
-        command = [find("redis-server"), *where, *settings, "--loglevel", "warning", *flags]
+        command = [
+            find("redis-server"),
+            *where,
+            *settings,
+            "--loglevel",
+            "notice",
+            "--logfile",
+            "/dev/stderr",
+            *flags,
+        ]
         process = self.bench.processes.program(Process, "redis-server", command)
         wait_until(
             lambda: not process.is_running or self._is_loaded(which),
@@ -134,7 +143,7 @@ class Redis(Pair):
 
     def _is_loaded(self, which: int) -> bool:
         with contextlib.suppress(OSError):
-            return self._command(which, "PING") == b"PONG"
+            return self._ask(which, "PING") == b"PONG"
         return False
 
     def _settle(self, which: int) -> None:
@@ -150,6 +159,13 @@ class Redis(Pair):
         )
 
     def _command(self, which: int, *words: str) -> bytes:
+        try:
+            return self._ask(which, *words)
+        except OSError as error:
+            process = self._replica if which else self._primary
+            raise process.failure(f"does not take {' '.join(words)}: {error}") from error
+
+    def _ask(self, which: int, *words: str) -> bytes:
         client = RedisClient(self._address(which))
         try:
             return client.ask(*(word.encode() for word in words))

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from harness import ANY_PORT, Launch, Process, Processes, wait_until
+import pytest
+from harness import ANY_PORT, DEADLINE_S, Launch, Process, Processes, wait_until
 from killing import Nursery
 from nodes import (
     assert_equal,
@@ -24,7 +25,7 @@ from crash.clients import Clients
 from crash.ledger import Ledger
 from crash.machines import Machine, let_run
 from crash.tally import Tally
-from understudy.client import connect
+from understudy.client import connect, peers
 from understudy.common.errors import ExitCode
 
 _BEFORE_A_CRASH_MAX = 150  # transactions
@@ -137,8 +138,10 @@ class CrashingPair:
     def _come_back_as_primary(self, old: Node) -> None:
         """The old primary does not know what has happened, until a client tells it."""
         self._start(old, "primary", *self._as_primary)
-        with connect(self.addresses) as client:
-            assert client.status().epoch == status(self.primary.address).epoch
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(peers, "_SURVEY_S_MAX", DEADLINE_S)  # however slow they are, both are heard
+            with connect(self.addresses) as client:
+                assert client.status().epoch == status(self.primary.address).epoch
         wait_until(lambda: status(old.address).role == "fenced", what=old.running.describe)
         self._crash(old)
         refused = self._processes.start("primary", "--data-dir", old.machine.directory, launch=self._launch)

@@ -15,6 +15,7 @@ from crash.ledger import Ledger
 from crash.network import BadNetwork
 from crash.tally import Tally
 from understudy.common.certificate_authority import KeyFiles
+from understudy.v1 import admin_pb2
 
 _WEATHER_S = 0.3
 _DAMAGES_MAX = 4  # at a time; each ends a connection
@@ -161,9 +162,12 @@ def test_a_slow_line_to_the_replica_holds_up_nobody_at_level_local(
         network.bytes_a_second = 2_000
         with Clients(primary.address, chance) as clients:
             clients.wait_for(200)
-            (slot,) = status(primary.address).replicas
-            assert slot.connected
-            assert slot.lag_entries > 20
+
+            def lagging() -> admin_pb2.ReplicaStatus | None:
+                (slot,) = status(primary.address).replicas
+                return slot if slot.lag_entries > 20 else None
+
+            assert wait_until(lagging).connected
             clients.stop()
         network.recover()
         assert_equal(primary.address, replica.address)

@@ -8,6 +8,7 @@ REPOSITORY = "tests/test_backup_repository.py"
 BAD_LUCK = "tests/test_backup_bad_luck.py"
 SOURCES = "tests/test_backup_sources.py"
 DRILL = "tests/test_drill.py"
+RESTORE_LOG = "tests/test_restore_log.py"
 RUNS = "tests/test_backup_runs.py"
 WATCHED = "tests/test_watched_repository.py"
 
@@ -96,8 +97,9 @@ MUTANTS = (
     Mutant(
         name="a gap in the shipped log is taken for its end",
         guarantee="G8",
-        file="backup/log_archive.py",
-        old="        beyond = [rank for rank in ends if rank > (self._epoch, end) and self._is_followed(rank[0])]\n",
+        file="backup/log_following.py",
+        old="        beyond = [rank for rank in ends if rank > (copy.epoch, end) and "
+        "self._is_followed(rank[0], copy)]\n",
         new="        beyond: list[tuple[Epoch, Lsn]] = []\n",
         tests=(f"{REPOSITORY}::test_a_gap_in_the_log_is_no_end",),
         simulated=False,
@@ -250,8 +252,8 @@ MUTANTS = (
         name="a drill does not follow the log",
         guarantee="G8",
         file="backup/drill.py",
-        old="            if manifest.is_whole:\n                append_archived(\n",
-        new="            if False:\n                append_archived(\n",
+        old="        if not self._backup.manifest.is_whole:\n",
+        new="        if True:\n",
         tests=(f"{DRILL}::test_a_backup_and_the_log_behind_it_are_proven",),
         simulated=False,
     ),
@@ -304,6 +306,44 @@ MUTANTS = (
         old="        if self.freezer.is_on:\n            return\n        batch = self.committer.take_batch()\n",
         new="        batch = self.committer.take_batch()\n",
         tests=("tests/test_freeze.py::test_a_copy_of_a_frozen_directory_reaches_what_freeze_said",),
+        simulated=False,
+    ),
+    Mutant(
+        name="a restore goes on though its backup is not in place",
+        guarantee="G8",
+        file="backup/restore.py",
+        old="    note_filled(directory.path, None)\n",
+        new="    note_filled(directory.path, Filled(str(origin.goal), reached=False))\n",
+        tests=(f"{RESTORE_LOG}::test_a_restore_with_log_goes_on_where_it_was_killed",),
+        simulated=False,
+    ),
+    Mutant(
+        name="a restore goes on to another point than it began for",
+        guarantee="G8",
+        file="backup/restore.py",
+        old="filled is not None and filled.goal == str(origin.goal) and",
+        new="filled is not None and",
+        tests=(
+            f"{RESTORE_LOG}::test_a_restore_that_was_killed_begins_anew_where_another_point_is_asked_for",
+        ),
+        simulated=False,
+    ),
+    Mutant(
+        name="a restore stays on a wrong way",
+        guarantee="G3",
+        file="backup/log_following.py",
+        old="        if copy.end != copy.origin:\n            raise WrongWay\n",
+        new="",
+        tests=(f"{RESTORE_LOG}::test_a_way_that_turns_out_to_be_wrong_once_it_was_gone_is_left",),
+        simulated=False,
+    ),
+    Mutant(
+        name="a restore does not compare state digests",
+        guarantee="G11",
+        file="backup/replay.py",
+        old="        if self._engine.mismatches:\n",
+        new="        if False:\n",
+        tests=(f"{RESTORE_LOG}::test_a_log_that_leads_to_another_state_than_it_says_is_not_restored",),
         simulated=False,
     ),
 )

@@ -1,0 +1,139 @@
+"""A copy of a backup that is brought forward along the log: each entry is appended, and applied at once."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from itertools import takewhile
+
+from understudy.backup.point import Point
+from understudy.backup.target_log import Reached, reached
+from understudy.common.directory import DataDirectory
+from understudy.common.engine import Engine
+from understudy.common.errors import OTHER_BACKUP, CorruptionError
+from understudy.common.records import ChainReader, Record
+from understudy.common.types import ClusterId, Epoch, Lsn, Position
+
+# As much is made durable at a time.
+_BATCH_BYTES = 8 << 20
+
+
+class Replay:
+    """The copy; made by :func:`replaying`.
+
+    Args:
+        point: nothing that lies behind it is taken.
+    """
+
+    def __init__(self, engine: Engine, point: Point | None) -> None:
+        self._engine = engine
+        self._point = point
+        self.origin = engine.durable  # where the log of the copy ended at first
+        self.read = engine.durable  # the last entry read; behind the point it is not taken
+        self.is_enough = False  # the point is reached: no more is wanted
+        self.is_broken = False  # what was taken could not be applied
+        self._note_lsn()
+
+    @property
+    def cluster(self) -> ClusterId:
+        """Whose log it is."""
+        return self._engine.directory.cluster
+
+    @property
+    def end(self) -> Position:
+        """The last entry."""
+        return self._engine.durable
+
+    @property
+    def end_offset(self) -> int:
+        """The log offset behind it."""
+        return self._engine.log.end_offset
+
+    @property
+    def epoch(self) -> Epoch:
+        """Of the last entry."""
+        return self._engine.epoch
+
+    def extend(self, pieces: Iterable[bytes], epoch: Epoch, *, last: Lsn) -> None:
+        """Reads the records that follow, cut anywhere, and takes those that are not behind the point.
+
+        Args:
+            epoch: of the first of them, which a segment that they begin will name.
+            last: the last entry to read.
+
+        Raises:
+            CorruptionError: they do not follow; some of those before may have been taken.
+            DiskFull, StorageFailed.
+        """
+        pending = b""
+        for piece in pieces:
+            pending += piece
+            if len(pending) >= _BATCH_BYTES:
+                pending = self._take(pending, epoch, last)
+            if self.read.lsn == last:
+                return
+        self._take(pending, epoch, last)
+
+    def _take(self, data: bytes, epoch: Epoch, last: Lsn) -> bytes:
+        """Takes the whole records in ``data``, and returns the rest."""
+        reader = ChainReader(self.read)
+        found = reader.feed(data)[: last - self.read.lsn]
+        if not found:
+            return data
+        wanted = [] if self.is_enough else self._wanted(found)
+        if wanted:
+            self._append(wanted, data[: sum(record.encoded_bytes for record in wanted)], epoch)
+        self.read = found[-1].position
+        return data[len(data) - reader.pending_bytes :]
+
+    def _append(self, records: list[Record], data: bytes, epoch: Epoch) -> None:
+        try:
+            self._engine.log.write_batch(data, records[-1].position, epoch=epoch)
+            self._engine.replay(records)
+        except BaseException:
+            self.is_broken = True
+            raise
+        self._note_lsn()
+
+    def forget_read(self) -> None:
+        """What was read was of another history; nothing of it was taken."""
+        self.read, self.is_enough = self.end, False
+        self._note_lsn()
+
+    def _wanted(self, records: list[Record]) -> list[Record]:
+        """Those not behind the point. Times never go back from one entry to the next."""
+        point = self._point
+        if point is None or not point.is_before_entry(records[-1]):
+            return records
+        self.is_enough = True
+        return list(takewhile(lambda record: not point.is_before_entry(record), records))
+
+    def _note_lsn(self) -> None:
+        if self._point is not None and self._point.lsn is not None and self.end.lsn >= self._point.lsn:
+            self.is_enough = True
+
+    def finish(self) -> Reached:
+        """All that was taken is in place; segments that are not needed are removed.
+
+        Raises:
+            CorruptionError: the state is not what the log says it was.
+            DiskFull, StorageFailed.
+        """
+        self._engine.finish_replay()
+        if self._engine.mismatches:
+            raise CorruptionError(self._engine.mismatches[0], remedy=OTHER_BACKUP)
+        return reached(self._engine)
+
+
+@contextlib.contextmanager
+def replaying(directory: DataDirectory, point: Point | None = None) -> Iterator[Replay]:
+    """Opens a copy as a server would.
+
+    Raises:
+        CorruptionError, NewerFormat, DiskFull, StorageFailed.
+    """
+    engine = Engine.open(directory)
+    try:
+        yield Replay(engine, point)
+    finally:
+        engine.abandon()

@@ -1,0 +1,199 @@
+"""A restore along the log behind its backup: cut off anywhere, along a wrong way, to another state than was logged."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from pathlib import Path
+
+import pytest
+from backup_helpers import RealmContent, contents
+from harness import Processes
+from killing import KILLED, Nursery
+from nodes import DIRECTORY, assert_sound, checkpoint, copy_node, pairs, put, settle, wait_until_caught_up
+from repositories import done, policy_to, ship
+
+from understudy.backup.catalog import StoredBackup
+from understudy.backup.in_progress import read_filled
+from understudy.backup.manifest import read_manifest
+from understudy.backup.repository import open_repository
+from understudy.backup.restore import restore_stored
+from understudy.backup.run import run_policy
+from understudy.common.changelog import ChangeLog
+from understudy.common.directory import IN_PROGRESS_FILE, DataDirectory
+from understudy.common.entries import digest_entry, freeze_entry
+from understudy.common.files import OsFileSystem
+from understudy.common.records import encode_record
+from understudy.common.store import Store
+from understudy.common.types import Digest, Epoch, Lsn, Position
+from understudy.v1 import log_pb2
+
+CORRUPT = 4
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A repository in a folder."""
+    path = tmp_path / "repository"
+    path.mkdir()
+    return path
+
+
+def stored_with_log(
+    processes: Processes, tmp_path: Path, folder: Path
+) -> tuple[StoredBackup, dict[str, RealmContent]]:
+    """A backup, and behind it a log with a checkpoint in it; and what the realms hold at the log's end."""
+    primary = processes.primary(tmp_path / "a")
+    put(primary.address, "/realm", (b"key", b"0"), (b"gone", b"0"))
+    backup = done(run_policy(policy_to(folder, archive_log=False), tmp_path / "a"))
+    put(primary.address, "/realm", (b"key", b"1"))
+    checkpoint(primary.address)
+    put(primary.address, "/realm", (b"key", b"2"))
+    settle(primary.address)
+    put(primary.address, "/realm", (b"other", b"3"))
+    primary.terminate()
+    ship(tmp_path / "a", open_repository(str(folder)))
+    return backup, contents(tmp_path / "a")
+
+
+def test_a_restore_with_log_goes_on_where_it_was_killed(
+    processes: Processes, tmp_path: Path, folder: Path
+) -> None:
+    """G8: killed before any step, the same command finishes it, and needs the backup no more once that was in place."""
+    backup, expected = stored_with_log(processes, tmp_path, folder)
+    archive, aside = folder / backup.archive_name, tmp_path / "aside"
+    were_filled = 0
+    with Nursery(processes.environment) as nursery:
+        for step in itertools.count(1):
+            target = tmp_path / f"b{step}"
+            command = ("restore", folder, "--to", target)
+            ended = processes.start(*command, launch=nursery.dying_at(step)).wait()
+            assert ended in (0, KILLED)
+            if ended == 0:
+                break
+            is_filled = read_filled(target, f"{folder} {backup.id}") is not None
+            if is_filled:
+                were_filled += 1
+                archive.rename(aside)
+            if not (target / "node.json").exists() or (target / IN_PROGRESS_FILE).exists():
+                again = processes.start(*command, launch=nursery.dying_at(0))
+                assert again.wait() == 0, again.describe()
+            if is_filled:
+                aside.rename(archive)
+            assert_sound(target)
+            assert contents(target) == expected
+            shutil.rmtree(target)
+    assert were_filled > 5
+
+
+def test_a_restore_that_was_killed_begins_anew_where_another_point_is_asked_for(
+    processes: Processes, tmp_path: Path, folder: Path
+) -> None:
+    """G8: what the first attempt had taken from the log lies behind the second one's point, and goes."""
+    backup, _ = stored_with_log(processes, tmp_path, folder)
+    before = backup.manifest.lsn
+    with Nursery(processes.environment) as nursery:
+        for step in itertools.count(1):
+            target = tmp_path / f"b{step}"
+            if processes.start("restore", folder, "--to", target, launch=nursery.dying_at(step)).wait() == 0:
+                break
+            if read_filled(target, f"{folder} {backup.id}") is None:
+                continue
+            command = ("restore", folder, "--to", target, "--lsn", str(before + 1))
+            again = processes.start(*command, launch=nursery.dying_at(0))
+            if (target / IN_PROGRESS_FILE).exists():
+                assert again.wait() == 0, again.describe()
+                assert_sound(target)
+                assert read_manifest(target).lsn == before + 1
+
+
+def test_another_backup_is_not_mixed_with_one_that_was_cut_off(
+    processes: Processes, tmp_path: Path, folder: Path
+) -> None:
+    """G4: an unfinished restore is gone on with only from its own backup, and the error says which that is."""
+    backup, _ = stored_with_log(processes, tmp_path, folder)
+    newer = done(run_policy(policy_to(folder, archive_log=False), tmp_path / "a"))
+    target = tmp_path / "b"
+    with Nursery(processes.environment) as nursery:
+        command = ("restore", folder, backup.id, "--to", target)
+        for step in itertools.count(1):
+            processes.start(*command, launch=nursery.dying_at(step)).wait()
+            if (target / "node.json").exists():
+                break
+            shutil.rmtree(target, ignore_errors=True)
+    assert (target / IN_PROGRESS_FILE).exists()
+    refused = processes.run("restore", folder, newer.id, "--to", target, code=DIRECTORY)
+    assert f"begun from {folder} {backup.id}" in refused.stderr.decode()
+    processes.run(*command)
+    assert_sound(target)
+
+
+@pytest.mark.parametrize("wrong_puts", [6, 12])
+def test_a_way_that_turns_out_to_be_wrong_once_it_was_gone_is_left(
+    processes: Processes, tmp_path: Path, folder: Path, wrong_puts: int
+) -> None:
+    """G3: of two histories of one epoch, only the one that the next epoch follows from is restored."""
+    primary = processes.primary(tmp_path / "a")
+    put(primary.address, "/realm", (b"both", b"0"))
+    backup = done(run_policy(policy_to(folder, archive_log=False), tmp_path / "a"))
+    primary.terminate()
+    repository = open_repository(str(folder))
+    wrong = processes.primary(copy_node(tmp_path / "a", tmp_path / "wrong"))
+    for number in range(wrong_puts):
+        put(wrong.address, "/realm", (b"key", b"wrong %d" % number))
+    ship(tmp_path / "wrong", repository)
+    right = processes.primary(tmp_path / "a")
+    put(right.address, "/realm", (b"key", b"right"))
+    settle(right.address)  # so that the replica's own log begins here
+    replica = processes.replica(tmp_path / "r", right.address)
+    wait_until_caught_up(right.address, replica.address)
+    replica.kill()
+    for number in range(8):
+        put(right.address, "/realm", (b"key", b"given up %d" % number))
+    ship(tmp_path / "a", repository)
+    right.kill()
+    processes.run("promote", tmp_path / "r")
+    promoted = processes.primary(tmp_path / "r")
+    put(promoted.address, "/realm", (b"new", b"1"))
+    ship(tmp_path / "r", repository)
+    manifest = restore_stored(repository, backup, tmp_path / "d", with_log=True).manifest
+    assert_sound(tmp_path / "d")
+    assert manifest.epoch == 2
+    expected = {b"both": b"0", b"key": b"right", b"new": b"1"}
+    assert pairs(processes.primary(tmp_path / "d").address, "/realm") == expected
+
+
+def test_a_log_that_leads_to_another_state_than_it_says_is_not_restored(
+    processes: Processes, tmp_path: Path, folder: Path
+) -> None:
+    """G11: each digest mark on the way is compared with the state that the entries before it have led to."""
+    primary = processes.primary(tmp_path / "a")
+    put(primary.address, "/realm", (b"key", b"0"))
+    done(run_policy(policy_to(folder, archive_log=False), tmp_path / "a"))
+    primary.terminate()
+    with DataDirectory.open_existing(tmp_path / "a") as directory:
+        append_false_mark(directory)
+    ship(tmp_path / "a", open_repository(str(folder)))
+    refused = processes.run("restore", folder, "--to", tmp_path / "b", code=CORRUPT)
+    assert "this copy's state is not the primary's" in refused.stderr.decode()
+    processes.run("primary", "--data-dir", tmp_path / "b", "--listen", "127.0.0.1:0", code=DIRECTORY)
+
+
+def append_false_mark(directory: DataDirectory) -> None:
+    """Adds a freeze mark to a node's log, and a digest for it that no state has."""
+    with Store.open(directory.store, cluster=directory.cluster) as store:
+        row = store.current.checkpoint
+    with ChangeLog.open(
+        directory.log,
+        cluster=directory.cluster,
+        after=Position(Lsn(row.lsn), Digest(row.digest)),
+        after_offset=row.log_offset,
+        files=OsFileSystem(),
+    ) as log:
+        freeze_lsn = log.end.lsn + 1
+        mark = log_pb2.DigestMark(freeze_lsn=freeze_lsn, state_digest=bytes(32))
+        time_us = row.time_us + 1_000_000_000
+        for payload in (freeze_entry(time_us), digest_entry(time_us, mark)):
+            lsn = Lsn(log.end.lsn + 1)
+            record, digest = encode_record(log.end.digest, lsn, payload)
+            log.write_batch(record, Position(lsn, digest), epoch=Epoch(1))
