@@ -21,7 +21,7 @@ import xxhash
 import zstandard
 
 from understudy.backup.archive_names import ENCRYPTED_SUFFIX, SUFFIX
-from understudy.backup.contents import Member, copy_members, describe, node_member, token_member
+from understudy.backup.contents import Member, copy_members, describe, metering, node_member, token_member
 from understudy.backup.encryption import Encryption, Unlocking, is_encrypted, peekable
 from understudy.backup.make import BackupReport
 from understudy.backup.manifest import MANIFEST_BYTES_MAX, FileEntry, Manifest
@@ -109,7 +109,7 @@ def stream_archive(
     selection, encryption = options.selection, options.encryption
     started_s = time.monotonic()
     contents = Records(source, selection) if selection.needs_records else _Pages(source)
-    meter = Meter(contents.total_bytes, rate=options.rate, progress=progress)
+    meter = metering(source, contents.total_bytes, rate=options.rate, progress=progress)
     compressor = zstandard.ZstdCompressor(level=options.level, threads=_THREADS, write_checksum=True)
     with (
         encryption.encrypting(out) if encryption is not None else contextlib.nullcontext(out) as encrypted,

@@ -11,7 +11,9 @@ import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 
+from understudy.backup.courtesy import Courtesy
 from understudy.backup.manifest import FileEntry, Manifest, read_manifest, utc_text
+from understudy.backup.progress import Meter, OnProgress
 from understudy.backup.source import Source
 from understudy.common.directory import MANIFEST_FILE, NodeFile, Role
 from understudy.common.files import storage_errors
@@ -32,6 +34,12 @@ class Member:
     size: int  # bytes
     # A memoryview begins where a page of memory does, and stays as it is until the source is closed.
     pieces: Iterable[bytes | memoryview]
+
+
+def metering(source: Source, total: int | None, *, rate: int | None, progress: OnProgress | None) -> Meter:
+    """Counts what is read of a source: at the rate that was asked for, or else with courtesy for its server."""
+    courtesy = Courtesy(source.path / "log") if rate is None else None
+    return Meter(total, rate=rate, courtesy=courtesy, progress=progress)
 
 
 def copy_members(source: Source) -> list[Member]:

@@ -19,13 +19,8 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from understudy.backup.contents import STORE_FILE, copy_members, describe, origin_of, token_member
-from understudy.backup.in_progress import (
-    begun_from,
-    in_progress,
-    is_in_progress,
-    must_begin_anew,
-)
+from understudy.backup.contents import STORE_FILE, copy_members, describe, metering, origin_of, token_member
+from understudy.backup.in_progress import begun_from, in_progress, is_in_progress, must_begin_anew
 from understudy.backup.manifest import FileEntry, Form, Manifest, read_manifest, write_manifest
 from understudy.backup.places import check_apart
 from understudy.backup.progress import Meter, OnProgress
@@ -211,7 +206,7 @@ class _Making:
             raise WrongRole(
                 f"{self._root} holds data already, its role is {self._target.role.value}", remedy=_ANEW
             )
-        meter = Meter(None, rate=self._rate, progress=self._progress)
+        meter = self._meter(None)
         with in_progress(self._root, origin, anew=True):
             if selection.portable:
                 manifest = self._write_records(selection, meter)
@@ -250,8 +245,8 @@ class _Making:
         self.bytes_copied = meter.done
         return entries
 
-    def _meter(self, total: int) -> Meter:
-        return Meter(total, rate=self._rate, progress=self._progress)
+    def _meter(self, total: int | None) -> Meter:
+        return metering(self._source, total, rate=self._rate, progress=self._progress)
 
     # -- what has come since -------------------------------------------------------------------------------
 

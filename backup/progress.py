@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import TypeVar
 
+from understudy.backup.courtesy import Courtesy
+
 OnProgress = Callable[[int, int | None], None]  # bytes done, and in all, if anybody knows
 _TELL_EVERY_S = 0.5  # while it waits: whoever listens may want it to end
 
@@ -18,14 +20,21 @@ class Meter:
     Args:
         total: bytes that there will be, if anybody knows.
         rate: bytes a second at the most; None: as fast as it goes.
+        courtesy: says when to pause for a server.
     """
 
     def __init__(
-        self, total: int | None, *, rate: int | None = None, progress: OnProgress | None = None
+        self,
+        total: int | None,
+        *,
+        rate: int | None = None,
+        courtesy: Courtesy | None = None,
+        progress: OnProgress | None = None,
     ) -> None:
         self.done = 0
         self.total = total
         self._rate = rate
+        self._courtesy = courtesy
         self._progress = progress
         self._started_s = time.monotonic()
 
@@ -38,6 +47,8 @@ class Meter:
     def _add(self, count: int) -> None:
         self.done += count
         self._tell()
+        if self._courtesy is not None and (pause_s := self._courtesy.pause_s()):
+            time.sleep(pause_s)
         while (wait_s := self._wait_s()) > 0:
             time.sleep(min(wait_s, _TELL_EVERY_S))
             self._tell()

@@ -56,7 +56,12 @@ _ARCHIVE_SUFFIXES = frozenset({".tar", ".tgz", ".gz", ".xz", ".zst", ".age", ".z
     is_flag=True,
     help="For a machine of another kind: TARGET is not started on, but restored on any machine.",
 )
-@click.option("--rate", type=byte_rate, metavar="SIZE/s", help="Read no faster than this, such as 50MB/s.")
+@click.option(
+    "--rate",
+    type=byte_rate,
+    metavar="SIZE/s",
+    help="Read no faster than this, such as 50MB/s. If not given: as fast as it goes, a quarter of it while the source is written to.",
+)
 @encryption_options
 @click.option(
     "--level",
