@@ -23,7 +23,8 @@ random keys of a large store), with no backup, and while full backups are made o
 window: each is one `understudy backup -f DIRECTORY -t NEW` of the running replica's directory, or of the running
 primary's, on the same disk, removed when it is done. All processes share the machine, so that the processor time of a
 backup counts as its cost even where it is made of the replica: on two machines only the disk of the replica would be
-shared. A backup without `--rate` pauses while its source is written to. The three take turns, and so does who begins. What was acknowledged within the window counts.
+shared. A backup without `--rate` pauses while its source is written to. The three take turns, and so does who begins.
+What was acknowledged within the window counts.
 """
 
 

@@ -60,7 +60,7 @@ _ARCHIVE_SUFFIXES = frozenset({".tar", ".tgz", ".gz", ".xz", ".zst", ".age", ".z
     "--rate",
     type=byte_rate,
     metavar="SIZE/s",
-    help="Read no faster than this, such as 50MB/s. If not given: as fast as it goes, a quarter of it while the source is written to.",
+    help="Read no faster than this, such as 50MB/s. Without it a backup pauses while its source is written to.",
 )
 @encryption_options
 @click.option(
