@@ -12,7 +12,6 @@ import re
 import tarfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any, cast
@@ -20,22 +19,20 @@ from typing import IO, Any, cast
 import xxhash
 import zstandard
 
-from understudy.backup.archive_names import ENCRYPTED_SUFFIX, SUFFIX
+from understudy.backup.archive_names import ArchiveOptions
 from understudy.backup.contents import Member, copy_members, describe, metering, node_member, token_member
-from understudy.backup.encryption import Encryption, Unlocking, is_encrypted, peekable
+from understudy.backup.encryption import Unlocking, is_encrypted, peekable
 from understudy.backup.make import BackupReport
 from understudy.backup.manifest import MANIFEST_BYTES_MAX, FileEntry, Manifest
 from understudy.backup.places import check_apart
 from understudy.backup.progress import Meter, OnProgress
 from understudy.backup.records import Records
-from understudy.backup.selection import EVERYTHING, Selection
 from understudy.backup.sinks import Sink, Stream
 from understudy.backup.source import Source, open_source
 from understudy.common.directory import MANIFEST_FILE, NODE_FILE
 from understudy.common.errors import OTHER_BACKUP, CorruptionError, UsageError
 from understudy.common.files import publishing
 
-DEFAULT_LEVEL = 3
 _THREADS = 2
 _BLOCK_BYTES = 512  # tar's
 _PIECE_BYTES = 1 << 20
@@ -46,21 +43,6 @@ _EMPTY_FRAME = bytes.fromhex("502a4d1800000000")
 _KNOWN_NAMES = re.compile(
     r"(node\.json|backup\.json|admin-token|store/data\.mdb|log/[0-9]{20}\.seg|records/[a-z]+-[0-9]{6}\.rows)\Z"
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ArchiveOptions:
-    """What an archive is to be."""
-
-    selection: Selection = EVERYTHING  # what of the source, and in which form
-    encryption: Encryption | None = None
-    level: int = DEFAULT_LEVEL  # of zstd
-    rate: int | None = None  # bytes a second at the most that are read
-
-    @property
-    def suffix(self) -> str:
-        """What its name ends in."""
-        return SUFFIX if self.encryption is None else ENCRYPTED_SUFFIX
 
 
 _PLAIN = ArchiveOptions()  # of everything, not encrypted

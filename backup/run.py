@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from understudy.backup.archive import ArchiveOptions
+from understudy.backup.archive_names import ArchiveOptions
 from understudy.backup.archiver import Archiver
 from understudy.backup.books import Books
 from understudy.backup.catalog import BACKUPS, StoredBackup, read_catalog

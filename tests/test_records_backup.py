@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from nodes import DIRECTORY, assert_equal, assert_sound, checkpoint, copy_node, pairs, put, status
 
 from understudy.backup import records as records_module
-from understudy.backup.archive import ArchiveOptions, write_archive
+from understudy.backup.archive import write_archive
+from understudy.backup.archive_names import ArchiveOptions
 from understudy.backup.catalog import read_catalog
 from understudy.backup.encryption import Encryption, Unlocking
 from understudy.backup.history import Result
@@ -649,7 +650,8 @@ def test_a_policy_that_can_t_be_is_refused(table: dict[str, object], says: str) 
 _MEASURED = r"""
 import re, sys
 from pathlib import Path
-from understudy.backup.archive import ArchiveOptions, write_archive
+from understudy.backup.archive import write_archive
+from understudy.backup.archive_names import ArchiveOptions
 from understudy.backup.restore import restore_backup
 from understudy.backup.selection import Selection
 if sys.argv[1] == "backup":

@@ -126,8 +126,8 @@ MUTANTS = (
         name="the memtable is not recovered",
         guarantee="G1",
         file="common/engine.py",
-        old="        for record in self.log.records(self.state.applied.lsn):",
-        new="        for record in self.log.records(self.log.end.lsn):",
+        old="        self.replay(self.log.records(self.state.applied.lsn))",
+        new="        self.replay(self.log.records(self.log.end.lsn))",
         tests=("tests/test_embedded.py",),
     ),
     # -- checkpoints -------------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ MUTANTS = (
     Mutant(
         name="digest marks are not compared",
         guarantee="G11",
-        file="common/engine.py",
+        file="common/digest_comparison.py",
         old="        equal = own == mark.state_digest",
         new="        equal = True",
         tests=("tests/test_digest_marks.py",),
