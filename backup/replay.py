@@ -7,15 +7,12 @@ from collections.abc import Iterable, Iterator
 from itertools import takewhile
 
 from understudy.backup.point import Point
-from understudy.backup.target_log import Reached, reached
+from understudy.backup.target_log import Reached, in_batches, reached
 from understudy.common.directory import DataDirectory
 from understudy.common.engine import Engine
 from understudy.common.errors import OTHER_BACKUP, CorruptionError
 from understudy.common.records import ChainReader, Record
 from understudy.common.types import ClusterId, Epoch, Lsn, Position
-
-# As much is made durable at a time.
-_BATCH_BYTES = 8 << 20
 
 
 class Replay:
@@ -65,14 +62,11 @@ class Replay:
             CorruptionError: they do not follow; some of those before may have been taken.
             DiskFull, StorageFailed.
         """
-        pending = b""
-        for piece in pieces:
-            pending += piece
-            if len(pending) >= _BATCH_BYTES:
-                pending = self._take(pending, epoch, last)
+        rest = b""
+        for batch in in_batches(pieces):
+            rest = self._take(rest + batch, epoch, last)
             if self.read.lsn == last:
                 return
-        self._take(pending, epoch, last)
 
     def _take(self, data: bytes, epoch: Epoch, last: Lsn) -> bytes:
         """Takes the whole records in ``data``, and returns the rest."""

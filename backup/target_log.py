@@ -28,7 +28,6 @@ from understudy.v1.store_pb2 import CheckpointRow
 if TYPE_CHECKING:
     from understudy.common.engine import Engine
 
-# As much is made durable at a time.
 _BATCH_BYTES = 8 << 20
 
 
@@ -94,13 +93,25 @@ def append_records(log: ChangeLog, pieces: Iterable[bytes], epoch: Epoch) -> Non
         CorruptionError: they do not follow, or end within a record.
         DiskFull, StorageFailed.
     """
-    pending = b""
-    for piece in pieces:
-        pending += piece
-        if len(pending) >= _BATCH_BYTES:
-            pending = _append_whole(log, pending, epoch)
-    if pending and _append_whole(log, pending, epoch):
+    rest = b""
+    for batch in in_batches(pieces):
+        rest = _append_whole(log, rest + batch, epoch)
+    if rest:
         raise CorruptionError(f"the change-log behind LSN {log.end.lsn} ends within an entry")
+
+
+def in_batches(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Joins pieces to as much as is made durable at a time."""
+    batch: list[bytes] = []
+    size = 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece)
+        if size >= _BATCH_BYTES:
+            yield b"".join(batch)
+            batch, size = [], 0
+    if batch:
+        yield b"".join(batch)
 
 
 def _append_whole(log: ChangeLog, data: bytes, epoch: Epoch) -> bytes:

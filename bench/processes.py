@@ -290,8 +290,12 @@ def understudy_command(*arguments: str) -> list[str]:
 
 
 def _environment() -> Mapping[str, str]:
-    """Ours, without settings that are meant for other servers."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("UNDERSTUDY_")}
+    """Ours, without settings that are meant for other servers.
+
+    And with bytecode as an installed package has it: else each command that is timed would compile its modules first.
+    """
+    left_out = ("UNDERSTUDY_", "PYTHONDONTWRITEBYTECODE")
+    return {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
 
 
 def wait_for_replica(primary: Node, replica: Node, *, deadline_s: float = 300.0) -> None:
