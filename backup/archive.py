@@ -90,8 +90,8 @@ def stream_archive(
     """
     selection, encryption = options.selection, options.encryption
     started_s = time.monotonic()
-    contents = Records(source, selection) if selection.needs_records else _Pages(source)
-    meter = metering(source, contents.total_bytes, rate=options.rate, progress=progress)
+    meter = metering(source, None, rate=options.rate, progress=progress)
+    contents = Records(source, selection, meter) if selection.needs_records else _Pages(source, meter)
     compressor = zstandard.ZstdCompressor(level=options.level, threads=_THREADS, write_checksum=True)
     with (
         encryption.encrypting(out) if encryption is not None else contextlib.nullcontext(out) as encrypted,
@@ -112,10 +112,10 @@ def stream_archive(
 class _Pages:
     """What a backup of pages consists of."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, meter: Meter) -> None:
         self._source = source
         self._members = copy_members(source)
-        self.total_bytes = sum(member.size for member in self._members)
+        meter.total = sum(member.size for member in self._members)
 
     def members(self) -> Iterable[Member]:
         """The files."""

@@ -189,7 +189,7 @@ def load_selected(directory: DataDirectory, source: Source, selection: Selection
     Raises:
         CorruptionError, DiskFull, StorageFailed.
     """
-    records = Records(source, selection)
+    records = Records(source, selection, meter)
     with Loading(directory) as loading:
         entries = [loading.take(member, meter) for member in records.members()]
         manifest = records.describe(entries)

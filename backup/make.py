@@ -220,7 +220,7 @@ class _Making:
         from understudy.backup.records import Records
         from understudy.backup.rows import FOLDER
 
-        records = Records(self._source, selection)
+        records = Records(self._source, selection, meter)
         shutil.rmtree(self._root / FOLDER, ignore_errors=True)
         secrets = () if selection.is_filtered else token_member(self._source)
         members = chain(records.members(), secrets)

@@ -35,6 +35,7 @@ class Meter:
         self.total = total
         self._rate = rate
         self._courtesy = courtesy
+        self._read_only = 0  # bytes
         self._progress = progress
         self._started_s = time.monotonic()
 
@@ -44,8 +45,16 @@ class Meter:
             yield piece
             self._add(len(piece))
 
+    def read(self, count: int) -> None:
+        """Bytes were read that will not come out: they take their time, and are no progress."""
+        self._read_only += count
+        self._wait()
+
     def _add(self, count: int) -> None:
         self.done += count
+        self._wait()
+
+    def _wait(self) -> None:
         self._tell()
         if self._courtesy is not None and (pause_s := self._courtesy.pause_s()):
             time.sleep(pause_s)
@@ -60,4 +69,4 @@ class Meter:
     def _wait_s(self) -> float:
         if self._rate is None:
             return 0.0
-        return self._started_s + self.done / self._rate - time.monotonic()
+        return self._started_s + (self.done + self._read_only) / self._rate - time.monotonic()

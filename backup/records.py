@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError
 from understudy.backup.contents import Member, describe
 from understudy.backup.log_files import LogPart
 from understudy.backup.manifest import FailedRealm, FileEntry, Form, Manifest
+from understudy.backup.progress import Meter
 from understudy.backup.rows import PART_BYTES, TAIL, TailRow, encode_row, part_name
 from understudy.backup.selection import Selection
 from understudy.backup.source import Source
@@ -68,10 +69,9 @@ class _Part:
 class Records:
     """What a backup of records of a pinned source consists of. Its members are taken once, in their order."""
 
-    total_bytes = None  # nobody knows before all was read
-
-    def __init__(self, source: Source, selection: Selection) -> None:
+    def __init__(self, source: Source, selection: Selection, meter: Meter) -> None:
         self._source = source
+        self._meter = meter  # of what is read before it is known to be good
         self._selection = selection
         self._environment = source.state.store.environment
         self._txn = source.snapshot.txn
@@ -156,7 +156,7 @@ class Records:
         """Whether a realm's rows are as they were written."""
         path = raw_path.decode()
         row = RealmRow.FromString(self._txn.get(raw_path, b"", self._environment.realms))
-        problems = check_realm(self._environment, self._txn, path, row)
+        problems = check_realm(self._environment, self._txn, path, row, on_read=self._meter.read)
         if problems:
             self._fail(path, problems[0])
         return not problems

@@ -6,25 +6,23 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from understudy.backup.archive_names import ArchiveOptions
 from understudy.backup.archiver import Archiver
 from understudy.backup.books import Books
-from understudy.backup.catalog import BACKUPS, StoredBackup, read_catalog
-from understudy.backup.drill import Drill, drill_backup, scratch_parent
+from understudy.backup.catalog import BACKUPS, read_catalog
+from understudy.backup.drill import drill_backup, scratch_parent
 from understudy.backup.drill_server import ReadAll, read_all
 from understudy.backup.encryption import Encryption
 from understudy.backup.history import Result
 from understudy.backup.hooks import run_hook
-from understudy.backup.manifest import utc_text
 from understudy.backup.places import check_repository_apart
 from understudy.backup.policy import Policy
 from understudy.backup.progress import OnProgress
 from understudy.backup.repository import Repository, claim, open_repository
 from understudy.backup.repository_lock import RepositoryLock, locked
+from understudy.backup.run_report import Outcome, RunReport, run_line
 from understudy.backup.source import Source, open_source
 from understudy.backup.store_backup import publish_stored, store_archive
 from understudy.backup.upkeep import prune
@@ -42,86 +40,6 @@ class Cancelled(Exception):
 
 class CutOff(Cancelled):
     """The process is about to end, and has no time left for anything else."""
-
-
-@dataclass(slots=True, kw_only=True)
-class Outcome:
-    """What came of one repository."""
-
-    url: str
-    backup: StoredBackup | None = None
-    drill: Drill | None = None  # of the backup, if the policy wants one
-    pruned: int = 0
-    kept: set[str] | None = None  # ids of all backups of the policy there, if they were looked at
-    shipped_lsn: int | None = None
-    errors: list[str] = field(default_factory=list)
-
-    @property
-    def problems(self) -> list[str]:
-        """What went wrong, and what the backup lacks."""
-        return self.errors + (self.backup.manifest.problems if self.backup is not None else [])
-
-
-@dataclass(slots=True, kw_only=True)
-class RunReport:
-    """What came of a run."""
-
-    number: int
-    policy: str
-    started_s: float  # since 1970
-    seconds: float = 0.0
-    outcomes: list[Outcome] = field(default_factory=list)
-    errors: list[str] = field(default_factory=list)  # of no single repository
-    is_cancelled: bool = False
-
-    @property
-    def backups(self) -> list[StoredBackup]:
-        """What was made."""
-        return [outcome.backup for outcome in self.outcomes if outcome.backup is not None]
-
-    @property
-    def paths(self) -> list[str]:
-        """Where it lies."""
-        return [f"{one.url}/{one.backup.folder}" for one in self.outcomes if one.backup is not None]
-
-    @property
-    def all_errors(self) -> list[str]:
-        """Each with its repository."""
-        return self.errors + [f"{one.url}: {error}" for one in self.outcomes for error in one.problems]
-
-    @property
-    def result(self) -> Result:
-        """Done, partial (something was made, not all went well), failed, or cancelled."""
-        if self.is_cancelled:
-            return Result.CANCELLED
-        if not self.backups:
-            return Result.FAILED
-        return Result.PARTIAL if self.all_errors else Result.DONE
-
-    def facts(self) -> dict[str, Any]:
-        """For hooks and ``--json``."""
-        return {
-            "number": self.number,
-            "policy": self.policy,
-            "started": utc_text(self.started_s),
-            "seconds": round(self.seconds, 3),
-            "result": self.result.value,
-            "realms": max((backup.manifest.realms for backup in self.backups), default=0),
-            "lsn": max((backup.manifest.lsn for backup in self.backups), default=0),
-            "repositories": [
-                {
-                    "url": outcome.url,
-                    "backup": outcome.backup.id if outcome.backup else None,
-                    "bytes": outcome.backup.size if outcome.backup else 0,
-                    "proven": outcome.drill.is_proven if outcome.drill else None,
-                    "pruned": outcome.pruned,
-                    "shipped_lsn": outcome.shipped_lsn,
-                    "errors": outcome.problems,
-                }
-                for outcome in self.outcomes
-            ],
-            "errors": self.all_errors,
-        }
 
 
 def run_policy(
@@ -361,17 +279,7 @@ def _write_down(books: Books, report: RunReport) -> None:
         paths=report.paths,
         errors=report.all_errors,
     )
-    books.journal.write(_line(report))
-
-
-def _line(report: RunReport) -> str:
-    said = f"run {report.number} of {report.policy}: {report.result}"
-    if report.backups:
-        newest = max(report.backups, key=lambda backup: backup.manifest.lsn)
-        size = sum(backup.size for backup in report.backups)
-        said += f", {newest.manifest.realms} realms, {size:,} bytes, at LSN {newest.manifest.lsn}"
-    said += f", in {report.seconds:.1f} s"
-    return said + "".join(f"; {error}" for error in report.all_errors)
+    books.journal.write(run_line(report))
 
 
 def _check_reigns(source: Source) -> None:

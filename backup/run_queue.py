@@ -12,7 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from understudy.backup.history import ERROR_CHARACTERS_MAX, ERRORS_MAX, Result
-from understudy.backup.run import Cancelled, CutOff, RunReport
+from understudy.backup.run import Cancelled, CutOff
+from understudy.backup.run_report import RunReport
 from understudy.common.errors import UnderstudyError
 from understudy.common.known_runs import ENDED_MAX
 from understudy.v1.admin_pb2 import BackupRun

@@ -24,8 +24,9 @@ from understudy.backup.drill_server import read_all
 from understudy.backup.history import Result
 from understudy.backup.manifest import utc_text
 from understudy.backup.policy import Policy, read_policies
-from understudy.backup.run import RunReport, note_cancelled, note_failed, run_policy
+from understudy.backup.run import note_cancelled, note_failed, run_policy
 from understudy.backup.run_queue import Run, Runs
+from understudy.backup.run_report import RunReport
 from understudy.backup.watched_repository import WatchedRepository
 from understudy.common.errors import UnderstudyError, UsageError
 from understudy.common.events import log

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from understudy.backup.catalog import StoredBackup
-    from understudy.backup.run import RunReport
+    from understudy.backup.run_report import RunReport
 
 
 def backup_facts(backup: StoredBackup) -> dict[str, Any]:

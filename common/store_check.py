@@ -38,6 +38,7 @@ from understudy.v1.store_pb2 import CheckpointRow, ClientRow, RealmRow
 
 PROBLEMS_MAX = 100  # of one store; where there are so many, more say nothing new
 _PROGRESS_ROWS = 10_000
+_TOLD_BYTES = 1 << 20
 # Their rows are in another order than their pairs, and are sorted so many at a time: some 400 bytes each.
 _REALMS_SORTED_AT_ONCE = 200_000
 _BEHIND_ALL = b"\xff" * (REALM_PREFIX_BYTES + 1)
@@ -90,15 +91,23 @@ def check_state(
         return check.run()
 
 
-def check_realm(store: Environment, txn: lmdb.Transaction[bytes], path: str, row: RealmRow) -> list[str]:
+def check_realm(
+    store: Environment,
+    txn: lmdb.Transaction[bytes],
+    path: str,
+    row: RealmRow,
+    *,
+    on_read: Callable[[int], None],
+) -> list[str]:
     """What is wrong with the rows of one realm, as :func:`check_state` finds it for all; empty if nothing is.
 
     Args:
         txn: a snapshot of ``store``.
         row: the realm's, in that snapshot.
+        on_read: told of bytes that were read, every mebibyte or so.
     """
     with row_errors(store.path):
-        return _Check(store, txn, lambda _: None, lambda _: None).run_for(path, row)
+        return _Check(store, txn, lambda _: None, lambda _: None).run_for(path, row, on_read)
 
 
 class _Check:
@@ -141,12 +150,15 @@ class _Check:
             problems=self._problems,
         )
 
-    def run_for(self, path: str, row: RealmRow) -> list[str]:
+    def run_for(self, path: str, row: RealmRow, on_read: Callable[[int], None]) -> list[str]:
         """The problems of one realm."""
         store = self._store
         try:
-            self._check_realm(path, row, *(self._rows_of(one, row) for one in (store.data, store.history)))
-            self._check_clients_of(path, self._rows_of(store.clients, row))
+            data, history, clients = (
+                _told(self._rows_of(one, row), on_read) for one in (store.data, store.history, store.clients)
+            )
+            self._check_realm(path, row, data, history)
+            self._check_clients_of(path, clients)
         except lmdb.Error as error:
             self._report(f"realm {path} can't be read to its end: {error}")
         return self._problems
@@ -350,3 +362,14 @@ def _named(key: bytes, raw: bytes) -> tuple[str, RealmRow]:
         DecodeError, UnicodeDecodeError.
     """
     return key.decode(), RealmRow.FromString(raw)
+
+
+def _told(rows: _Rows, on_read: Callable[[int], None]) -> _Rows:
+    size = 0
+    for row in rows:
+        size += len(row[0]) + len(row[1])
+        if size >= _TOLD_BYTES:
+            on_read(size)
+            size = 0
+        yield row
+    on_read(size)

@@ -9,7 +9,7 @@ from understudy.backup.archiver import Archiver
 from understudy.backup.catalog import StoredBackup
 from understudy.backup.policy import Policy
 from understudy.backup.repository import Repository
-from understudy.backup.run import RunReport
+from understudy.backup.run_report import RunReport
 from understudy.common.directory import NODE_FILE, NodeFile
 from understudy.common.types import ClusterId
 
