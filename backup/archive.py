@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import re
 import tarfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -19,11 +18,11 @@ from typing import IO, Any, cast
 import xxhash
 import zstandard
 
-from understudy.backup.archive_names import ArchiveOptions
+from understudy.backup.archive_options import ArchiveOptions
 from understudy.backup.contents import Member, copy_members, describe, metering, node_member, token_member
 from understudy.backup.encryption import Unlocking, is_encrypted, peekable
 from understudy.backup.make import BackupReport
-from understudy.backup.manifest import MANIFEST_BYTES_MAX, FileEntry, Manifest
+from understudy.backup.manifest import FILE_NAMES, MANIFEST_BYTES_MAX, FileEntry, Manifest
 from understudy.backup.places import check_apart
 from understudy.backup.progress import Meter, OnProgress
 from understudy.backup.records import Records
@@ -39,11 +38,6 @@ _PIECE_BYTES = 1 << 20
 # zstd passes it over behind a whole frame (RFC 8878, 3.1.2), and takes it for the rest of one that was cut off, which
 # it never fits. Its reader alone does not tell the end of a frame from that of the file: cut checksums went unnoticed.
 _EMPTY_FRAME = bytes.fromhex("502a4d1800000000")
-# Anything else has no business in a data directory, and is not written anywhere.
-_KNOWN_NAMES = re.compile(
-    r"(node\.json|backup\.json|admin-token|store/data\.mdb|log/[0-9]{20}\.seg|records/[a-z]+-[0-9]{6}\.rows)\Z"
-)
-
 
 _PLAIN = ArchiveOptions()  # of everything, not encrypted
 
@@ -253,7 +247,7 @@ def _members(plain: Stream, name: str) -> Iterator[Member]:
         if not any(block):
             break
         info = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
-        if info.type != tarfile.REGTYPE or info.size < 0 or not _KNOWN_NAMES.match(info.name):
+        if info.type != tarfile.REGTYPE or info.size < 0 or not FILE_NAMES.match(info.name):
             raise CorruptionError(f"{name} holds {info.name!r}, which no backup does", remedy=OTHER_BACKUP)
         pieces = _pieces(plain, info.size, name)
         yield Member(info.name, info.size, pieces)

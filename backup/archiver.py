@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from understudy.backup.archive_names import DEFAULT_LEVEL
+from understudy.backup.archive_options import DEFAULT_LEVEL
 from understudy.backup.catalog import read_catalog
 from understudy.backup.encryption import Encryption
 from understudy.backup.log_archive import ship

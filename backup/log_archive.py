@@ -10,7 +10,7 @@ from typing import Any
 
 import zstandard
 
-from understudy.backup.archive_names import DEFAULT_LEVEL
+from understudy.backup.archive_options import DEFAULT_LEVEL
 from understudy.backup.encryption import Encryption
 from understudy.backup.log_files import LogPart
 from understudy.backup.repository import Repository

@@ -87,29 +87,45 @@ class Following:
             RepositoryError, DiskFull, StorageFailed.
         """
         with replaying(directory, self._goal.point) as copy:
-            while not copy.is_enough:
-                legs = self._legs(copy)
-                if not legs:
-                    self._check_end(copy)
-                    break
-                for leg, following in zip(legs, [*legs[1:], None], strict=True):
-                    if not self._take(copy, leg) or not self._joins(copy, leg, following) or copy.is_enough:
-                        break
+            if copy.is_enough:
+                raise WrongWay  # perhaps: the attempt before has not lived to see where its way led
+            while not self._goes(copy):
+                pass
             return copy.finish()
 
+    def _goes(self, copy: Replay) -> bool:
+        """Goes one way; returns whether it was gone to its end, or as far as is wanted."""
+        legs = self._legs(copy)
+        if not copy.is_enough:
+            self._check_way(copy, legs)
+        if not legs:
+            return True  # where the point was reached, and what is behind it is damaged, that is good enough
+        for leg, following in zip(legs, [*legs[1:], None], strict=True):
+            if not self._take(copy, leg) or not self._joins(copy, leg, following):
+                return False
+            if copy.is_enough:
+                return True
+        return False
+
     def _legs(self, copy: Replay) -> list[Leg]:
-        """The way from where the copy ends.
+        """The way from where the copy ends."""
+        usable = [one for one in self._stretches if one not in self._unusable]
+        targets = [one for one in usable if self._is_followed(one.epoch, copy)]
+        return find_path(targets, usable, copy.end, self._seen)
+
+    def _check_way(self, copy: Replay, legs: list[Leg]) -> None:
+        """Does it lead where it should?
 
         Raises:
-            CorruptionError: none leads to the highest epoch, so which entries were given up can't be told.
+            CorruptionError: it does not lead to the highest epoch, so which entries were given up can't be told; or
+                it ends, and something is missing.
         """
+        if not legs:
+            self._check_end(copy)
+            return
         head = copy.end
-        targets = [one for one in self._stretches if self._is_followed(one.epoch, copy)]
-        usable = [one for one in self._stretches if one not in self._unusable]
-        reachable = [one for one in targets if one not in self._unusable]
-        legs = find_path(reachable, usable, head, self._seen)
-        highest = max((one.epoch for one in targets), default=copy.epoch)
-        if legs and legs[-1].stretch.epoch < highest:
+        highest = max(one.epoch for one in self._stretches if self._is_followed(one.epoch, copy))
+        if legs[-1].stretch.epoch < highest:
             self._raise_unusable()
             raise CorruptionError(
                 f"the log in {self._repository.url} goes on behind LSN {head.lsn} in epoch {legs[-1].stretch.epoch}, "
@@ -117,7 +133,6 @@ class Following:
                 remedy=f"name an earlier backup, with --epoch {highest}, or follow the earlier history with --epoch "
                 f"{legs[-1].stretch.epoch}",
             )
-        return legs
 
     def _is_followed(self, epoch: Epoch, copy: Replay) -> bool:
         # What ends in an earlier epoch was given up before the copy's last entry was written.
@@ -145,7 +160,8 @@ class Following:
 
     def _raise_unusable(self) -> None:
         for error in self._unusable.values():
-            raise error
+            if isinstance(error, CorruptionError):  # others were replaced
+                raise error
 
     def _take(self, copy: Replay, leg: Leg) -> bool:
         """Takes a leg; False where it turns out that another way has to be found, from where the copy ends now."""

@@ -163,7 +163,7 @@ class ObjectRepository:
         """The objects, as the storage lists them, sorted."""
         folder = check_prefix(prefix).rpartition("/")[0]
         # The library's prefixes are whole parts of names.
-        pages = self._again("list", lambda: list(obstore.list(self._store, folder or None, chunk_size=1000)))
+        pages = self._listed(lambda: list(obstore.list(self._store, folder or None, chunk_size=1000)))
         found = [
             StoredObject(about["path"], about["size"], about["last_modified"].timestamp())
             for page in pages
@@ -219,19 +219,19 @@ class ObjectRepository:
             time.sleep(pause_s)
         raise self._failed("write", name, failure) from failure
 
-    def _again(self, action: str, work: Callable[[], _T]) -> _T:
+    def _listed(self, work: Callable[[], _T]) -> _T:
         """What ``work`` returns, tried again: the library does not where an answer is cut off after it has begun."""
         for pause_s in self._pauses():
             try:
                 return work()
             except (FileNotFoundError, *_REFUSED) as error:
-                raise self._failed(action, "", error) from error
+                raise self._failed("list", "", error) from error
             except (BaseError, OSError) as error:
                 if _NO_CONTAINER.search(str(error)):
-                    raise self._failed(action, "", error) from error
+                    raise self._failed("list", "", error) from error
                 failure: Exception = error
             time.sleep(pause_s)
-        raise self._failed(action, "", failure) from failure
+        raise self._failed("list", "", failure) from failure
 
     def _pauses(self) -> Iterator[float]:
         """Seconds to wait after each attempt; it ends when nothing is to be tried again."""
@@ -278,7 +278,9 @@ class ObjectRepository:
         with self.errors("read", name):
             try:
                 data = await ranges.fetch(start, end)
-            except (FileNotFoundError, PreconditionError) as error:
+            except FileNotFoundError as error:
+                raise self._not_stored(name) from error
+            except PreconditionError as error:
                 raise RepositoryError(f"{name} in {self.url} was changed while it was read") from error
         if len(data) != end - start:
             raise RepositoryError(f"{name} in {self.url} ends {end - start - len(data):,} bytes early")

@@ -72,7 +72,7 @@ def cut_log(directory: DataDirectory, point: Point, *, goes_on: bool = False) ->
         goes_on: more may come behind the log, so that it need not reach up to an LSN.
 
     Returns:
-        Whether something was behind it.
+        Whether the log reaches up to it: it has that entry, or one behind.
 
     Raises:
         UsageError: the copy's store is behind the point already, or its log does not reach up to that LSN.
@@ -100,7 +100,7 @@ def cut_log(directory: DataDirectory, point: Point, *, goes_on: bool = False) ->
         place = LogPlace(record.position, place.offset + record.encoded_bytes)
     if not goes_on:
         _check_reached(place, point)
-    return False
+    return place.position.lsn == point.lsn
 
 
 def _check_reached(place: LogPlace, point: Point) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from understudy.backup.archive_options import DEFAULT_LEVEL
 from understudy.backup.encryption import Encryption, Unlocking
 from understudy.backup.places import are_apart
 from understudy.backup.repository import check_url, folder_of_url
@@ -39,7 +40,7 @@ class Policy:
     recipients: tuple[str, ...] = ()
     passphrase_file: Path | None = None
     rate: int | None = None  # bytes a second
-    level: int = 3  # of zstd
+    level: int = DEFAULT_LEVEL  # of zstd
     retention: Retention = Retention()  # noqa: RUF009  # frozen
     archive_log: bool = True  # ship the log too, so that restores go to any moment
     drill: bool = False  # restore each backup after it was made
@@ -191,7 +192,7 @@ class _Table:
             recipients=self._words("recipients"),
             passphrase_file=self._path("passphrase_file"),
             rate=self._rate(),
-            level=self._take("level", int, 3),
+            level=self._take("level", int, DEFAULT_LEVEL),
             retention=self._retention(zone),
             archive_log=self._take("archive_log", bool, not (realms or exclude)),
             drill=self._take("drill", bool, False),

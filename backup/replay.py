@@ -10,8 +10,8 @@ from understudy.backup.point import Point
 from understudy.backup.target_log import Reached, in_batches, reached
 from understudy.common.directory import DataDirectory
 from understudy.common.engine import Engine
-from understudy.common.errors import OTHER_BACKUP, CorruptionError
-from understudy.common.records import ChainReader, Record
+from understudy.common.errors import CorruptionError
+from understudy.common.records import ChainReader, Record, scan_chain
 from understudy.common.types import ClusterId, Epoch, Lsn, Position
 
 
@@ -59,10 +59,10 @@ class Replay:
             last: the last entry to read.
 
         Raises:
-            CorruptionError: they do not follow; some of those before may have been taken.
+            CorruptionError: they do not follow; those before are taken.
             DiskFull, StorageFailed.
         """
-        rest = b""
+        self.read, rest = self.end, b""
         for batch in in_batches(pieces):
             rest = self._take(rest + batch, epoch, last)
             if self.read.lsn == last:
@@ -71,14 +71,26 @@ class Replay:
     def _take(self, data: bytes, epoch: Epoch, last: Lsn) -> bytes:
         """Takes the whole records in ``data``, and returns the rest."""
         reader = ChainReader(self.read)
-        found = reader.feed(data)[: last - self.read.lsn]
+        try:
+            found = reader.feed(data)
+        except CorruptionError:
+            # What comes before the damage is good, and perhaps all that is wanted.
+            good = data[: scan_chain(data, self.read).good_bytes]
+            self._take_records(ChainReader(self.read).feed(good), good, epoch, last)
+            if self.read.lsn < last:
+                raise
+            return b""
+        self._take_records(found, data, epoch, last)
+        return data[len(data) - reader.pending_bytes :]
+
+    def _take_records(self, found: list[Record], data: bytes, epoch: Epoch, last: Lsn) -> None:
+        del found[last - self.read.lsn :]
         if not found:
-            return data
+            return
         wanted = [] if self.is_enough else self._wanted(found)
         if wanted:
             self._append(wanted, data[: sum(record.encoded_bytes for record in wanted)], epoch)
         self.read = found[-1].position
-        return data[len(data) - reader.pending_bytes :]
 
     def _append(self, records: list[Record], data: bytes, epoch: Epoch) -> None:
         try:
@@ -114,8 +126,6 @@ class Replay:
             DiskFull, StorageFailed.
         """
         self._engine.finish_replay()
-        if self._engine.mismatches:
-            raise CorruptionError(self._engine.mismatches[0], remedy=OTHER_BACKUP)
         return reached(self._engine)
 
 

@@ -41,7 +41,7 @@ from understudy.backup.source import open_source
 from understudy.backup.stretch import list_stretches
 from understudy.backup.target_log import describe_reached, settle
 from understudy.backup.writing import read_blocks, write_member
-from understudy.common.directory import DataDirectory, Role, check_finished
+from understudy.common.directory import MANIFEST_FILE, DataDirectory, Role, check_finished
 from understudy.common.errors import (
     OTHER_BACKUP,
     CorruptionError,
@@ -193,6 +193,11 @@ class _Origin:
     epoch_floor: int = 0  # the epoch to come is higher
     before_folding: BeforeFolding | None
 
+    @property
+    def end(self) -> str:
+        """How far to go: what an attempt before has begun is gone on with only where that is the same."""
+        return str(self.goal) if self.following is not None else f"the backup alone, {self.goal}"
+
 
 def _restore(
     target: Path, origin: _Origin, selection: Selection, progress: OnProgress | None
@@ -212,18 +217,31 @@ def _restore_chosen(
     name = f"{origin.name} {selection}"
     with DataDirectory.open_unfinished(target) as directory:
         _check_free(directory, name)
-        with in_progress(target, name, anew=True):
-            if begun_from(directory.incoming) != origin.name:
-                shutil.rmtree(directory.incoming, ignore_errors=True)
-            whole = _restore_all(directory.incoming, origin)
-            with open_source(directory.incoming) as source:
+        incoming = directory.incoming
+        goes_on = read_filled(target, name) == Filled(origin.end, reached=True) and _is_whole(incoming)
+        with in_progress(target, name, anew=True, goes_on=goes_on):
+            if not goes_on:
+                _restore_incoming(incoming, origin)
+                note_filled(target, Filled(origin.end, reached=True))
+            node = read_manifest(incoming).node
+            with open_source(incoming) as source:
                 manifest = load_selected(directory, source, selection, Meter(None, progress=progress))
-            shutil.rmtree(directory.incoming)
             directory.raise_epoch_floor(origin.epoch_floor)
+            manifest = replace(manifest, node=node)
             sync_tree(target)
-            manifest = replace(manifest, node=whole.node)
             write_manifest(target, manifest)
+            shutil.rmtree(incoming)
     return manifest
+
+
+def _is_whole(path: Path) -> bool:
+    return (path / MANIFEST_FILE).exists() and not is_in_progress(path)
+
+
+def _restore_incoming(incoming: Path, origin: _Origin) -> None:
+    if begun_from(incoming) != origin.name:
+        shutil.rmtree(incoming, ignore_errors=True)
+    _restore_all(incoming, origin)
 
 
 def _check_free(directory: DataDirectory, origin: str) -> None:
@@ -245,7 +263,7 @@ def _restore_all(target: Path, origin: _Origin) -> Manifest:
     with DataDirectory.open_unfinished(target) as directory:
         _check_free(directory, origin.name)
         filled = read_filled(target, origin.name)
-        goes_on = filled is not None and filled.goal == str(origin.goal) and origin.before_folding is None
+        goes_on = filled is not None and filled.goal == origin.end and origin.before_folding is None
         with in_progress(target, origin.name, anew=True, goes_on=goes_on):
             manifest = _bring_forward(directory, origin, goes_on=goes_on)
             sync_tree(target)
@@ -259,21 +277,22 @@ def _bring_forward(directory: DataDirectory, origin: _Origin, *, goes_on: bool) 
     Args:
         goes_on: an attempt before has put the backup in place, and perhaps taken some of the log.
     """
-    if not goes_on:
-        _fill(directory, origin)
-    try:
-        return _follow(directory, origin)
-    except WrongWay:
-        pass
-    except CorruptionError:
+    while True:
         if not goes_on:
-            raise
-    return _bring_forward(directory, origin, goes_on=False)
+            _fill(directory, origin)
+        try:
+            return _follow(directory, origin)
+        except WrongWay:
+            pass
+        except CorruptionError:
+            if not goes_on:  # else the attempt before may have gone a wrong way
+                raise
+        note_filled(directory.path, None)
+        goes_on = False
 
 
 def _fill(directory: DataDirectory, origin: _Origin) -> None:
     """Puts the backup itself in place."""
-    note_filled(directory.path, None)
     for folder in (directory.log, directory.store):  # of an attempt before, perhaps of another backup
         shutil.rmtree(folder, ignore_errors=True)
     manifest = origin.fill(directory)
@@ -283,7 +302,7 @@ def _fill(directory: DataDirectory, origin: _Origin) -> None:
     reached = point is not None and cut_log(directory, point, goes_on=origin.following is not None)
     sync_tree(directory.path)
     write_manifest(directory.path, manifest)
-    note_filled(directory.path, Filled(str(origin.goal), reached))
+    note_filled(directory.path, Filled(origin.end, reached))
     if origin.before_folding is not None:
         origin.before_folding(directory)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from understudy.backup.archive_names import ArchiveOptions
+from understudy.backup.archive_options import ArchiveOptions
 from understudy.backup.archiver import Archiver
 from understudy.backup.books import Books
 from understudy.backup.catalog import BACKUPS, read_catalog

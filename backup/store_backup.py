@@ -11,7 +11,7 @@ import time
 from typing import IO
 
 from understudy.backup.archive import stream_archive
-from understudy.backup.archive_names import ArchiveOptions
+from understudy.backup.archive_options import ArchiveOptions
 from understudy.backup.catalog import StoredBackup, folder_of, new_backup_id, publish_backup
 from understudy.backup.progress import OnProgress
 from understudy.backup.repository import Repository

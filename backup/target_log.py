@@ -17,7 +17,7 @@ from understudy.backup.writing import describe_file
 from understudy.common.changelog import ChangeLog
 from understudy.common.directory import DataDirectory
 from understudy.common.entries import parse_epoch_start
-from understudy.common.errors import CorruptionError
+from understudy.common.errors import OTHER_BACKUP, CorruptionError
 from understudy.common.files import OsFileSystem
 from understudy.common.log_reader import LogPlace, records_from, segments_behind
 from understudy.common.records import scan_chain
@@ -156,8 +156,11 @@ def reached(engine: Engine) -> Reached:
     """Where an opened copy stands, without the segments that are not needed any more.
 
     Raises:
+        CorruptionError: its state is not what the log says it was.
         StorageFailed.
     """
+    if engine.mismatches:
+        raise CorruptionError(engine.mismatches[0], remedy=OTHER_BACKUP)
     engine.log.prune(Lsn(engine.checkpoint.lsn + 1))
     return Reached(
         place=LogPlace(engine.durable, engine.log.end_offset),

@@ -18,7 +18,7 @@ from understudy.common.errors import ExitCode, UsageError
 from understudy.common.niceness import let_commits_go_first
 
 if TYPE_CHECKING:
-    from understudy.backup.archive_names import ArchiveOptions
+    from understudy.backup.archive_options import ArchiveOptions
     from understudy.backup.encryption import Encryption
     from understudy.backup.make import BackupReport
     from understudy.backup.progress import OnProgress
@@ -115,7 +115,7 @@ def backup(
         return
     if source is None or target is None:
         raise click.UsageError("Give both -f and -t, or a command.")
-    from understudy.backup.archive_names import ArchiveOptions
+    from understudy.backup.archive_options import ArchiveOptions
     from understudy.backup.selection import Selection
     from understudy.cli.logs import QUIET, configure_logs
     from understudy.cli.output import Progress
@@ -196,7 +196,7 @@ def _finish(source: Path | None, target: Path | None, *, as_json: bool) -> None:
 def _make(
     source: Path, target: Path, update: bool, options: ArchiveOptions, progress: OnProgress
 ) -> BackupReport:
-    from understudy.backup.archive_names import is_archive_name
+    from understudy.backup.archive_options import is_archive_name
 
     is_archive = target == _STANDARD_OUTPUT or is_archive_name(target)
     if not is_archive and target.suffix in _ARCHIVE_SUFFIXES:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from understudy.backup.archive_names import is_archive_name
+from understudy.backup.archive_options import is_archive_name
 from understudy.cli.options import EPILOG, json_option, server_option
 from understudy.cli.secrets import unlocking_options
 from understudy.common.errors import ExitCode

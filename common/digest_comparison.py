@@ -59,11 +59,7 @@ def _describe(mark: log_pb2.DigestMark, store: Store) -> str:
         and row.state_digest != changed.state_digest
     ]
     where = f"realms {', '.join(differing[:10])}" if differing else "a realm not changed since"
-    return (
-        f"at LSN {mark.freeze_lsn} this copy's state is not the primary's: {where}; find out which side is "
-        "damaged with `understudy verify --server A --against B` and `understudy verify DIR`, then remove the "
-        "damaged copy and let it bootstrap again"
-    )
+    return f"at LSN {mark.freeze_lsn} this copy's state is not the primary's: {where}"
 
 
 def _forget_oldest(kept: collections.OrderedDict[int, _V]) -> None:

@@ -4,7 +4,8 @@ What it does not know: where entries come from (a committer on a primary, a peer
 be applied. Its owner submits record bytes, hears when they are durable, and applies entries in LSN order.
 
 Everything here runs on the owner's event loop, but the writer's thread, the checkpoint process, and their
-callbacks' first steps, which only hand over to the loop.
+callbacks' first steps, which only hand over to the loop; and before that begins, in recovery, a thread that waits for
+the checkpoint process.
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ from understudy.v1 import log_pb2, store_pb2
 HISTORY_KEY = b"history-key"
 # Beyond this many frozen memtables the checkpoint has fallen behind; nothing more is applied until it caught up.
 FROZEN_MAX = 2
+_MISMATCH_ADVICE = (
+    "find out which side is damaged with `understudy verify --server A --against B` and `understudy verify DIR`, then "
+    "remove the damaged copy and let it bootstrap again"
+)
 _CHECKPOINT_RETRY_S = 2.0  # after a full disk
 
 
@@ -113,6 +118,7 @@ class Engine:
             raise
         engine = cls(directory, store, changelog, metrics or EngineMetrics())
         try:
+            engine._digests.note_own(checkpoint, store)  # its mark lies behind it in the log
             engine._recover()
         except BaseException:
             engine.abandon()
@@ -132,10 +138,15 @@ class Engine:
             CorruptionError, DiskFull, StorageFailed.
         """
         for record in records:
-            self.apply(record)
+            entry = self.state.apply(record)
+            if entry.change:  # as most have
+                continue
+            self._note_entry(entry)
             if self._frozen.is_set():
                 self._frozen.clear()
                 self.finish_replay()
+                # Here, since whoever closes the engine must know of the process by then.
+                self._start_checkpointer()
                 self._writing = self._threads.submit(self._write_oldest)
 
     def finish_replay(self) -> None:
@@ -149,7 +160,6 @@ class Engine:
             self._note_result(writing.result())
 
     def _write_oldest(self) -> store_pb2.CheckpointResult:
-        self._start_checkpointer()
         return self._checkpointer.run(self.state.frozen[-1].parts())
 
     def _start_checkpointer(self) -> None:
@@ -168,6 +178,7 @@ class Engine:
         self._owner = owner
         if self._writer is not None:
             return
+        self._threads.shutdown()  # there is no more to replay
         self._start_checkpointer()
         self._writer = GroupWriter(
             self.log,
@@ -220,6 +231,11 @@ class Engine:
     def mismatches(self) -> list[str]:
         """Where this copy's state was found not to be the primary's."""
         return self._digests.mismatches
+
+    @property
+    def warnings(self) -> list[str]:
+        """What an operator should look into."""
+        return [f"{mismatch}; {_MISMATCH_ADVICE}" for mismatch in self.mismatches]
 
     @property
     def durable(self) -> Position:

@@ -82,7 +82,7 @@ def _lag_seconds(node: PrimaryNode, slot: Slot) -> float:
 
 
 def _warnings(node: PrimaryNode) -> list[str]:
-    found = list(node.engine.mismatches)
+    found = list(node.engine.warnings)
     if node.tls is not None:
         found += node.tls.warnings()
     if node.is_fenced:

@@ -131,7 +131,7 @@ class ReplicaNode:
 
     def _warnings(self) -> list[str]:
         engine, follower = self._copy.opened, self._follower
-        found = list(engine.mismatches) if engine else []
+        found = list(engine.warnings) if engine else []
         if self.tls is not None:
             found += self.tls.warnings()
         if engine is not None and engine.disk_full:

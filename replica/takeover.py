@@ -52,7 +52,7 @@ def begin_reign(engine: Engine, *, started_s: float) -> Promotion:
         lsn=head.lsn,
         digest=head.digest,
         seconds=time.monotonic() - started_s,
-        warnings=list(engine.mismatches),
+        warnings=list(engine.warnings),
     )
 
 

@@ -24,7 +24,7 @@ from nodes import DIRECTORY, assert_sound, checkpoint, copy_node, offline_status
 from understudy.backup import restore as restore_module
 from understudy.backup.age_passphrase import PassphraseReader, PassphraseWriter
 from understudy.backup.archive import opening, write_archive
-from understudy.backup.archive_names import ArchiveOptions
+from understudy.backup.archive_options import ArchiveOptions
 from understudy.backup.encryption import Encryption, Unlocking
 from understudy.backup.make import make_backup
 from understudy.backup.manifest import Manifest, read_manifest

@@ -23,7 +23,7 @@ from nodes import DIRECTORY, assert_sound, checkpoint, copy_node, put
 from understudy.backup import archive as archive_module
 from understudy.backup import archiver as archiver_module
 from understudy.backup.archive import write_archive
-from understudy.backup.archive_names import ArchiveOptions
+from understudy.backup.archive_options import ArchiveOptions
 from understudy.backup.archiver import Archiver
 from understudy.backup.catalog import read_catalog
 from understudy.backup.choice import choose_backup

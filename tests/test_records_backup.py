@@ -22,7 +22,7 @@ from nodes import DIRECTORY, assert_equal, assert_sound, checkpoint, copy_node, 
 
 from understudy.backup import records as records_module
 from understudy.backup.archive import write_archive
-from understudy.backup.archive_names import ArchiveOptions
+from understudy.backup.archive_options import ArchiveOptions
 from understudy.backup.catalog import read_catalog
 from understudy.backup.encryption import Encryption, Unlocking
 from understudy.backup.history import Result
@@ -651,7 +651,7 @@ _MEASURED = r"""
 import re, sys
 from pathlib import Path
 from understudy.backup.archive import write_archive
-from understudy.backup.archive_names import ArchiveOptions
+from understudy.backup.archive_options import ArchiveOptions
 from understudy.backup.restore import restore_backup
 from understudy.backup.selection import Selection
 if sys.argv[1] == "backup":

@@ -4,24 +4,44 @@ from __future__ import annotations
 
 import itertools
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import zstandard
 from backup_helpers import RealmContent, contents
 from harness import Processes
 from killing import KILLED, Nursery
-from nodes import DIRECTORY, assert_sound, checkpoint, copy_node, pairs, put, settle, wait_until_caught_up
+from nodes import (
+    DIRECTORY,
+    assert_sound,
+    checkpoint,
+    copy_node,
+    offline_status,
+    pairs,
+    put,
+    settle,
+    wait_until_caught_up,
+)
 from repositories import done, policy_to, ship
 
 from understudy.backup.catalog import StoredBackup
 from understudy.backup.in_progress import read_filled
-from understudy.backup.manifest import read_manifest
+from understudy.backup.log_following import Following
+from understudy.backup.make import make_backup
+from understudy.backup.manifest import Manifest, read_manifest
+from understudy.backup.point import Point
+from understudy.backup.records import Records
+from understudy.backup.replay import Replay
 from understudy.backup.repository import open_repository
-from understudy.backup.restore import restore_stored
+from understudy.backup.restore import restore_backup, restore_stored
 from understudy.backup.run import run_policy
+from understudy.backup.selection import Selection
+from understudy.backup.stretch import list_stretches
 from understudy.common.changelog import ChangeLog
 from understudy.common.directory import IN_PROGRESS_FILE, DataDirectory
 from understudy.common.entries import digest_entry, freeze_entry
+from understudy.common.errors import CorruptionError, StorageFailed
 from understudy.common.files import OsFileSystem
 from understudy.common.records import encode_record
 from understudy.common.store import Store
@@ -92,6 +112,7 @@ def test_a_restore_that_was_killed_begins_anew_where_another_point_is_asked_for(
     """G8: what the first attempt had taken from the log lies behind the second one's point, and goes."""
     backup, _ = stored_with_log(processes, tmp_path, folder)
     before = backup.manifest.lsn
+    were_filled = 0
     with Nursery(processes.environment) as nursery:
         for step in itertools.count(1):
             target = tmp_path / f"b{step}"
@@ -99,12 +120,37 @@ def test_a_restore_that_was_killed_begins_anew_where_another_point_is_asked_for(
                 break
             if read_filled(target, f"{folder} {backup.id}") is None:
                 continue
+            were_filled += 1
             command = ("restore", folder, "--to", target, "--lsn", str(before + 1))
             again = processes.start(*command, launch=nursery.dying_at(0))
-            if (target / IN_PROGRESS_FILE).exists():
-                assert again.wait() == 0, again.describe()
-                assert_sound(target)
-                assert read_manifest(target).lsn == before + 1
+            assert again.wait() == 0, again.describe()
+            assert_sound(target)
+            assert read_manifest(target).lsn == before + 1
+    assert were_filled > 5
+
+
+def cut_off(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, restore: Callable[[], object]) -> None:
+    """Restores up to the call of a method, which fails as a disk may."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise StorageFailed("cut off")
+
+    with monkeypatch.context() as patched, pytest.raises(StorageFailed, match="cut off"):
+        patched.setattr(owner, name, fail)
+        restore()
+
+
+def test_a_backup_alone_is_not_what_was_cut_off_with_log(
+    processes: Processes, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G8: the same backup is asked for, now without the log of which the first attempt has taken some."""
+    backup, _ = stored_with_log(processes, tmp_path, folder)
+    repository = open_repository(str(folder))
+    target = tmp_path / "b"
+    cut_off(monkeypatch, Replay, "finish", lambda: restore_stored(repository, backup, target, with_log=True))
+    assert restore_stored(repository, backup, target, with_log=False).manifest == backup.manifest
+    assert_sound(target)
+    assert offline_status(target).lsn == backup.manifest.lsn
 
 
 def test_another_backup_is_not_mixed_with_one_that_was_cut_off(
@@ -128,11 +174,8 @@ def test_another_backup_is_not_mixed_with_one_that_was_cut_off(
     assert_sound(target)
 
 
-@pytest.mark.parametrize("wrong_puts", [6, 12])
-def test_a_way_that_turns_out_to_be_wrong_once_it_was_gone_is_left(
-    processes: Processes, tmp_path: Path, folder: Path, wrong_puts: int
-) -> None:
-    """G3: of two histories of one epoch, only the one that the next epoch follows from is restored."""
+def two_histories(processes: Processes, tmp_path: Path, folder: Path, *, wrong_puts: int) -> StoredBackup:
+    """A backup, and behind it the logs of two servers of one epoch, of which the next epoch has followed one."""
     primary = processes.primary(tmp_path / "a")
     put(primary.address, "/realm", (b"both", b"0"))
     backup = done(run_policy(policy_to(folder, archive_log=False), tmp_path / "a"))
@@ -156,11 +199,56 @@ def test_a_way_that_turns_out_to_be_wrong_once_it_was_gone_is_left(
     promoted = processes.primary(tmp_path / "r")
     put(promoted.address, "/realm", (b"new", b"1"))
     ship(tmp_path / "r", repository)
+    return backup
+
+
+@pytest.mark.parametrize("wrong_puts", [6, 12])
+def test_a_way_that_turns_out_to_be_wrong_once_it_was_gone_is_left(
+    processes: Processes, tmp_path: Path, folder: Path, wrong_puts: int
+) -> None:
+    """G3: of two histories of one epoch, only the one that the next epoch follows from is restored."""
+    backup = two_histories(processes, tmp_path, folder, wrong_puts=wrong_puts)
+    repository = open_repository(str(folder))
     manifest = restore_stored(repository, backup, tmp_path / "d", with_log=True).manifest
     assert_sound(tmp_path / "d")
     assert manifest.epoch == 2
     expected = {b"both": b"0", b"key": b"right", b"new": b"1"}
     assert pairs(processes.primary(tmp_path / "d").address, "/realm") == expected
+
+
+def test_a_way_that_nobody_has_seen_the_end_of_is_not_trusted(
+    processes: Processes, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G3: cut off at its point, before the end of the way there was compared, an attempt may have gone a wrong one."""
+    backup = two_histories(processes, tmp_path, folder, wrong_puts=12)
+    repository = open_repository(str(folder))
+    point = Point(lsn=Lsn(backup.manifest.lsn + 1))
+
+    def restore() -> object:
+        return restore_stored(repository, backup, tmp_path / "d", with_log=True, point=point)
+
+    cut_off(monkeypatch, Following, "_joins", restore)
+    restore()
+    assert pairs(processes.primary(tmp_path / "d").address, "/realm") == {b"both": b"0", b"key": b"right"}
+
+
+def test_damage_behind_the_point_is_no_obstacle(processes: Processes, tmp_path: Path, folder: Path) -> None:
+    """G9: what comes before the damage in a stretch is restored; the error of a restore beyond it names the stretch."""
+    backup, _ = stored_with_log(processes, tmp_path, folder)
+    repository = open_repository(str(folder))
+    (stretch,) = list_stretches(repository)
+    with repository.download(stretch.name) as file:
+        data = bytearray(zstandard.ZstdDecompressor().decompressobj().decompress(file.read()))
+    data[-1] ^= 1  # within the last entry
+    repository.delete(stretch.name)
+    with repository.upload(stretch.name) as out:
+        out.write(zstandard.compress(data))
+    lsn = stretch.last - 1
+    processes.run("restore", folder, backup.id, "--to", tmp_path / "b", "--lsn", str(lsn))
+    assert_sound(tmp_path / "b")
+    assert offline_status(tmp_path / "b").lsn == lsn
+    refused = processes.run("restore", folder, "--to", tmp_path / "c", code=CORRUPT)
+    assert f"entry {stretch.last} of the change-log is damaged" in refused.stderr.decode()
 
 
 def test_a_log_that_leads_to_another_state_than_it_says_is_not_restored(
@@ -177,6 +265,40 @@ def test_a_log_that_leads_to_another_state_than_it_says_is_not_restored(
     refused = processes.run("restore", folder, "--to", tmp_path / "b", code=CORRUPT)
     assert "this copy's state is not the primary's" in refused.stderr.decode()
     processes.run("primary", "--data-dir", tmp_path / "b", "--listen", "127.0.0.1:0", code=DIRECTORY)
+    again = processes.run("restore", folder, "--to", tmp_path / "b", code=CORRUPT)
+    assert "this copy's state is not the primary's" in again.stderr.decode()
+
+
+def test_a_backup_whose_own_log_tells_of_another_state_is_not_brought_forward(
+    processes: Processes, tmp_path: Path
+) -> None:
+    """G11: a mark in the log that came with a backup counts as one in a log that was shipped."""
+    primary = processes.primary(tmp_path / "a")
+    put(primary.address, "/realm", (b"key", b"0"))
+    primary.terminate()
+    with DataDirectory.open_existing(tmp_path / "a") as directory:
+        append_false_mark(directory)
+    lsn = make_backup(tmp_path / "a", tmp_path / "b").manifest.lsn
+    with pytest.raises(CorruptionError, match="is not the primary's"):
+        restore_backup(tmp_path / "b", tmp_path / "c", point=Point(lsn=Lsn(lsn)))
+
+
+def test_chosen_realms_are_taken_from_what_was_restored_before(
+    processes: Processes, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut off when all was restored and only the choice was to be made, it goes on there, without the repository."""
+    backup, _ = stored_with_log(processes, tmp_path, folder)
+    repository = open_repository(str(folder))
+    selection = Selection(realms=("/realm",))
+
+    def restore() -> Manifest:
+        target = tmp_path / "b"
+        return restore_stored(repository, backup, target, with_log=True, selection=selection).manifest
+
+    cut_off(monkeypatch, Records, "members", restore)
+    (folder / backup.archive_name).unlink()
+    assert restore().realms_chosen == ["/realm"]
+    assert_sound(tmp_path / "b")
 
 
 def append_false_mark(directory: DataDirectory) -> None:

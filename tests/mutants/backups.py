@@ -312,8 +312,9 @@ MUTANTS = (
         name="a restore goes on though its backup is not in place",
         guarantee="G8",
         file="backup/restore.py",
-        old="    note_filled(directory.path, None)\n",
-        new="    note_filled(directory.path, Filled(str(origin.goal), reached=False))\n",
+        old="    manifest = origin.fill(directory)\n",
+        new="    note_filled(directory.path, Filled(origin.end, reached=False))\n"
+        "    manifest = origin.fill(directory)\n",
         tests=(f"{RESTORE_LOG}::test_a_restore_with_log_goes_on_where_it_was_killed",),
         simulated=False,
     ),
@@ -321,7 +322,7 @@ MUTANTS = (
         name="a restore goes on to another point than it began for",
         guarantee="G8",
         file="backup/restore.py",
-        old="filled is not None and filled.goal == str(origin.goal) and",
+        old="filled is not None and filled.goal == origin.end and",
         new="filled is not None and",
         tests=(
             f"{RESTORE_LOG}::test_a_restore_that_was_killed_begins_anew_where_another_point_is_asked_for",
@@ -340,8 +341,8 @@ MUTANTS = (
     Mutant(
         name="a restore does not compare state digests",
         guarantee="G11",
-        file="backup/replay.py",
-        old="        if self._engine.mismatches:\n",
+        file="backup/target_log.py",
+        old="    if engine.mismatches:\n",
         new="        if False:\n",
         tests=(f"{RESTORE_LOG}::test_a_log_that_leads_to_another_state_than_it_says_is_not_restored",),
         simulated=False,
