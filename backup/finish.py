@@ -9,11 +9,11 @@ import shutil
 import time
 from pathlib import Path
 
-from understudy.backup.in_progress import is_in_progress, must_begin_anew
+from understudy.backup.in_progress import is_in_progress
 from understudy.backup.make import BackupReport
 from understudy.backup.manifest import read_manifest, write_manifest
 from understudy.backup.target_log import describe_reached, settle
-from understudy.common.directory import IN_PROGRESS_FILE, MANIFEST_FILE, DataDirectory
+from understudy.common.directory import IN_PROGRESS_FILE, MANIFEST_FILE, DataDirectory, must_begin_anew
 from understudy.common.errors import OTHER_BACKUP, CorruptionError, NotADataDirectory, UnfinishedBackup
 from understudy.common.files import storage_errors, sync_directory, sync_tree
 from understudy.common.verify import verify_opened

@@ -31,11 +31,6 @@ def begun_from(root: Path) -> str:
     return str(_note(root).get("source", ""))
 
 
-def must_begin_anew(root: Path) -> bool:
-    """Whether the mark is there, and says that what is being made can't be brought up to date."""
-    return _note(root).get("anew") is True
-
-
 def read_filled(root: Path, source: str) -> Filled | None:
     """What :func:`note_filled` has noted, where the directory is being made from ``source``."""
     note = _note(root)
@@ -58,7 +53,7 @@ def note_filled(root: Path, filled: Filled | None) -> None:
 def _note(root: Path) -> dict[str, object]:
     try:
         note = json.loads((root / IN_PROGRESS_FILE).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return note if isinstance(note, dict) else {}
 

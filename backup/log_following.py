@@ -72,6 +72,7 @@ class Following:
         self._stretches = list_stretches(repository)
         self._seen: dict[tuple[str, Lsn], str] = {}
         self._unusable: dict[Stretch, CorruptionError | RepositoryError] = {}
+        self.ended = False  # the log ends before the point, as far as anybody knows
 
     def follow(self, directory: DataDirectory) -> Reached:
         """Brings a copy forward along the log, as far as that reaches or is wanted.
@@ -91,21 +92,30 @@ class Following:
                 raise WrongWay  # perhaps: the attempt before has not lived to see where its way led
             while not self._goes(copy):
                 pass
+            self.ended = not copy.is_enough
             return copy.finish()
 
     def _goes(self, copy: Replay) -> bool:
         """Goes one way; returns whether it was gone to its end, or as far as is wanted."""
+        copy.read_from_end()
         legs = self._legs(copy)
-        if not copy.is_enough:
+        if not copy.is_enough or self._highest(copy) > copy.epoch:
             self._check_way(copy, legs)
         if not legs:
             return True  # where the point was reached, and what is behind it is damaged, that is good enough
-        for leg, following in zip(legs, [*legs[1:], None], strict=True):
+        # Names tell what comes before and behind whole stretches; where one is left within, only going there does.
+        unsure = [number for number, leg in enumerate(legs) if leg.last < leg.stretch.last]
+        for number, (leg, following) in enumerate(zip(legs, [*legs[1:], None], strict=True)):
             if not self._take(copy, leg) or not self._joins(copy, leg, following):
                 return False
-            if copy.is_enough:
+            if copy.is_enough and number >= max(unsure, default=0):
                 return True
         return False
+
+    def _highest(self, copy: Replay) -> Epoch:
+        """The highest epoch that is followed; the copy's own where no stretch is of a later one."""
+        epochs = [one.epoch for one in self._stretches if self._is_followed(one.epoch, copy)]
+        return max(epochs, default=copy.epoch)
 
     def _legs(self, copy: Replay) -> list[Leg]:
         """The way from where the copy ends."""
@@ -124,7 +134,7 @@ class Following:
             self._check_end(copy)
             return
         head = copy.end
-        highest = max(one.epoch for one in self._stretches if self._is_followed(one.epoch, copy))
+        highest = self._highest(copy)
         if legs[-1].stretch.epoch < highest:
             self._raise_unusable()
             raise CorruptionError(
@@ -188,10 +198,10 @@ class Following:
         begins = (header.first_lsn, short_digest(header.previous))
         if header.cluster != copy.cluster or begins != (leg.stretch.first, leg.stretch.before):
             raise CorruptionError(f"{name} is of another log", remedy="restore to a point before it")
-        known = _skip(plain, header, copy.end_offset, name)
-        if known != copy.end:
+        known = _skip(plain, header, copy.read_offset, name)
+        if known != copy.read:
             # Of another entry, perhaps; then it differs all the more.
-            self._seen[leg.stretch.name, copy.end.lsn] = short_digest(known.digest)
+            self._seen[leg.stretch.name, copy.read.lsn] = short_digest(known.digest)
             self._turn_back(copy)
             return False
         pieces = iter(lambda: plain.read(_PIECE_BYTES), b"")

@@ -20,7 +20,7 @@ from itertools import chain
 from pathlib import Path
 
 from understudy.backup.contents import STORE_FILE, copy_members, describe, metering, origin_of, token_member
-from understudy.backup.in_progress import begun_from, in_progress, is_in_progress, must_begin_anew
+from understudy.backup.in_progress import begun_from, in_progress, is_in_progress
 from understudy.backup.manifest import FileEntry, Form, Manifest, read_manifest, write_manifest
 from understudy.backup.places import check_apart
 from understudy.backup.progress import Meter, OnProgress
@@ -28,7 +28,7 @@ from understudy.backup.selection import EVERYTHING, Selection
 from understudy.backup.source import Source, open_source
 from understudy.backup.target_log import append_records, log_files, open_log, read_head, settle
 from understudy.backup.writing import describe_file, write_member
-from understudy.common.directory import MANIFEST_FILE, DataDirectory, Role
+from understudy.common.directory import MANIFEST_FILE, DataDirectory, Role, must_begin_anew
 from understudy.common.errors import (
     AheadOfPrimary,
     CorruptionError,

@@ -85,7 +85,8 @@ class Ranges:
             PreconditionError: the object was replaced meanwhile.
         """
         options: GetOptions = {"range": (start, end)}
-        if self._version.e_tag is not None:
+        # A weak tag never matches (RFC 9110, 13.1.1); each answer's own is compared with it all the same.
+        if self._version.e_tag is not None and not self._version.e_tag.startswith("W/"):
             options["if_match"] = self._version.e_tag
         version, data = await self._get(options)
         if version != self._version:  # some storages know no conditions, or ignore them

@@ -27,6 +27,7 @@ class Replay:
         self._point = point
         self.origin = engine.durable  # where the log of the copy ended at first
         self.read = engine.durable  # the last entry read; behind the point it is not taken
+        self.read_offset = engine.log.end_offset  # the log offset behind it
         self.is_enough = False  # the point is reached: no more is wanted
         self.is_broken = False  # what was taken could not be applied
         self._note_lsn()
@@ -62,7 +63,7 @@ class Replay:
             CorruptionError: they do not follow; those before are taken.
             DiskFull, StorageFailed.
         """
-        self.read, rest = self.end, b""
+        rest = b""
         for batch in in_batches(pieces):
             rest = self._take(rest + batch, epoch, last)
             if self.read.lsn == last:
@@ -91,6 +92,7 @@ class Replay:
         if wanted:
             self._append(wanted, data[: sum(record.encoded_bytes for record in wanted)], epoch)
         self.read = found[-1].position
+        self.read_offset += sum(record.encoded_bytes for record in found)
 
     def _append(self, records: list[Record], data: bytes, epoch: Epoch) -> None:
         try:
@@ -101,9 +103,13 @@ class Replay:
             raise
         self._note_lsn()
 
+    def read_from_end(self) -> None:
+        """What comes next is read from where the copy ends."""
+        self.read, self.read_offset = self.end, self.end_offset
+
     def forget_read(self) -> None:
         """What was read was of another history; nothing of it was taken."""
-        self.read, self.is_enough = self.end, False
+        self.is_enough = False
         self._note_lsn()
 
     def _wanted(self, records: list[Record]) -> list[Record]:

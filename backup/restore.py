@@ -68,6 +68,9 @@ class RestoreReport:
 
     manifest: Manifest
     seconds: float
+    ended: (
+        bool  # the log has no entry behind the point that was asked for: later ones may not have been shipped
+    )
 
 
 def restore_backup(
@@ -113,9 +116,22 @@ def restore_backup(
             return _extract(file, str(backup), directory, unlocking or Unlocking(), progress)
 
     origin = _Origin(
-        name=str(backup), fill=fill, goal=Goal(point=point), following=None, before_folding=before_folding
+        name=str(backup),
+        fill=fill,
+        goal=Goal(point=point),
+        following=None,
+        identity=_identity(backup),
+        before_folding=before_folding,
     )
     return _restore(target, origin, selection, progress)
+
+
+def _identity(backup: Path) -> str:
+    file = backup / MANIFEST_FILE if backup.is_dir() else backup
+    if not file.exists():
+        return ""  # whoever reads it says so
+    about = file.stat()
+    return f"{about.st_ino} {about.st_size} {about.st_mtime_ns}"
 
 
 def restore_stored(
@@ -190,13 +206,15 @@ class _Origin:
     fill: Fill
     goal: Goal
     following: Following | None  # the log behind it
+    identity: str = ""  # what tells it from another one that takes its name
     epoch_floor: int = 0  # the epoch to come is higher
     before_folding: BeforeFolding | None
 
     @property
     def end(self) -> str:
         """How far to go: what an attempt before has begun is gone on with only where that is the same."""
-        return str(self.goal) if self.following is not None else f"the backup alone, {self.goal}"
+        end = str(self.goal) if self.following is not None else f"the backup alone, {self.goal}"
+        return f"{end}, {self.identity}" if self.identity else end
 
 
 def _restore(
@@ -207,7 +225,12 @@ def _restore(
         manifest = _restore_chosen(target, origin, selection, progress)
     else:
         manifest = _restore_all(target, origin)
-    return RestoreReport(manifest=manifest, seconds=time.monotonic() - started_s)
+    ended = origin.following is not None and origin.following.ended
+    return RestoreReport(
+        manifest=manifest,
+        seconds=time.monotonic() - started_s,
+        ended=ended and origin.goal.point is not None,
+    )
 
 
 def _restore_chosen(
@@ -230,6 +253,7 @@ def _restore_chosen(
             manifest = replace(manifest, node=node)
             sync_tree(target)
             write_manifest(target, manifest)
+            note_filled(target, None)
             shutil.rmtree(incoming)
     return manifest
 
@@ -266,6 +290,7 @@ def _restore_all(target: Path, origin: _Origin) -> Manifest:
         goes_on = filled is not None and filled.goal == origin.end and origin.before_folding is None
         with in_progress(target, origin.name, anew=True, goes_on=goes_on):
             manifest = _bring_forward(directory, origin, goes_on=goes_on)
+            directory.raise_epoch_floor(origin.epoch_floor)
             sync_tree(target)
             write_manifest(target, manifest)
     return manifest
@@ -297,7 +322,6 @@ def _fill(directory: DataDirectory, origin: _Origin) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     manifest = origin.fill(directory)
     directory.begin(Role.BACKUP, manifest.cluster_id)
-    directory.raise_epoch_floor(origin.epoch_floor)
     point = origin.goal.point
     reached = point is not None and cut_log(directory, point, goes_on=origin.following is not None)
     sync_tree(directory.path)

@@ -22,8 +22,10 @@ _PERIODS = {
 class Retention:
     """How many are kept. With no number but ``minimum`` given, all are.
 
-    Of each kind of period, the newest backup in each of the newest periods that have one is kept; ``last`` keeps the
-    newest ones, whenever they were made. What any of them keeps stays. Only restorable backups count.
+    Of each kind of period, the newest backup in each of the newest periods that have one is kept; and as long as there
+    are fewer such periods than asked for, the oldest backup, so that the way back, which begins there, gets no shorter.
+    ``last`` keeps the newest ones, whenever they were made. What any of them keeps stays. Only restorable backups
+    count.
 
     Raises:
         UsageError: a number is negative, or the zone is unknown.
@@ -124,6 +126,8 @@ def _of_periods(good: list[Candidate], retention: Retention) -> _Reasons:
             if period not in seen and len(seen) < wanted:
                 seen.add(period)
                 yield backup, f"{kind} {period}"
+        if good and 0 < len(seen) < wanted:
+            yield good[-1], f"{kind}, the oldest so far"
 
 
 def _of_minimum(good: list[Candidate], minimum: int, reasons: dict[str, list[str]]) -> _Reasons:

@@ -104,12 +104,16 @@ def in_batches(pieces: Iterable[bytes]) -> Iterator[bytes]:
     """Joins pieces to as much as is made durable at a time."""
     batch: list[bytes] = []
     size = 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece)
-        if size >= _BATCH_BYTES:
-            yield b"".join(batch)
-            batch, size = [], 0
+    try:
+        for piece in pieces:
+            batch.append(piece)
+            size += len(piece)
+            if size >= _BATCH_BYTES:
+                whole, batch, size = b"".join(batch), [], 0
+                yield whole
+    except CorruptionError:
+        yield b"".join(batch)  # what came before the damage may be all that is wanted
+        raise
     if batch:
         yield b"".join(batch)
 

@@ -32,6 +32,7 @@ from understudy.common.errors import UnderstudyError, UsageError
 from understudy.common.events import log
 from understudy.common.files import publish, storage_errors
 from understudy.common.known_runs import new_run_id
+from understudy.common.logs import configure_logs
 from understudy.common.niceness import let_commits_go_first
 from understudy.common.types import Lsn
 from understudy.v1 import admin_pb2
@@ -313,8 +314,9 @@ class Worker:
         )
 
 
-def main(data_dir: Path, policies: Path) -> int:
+def main(data_dir: Path, policies: Path, log_format: str) -> int:
     """Works until standard input ends; returns the exit code."""
+    configure_logs(log_format)
     let_commits_go_first()
     try:
         worker = Worker(data_dir, read_policies(policies, data_dir), tell=_print)
@@ -354,4 +356,4 @@ def _ending_all(work: Callable[[], None]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))
+    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]))

@@ -117,8 +117,8 @@ def backup(
         raise click.UsageError("Give both -f and -t, or a command.")
     from understudy.backup.archive_options import ArchiveOptions
     from understudy.backup.selection import Selection
-    from understudy.cli.logs import QUIET, configure_logs
     from understudy.cli.output import Progress
+    from understudy.common.logs import QUIET, configure_logs
 
     configure_logs(level=QUIET)
     let_commits_go_first()
@@ -165,8 +165,8 @@ def run(context: click.Context, name: str, config: Path, data_dir: Path, as_json
     from understudy.backup.policy import find_policy
     from understudy.backup.run import run_policy
     from understudy.cli.backup_tables import print_run
-    from understudy.cli.logs import configure_logs
     from understudy.cli.output import Progress, print_json
+    from understudy.common.logs import configure_logs
 
     configure_logs(level=logging.WARNING)
     let_commits_go_first()
@@ -185,7 +185,7 @@ backup.add_command(drill)
 
 def _finish(source: Path | None, target: Path | None, *, as_json: bool) -> None:
     from understudy.backup.finish import finish_backup
-    from understudy.cli.logs import QUIET, configure_logs
+    from understudy.common.logs import QUIET, configure_logs
 
     if source is not None or target is None:
         raise click.UsageError("--finish works on -t alone, without -f.")

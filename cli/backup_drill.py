@@ -69,9 +69,9 @@ def drill(
     from understudy.backup.drill import drill_newest, scratch_parent
     from understudy.backup.drill_server import read_all
     from understudy.backup.policy import find_policy
-    from understudy.cli.logs import QUIET, configure_logs
     from understudy.cli.output import Progress
     from understudy.common.addresses import check_free, check_listen
+    from understudy.common.logs import QUIET, configure_logs
 
     configure_logs(level=QUIET)
     policy = find_policy(config, name, data_dir)

@@ -39,7 +39,7 @@ for _command in (start, cancel, watch):
 
 def _open(url: str) -> Repository:
     from understudy.backup.repository import open_repository
-    from understudy.cli.logs import QUIET, configure_logs
+    from understudy.common.logs import QUIET, configure_logs
 
     configure_logs(level=QUIET)
     return open_repository(url)

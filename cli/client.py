@@ -155,8 +155,8 @@ def reset(
     Example:
       understudy client reset local /notes --mode recover --server 127.0.0.1:7850
     """
-    from understudy.cli.logs import QUIET, configure_logs
     from understudy.cli.output import print_json
+    from understudy.common.logs import QUIET, configure_logs
 
     configure_logs(level=QUIET)
     found = _reset(directory, realm, mode, server, credentials, timeout_s)

@@ -109,7 +109,7 @@ def _play(folder: Path, *, writers: int, seconds: float, on_stderr: bool) -> tup
 
     from understudy.cli.demo_screen import Screen
     from understudy.cli.demo_story import Story
-    from understudy.cli.logs import configure_logs
+    from understudy.common.logs import configure_logs
     from understudy.common.portal import new_event_loop
 
     configure_logs(level=logging.ERROR)  # a reset is worth a warning, and here it is part of the story

@@ -16,10 +16,10 @@ import threading
 import time
 from pathlib import Path
 
-from understudy.cli.logs import configure_logs
 from understudy.client import AsyncServer, aconnect
 from understudy.common.directory import CONTROL_SOCKET
 from understudy.common.errors import CorruptionError, ExitCode, UnderstudyError
+from understudy.common.logs import configure_logs
 from understudy.common.portal import new_event_loop
 from understudy.common.rpc import open_channel, peer_errors, short_socket_path
 from understudy.common.settings import PrimarySettings

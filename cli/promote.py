@@ -32,8 +32,8 @@ def promote(directory: Path, serve: bool, as_json: bool) -> None:
     """
     import asyncio
 
-    from understudy.cli.logs import QUIET, configure_logs
     from understudy.cli.output import plain, print_json, seconds_text
+    from understudy.common.logs import QUIET, configure_logs
     from understudy.common.portal import new_event_loop
     from understudy.replica.promote import promote_directory
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import click
 
-from understudy.cli.options import EPILOG, absolute_repository, credential_options, json_option
+from understudy.cli.options import EPILOG, INTERRUPTED, absolute_repository, credential_options, json_option
 from understudy.cli.realm_choice import print_problems, realm_option
 from understudy.cli.secrets import unlocking_options
 from understudy.common.errors import ExitCode
@@ -46,7 +46,10 @@ if TYPE_CHECKING:
 )
 @click.option("--lsn", type=click.IntRange(min=1), metavar="N", help="Go no further than entry N.")
 @click.option(
-    "--at", "at", metavar="TIME", help="Go no further than this moment, such as 2026-05-01T14:30:00."
+    "--at",
+    "at",
+    metavar="TIME",
+    help="Go no further than this moment, such as 2026-05-01T14:30:00; local time unless it says Z or +02:00.",
 )
 @click.option(
     "--epoch",
@@ -117,7 +120,7 @@ def restore(
     """
     from understudy.backup.repository import is_repository
     from understudy.backup.selection import EVERYTHING, Selection
-    from understudy.cli.logs import QUIET, configure_logs
+    from understudy.common.logs import QUIET, configure_logs
 
     configure_logs(level=QUIET)
     if (target is None) == (into_server is None):
@@ -131,7 +134,7 @@ def restore(
     point = _point(lsn, at)
     if is_repository(backup):
         make = _of_repository(
-            backup, backup_id, point, Epoch(epoch) if epoch is not None else None, unlocking
+            backup, backup_id, point, Epoch(epoch) if epoch is not None else None, unlocking, target
         )
     elif backup_id is not None or epoch is not None or (dry_run and into_server is None):
         raise click.UsageError(
@@ -149,7 +152,14 @@ def restore(
         print_outcome(outcome, as_json=as_json)
         is_whole = not print_problems(outcome.manifest) and not outcome.others
     elif target is not None and not dry_run:
-        report = make(selection, target)
+        try:
+            report = make(selection, target)
+        except KeyboardInterrupt:
+            click.echo(
+                f"understudy: interrupted; {target} is not finished: give the same command again, or remove it",
+                err=True,
+            )
+            context.exit(INTERRUPTED)
         _tell(report, target, as_json=as_json)
         is_whole = not print_problems(report.manifest)
         if realms and not report.manifest.realms:
@@ -195,13 +205,19 @@ def _of_files(backup: Path, point: Point | None, unlocking: Unlocking) -> Make:
 
 
 def _of_repository(
-    url: str, backup_id: str | None, point: Point | None, epoch_max: Epoch | None, unlocking: Unlocking
+    url: str,
+    backup_id: str | None,
+    point: Point | None,
+    epoch_max: Epoch | None,
+    unlocking: Unlocking,
+    target: Path | None,
 ) -> Make:
-    """Chooses the backup, and says which."""
+    """Chooses the backup, and says which: the one that an attempt before has begun with, where that was cut off."""
     from understudy.backup.catalog import read_catalog
-    from understudy.backup.choice import choose_backup
+    from understudy.backup.choice import begun_with, choose_backup
     from understudy.backup.repository import open_repository
     from understudy.backup.restore import restore_stored
+    from understudy.backup.stretch import list_stretches
     from understudy.cli.output import Progress, plain
 
     repository = open_repository(url)
@@ -211,7 +227,14 @@ def _of_repository(
     if backup_id is not None:
         backup = catalog.find(backup_id)
     else:
-        backup = choose_backup(catalog, point, url, epoch_max=epoch_max)
+        stretches = list_stretches(repository)
+        backup = choose_backup(
+            begun_with(catalog, url, target) if target is not None else catalog,
+            point,
+            url,
+            stretches=stretches,
+            epoch_max=epoch_max,
+        )
     with_log = point is not None or epoch_max is not None or backup_id is None
     click.echo(
         f"from {backup.id}, which reaches LSN {backup.manifest.lsn} of {backup.manifest.time}"
@@ -253,11 +276,18 @@ def _tell(report: RestoreReport, target: Path, *, as_json: bool) -> None:
                 "lsn": manifest.lsn,
                 "digest": manifest.digest,
                 "time": manifest.time,
+                "ended": report.ended,
                 "problems": manifest.problems,
                 "seconds": round(report.seconds, 3),
             }
         )
         return
+    if report.ended:
+        click.echo(
+            f"note: the log in the repository ends with LSN {manifest.lsn} of {manifest.time}, before what was asked "
+            "for: whatever came in between was not shipped",
+            err=True,
+        )
     click.echo(
         f"{counted(manifest.realms, 'realm')}, {size_text(manifest.total_bytes)}, at LSN {manifest.lsn} of "
         f"{manifest.time}, in {seconds_text(report.seconds)}"

@@ -41,9 +41,9 @@ def rewind(directory: Path, to: str, replica_id: str | None, credentials: Creden
     import asyncio
     import socket
 
-    from understudy.cli.logs import QUIET, configure_logs
     from understudy.cli.output import Progress, print_json
     from understudy.common.addresses import split_address
+    from understudy.common.logs import QUIET, configure_logs
     from understudy.common.memory import keep_freed_memory
     from understudy.common.portal import new_event_loop
     from understudy.replica.rewind import rewind as rewind_directory

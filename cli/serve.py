@@ -14,8 +14,8 @@ from contextlib import AbstractAsyncContextManager
 from types import FrameType
 from typing import Protocol, TypeVar
 
-from understudy.cli.logs import configure_logs
 from understudy.common.errors import UnderstudyError
+from understudy.common.logs import configure_logs
 from understudy.common.memory import keep_freed_memory
 from understudy.common.portal import new_event_loop
 

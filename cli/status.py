@@ -58,9 +58,9 @@ def status(
     """
     import asyncio
 
-    from understudy.cli.logs import QUIET, configure_logs
     from understudy.cli.node_status import directory_status, server_status
     from understudy.cli.output import print_json
+    from understudy.common.logs import QUIET, configure_logs
     from understudy.common.portal import new_event_loop
 
     if (directory is None) == (server is None):

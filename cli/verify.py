@@ -66,8 +66,8 @@ def verify(
 
 
 def _verify_directory(directory: Path, *, as_json: bool) -> bool:
-    from understudy.cli.logs import QUIET, configure_logs
     from understudy.cli.output import Progress, print_json
+    from understudy.common.logs import QUIET, configure_logs
     from understudy.common.verify import verify_directory
 
     configure_logs(level=QUIET)
@@ -92,8 +92,8 @@ def _verify_directory(directory: Path, *, as_json: bool) -> bool:
 
 def _verify_archive(archive: Path, unlocking: Unlocking, *, as_json: bool) -> bool:
     from understudy.backup.verify_archive import verify_archive
-    from understudy.cli.logs import QUIET, configure_logs
     from understudy.cli.output import Progress, print_json
+    from understudy.common.logs import QUIET, configure_logs
 
     configure_logs(level=QUIET)
     with Progress("verifying", unit="bytes") as progress:
@@ -153,8 +153,8 @@ def _compare(server: str, against: str, credentials: Credentials, *, as_json: bo
     import asyncio
 
     from understudy.cli.compare import compare_servers
-    from understudy.cli.logs import QUIET, configure_logs
     from understudy.cli.output import print_json
+    from understudy.common.logs import QUIET, configure_logs
     from understudy.common.portal import new_event_loop
 
     configure_logs(level=QUIET)

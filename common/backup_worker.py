@@ -23,6 +23,7 @@ from understudy.common.directory import DataDirectory
 from understudy.common.errors import Unavailable, UsageError
 from understudy.common.events import log
 from understudy.common.known_runs import BackupRuns, is_over, new_run_id, state_name
+from understudy.common.logs import log_format
 from understudy.common.types import Lsn
 from understudy.v1 import admin_pb2
 
@@ -42,7 +43,7 @@ class BackupWorker:
     """The process, and what it said last. Everything runs on one event loop."""
 
     def __init__(self, data_dir: Path, policies: Path, clock: Callable[[], float] = time.time) -> None:
-        self._command = [sys.executable, "-P", "-m", MODULE, str(data_dir), str(policies)]
+        self._command = [sys.executable, "-P", "-m", MODULE, str(data_dir), str(policies), log_format()]
         self.report = admin_pb2.BackupReport()
         self.runs = BackupRuns()
         self._clock = clock  # seconds since 1970

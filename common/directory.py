@@ -358,12 +358,24 @@ def check_finished(path: Path) -> None:
     Raises:
         UnfinishedBackup.
     """
-    if (path / IN_PROGRESS_FILE).exists():
-        raise UnfinishedBackup(
-            f"{path} is a backup that is not finished: there is a file {IN_PROGRESS_FILE}",
-            remedy="finish it with the command that began it, and --update if that was a backup of all realms; where "
-            "its source is lost, `understudy backup --finish` saves what was whole before; or use another backup",
-        )
+    if not (path / IN_PROGRESS_FILE).exists():
+        return
+    raise UnfinishedBackup(
+        f"{path} is not finished: there is a file {IN_PROGRESS_FILE}",
+        remedy="give the command that began it once more, or remove the directory"
+        if must_begin_anew(path)
+        else "finish it with the command that began it, and --update if that was a backup of all realms; where its "
+        "source is lost, `understudy backup --finish` saves what was whole before; or use another backup",
+    )
+
+
+def must_begin_anew(path: Path) -> bool:
+    """Whether the mark of a directory that is not finished says that it can't be brought up to date."""
+    try:
+        note = json.loads((path / IN_PROGRESS_FILE).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(note, dict) and note.get("anew") is True
 
 
 def check_restored(path: Path) -> None:

@@ -317,16 +317,18 @@ def test_an_old_primarys_stretch_is_left_where_its_successor_has_begun(
 def test_a_backup_of_a_history_that_was_given_up_is_told_as_such(
     processes: Processes, tmp_path: Path, folder: Path
 ) -> None:
-    """G3: the newest backup is an old primary's, made behind the fork: the error says how to get the successor's."""
+    """G3: made behind the fork, it is passed over; named, the error says how to get the successor's history."""
     forked(processes, tmp_path, folder)
-    done(run_policy(policy_to(folder, archive_log=False), tmp_path / "a"))
-    first, _ = read_catalog(open_repository(str(folder))).backups
-    refused = processes.run("restore", folder, "--to", tmp_path / "restored", code=CORRUPT)
+    given_up = done(run_policy(policy_to(folder, archive_log=False), tmp_path / "a"))
+    refused = processes.run(
+        "restore", folder, given_up.id, "--to", tmp_path / "a1", "--epoch", "2", code=CORRUPT
+    )
     assert "an earlier backup, with --epoch 2" in refused.stderr.decode()
-    shutil.rmtree(tmp_path / "restored")
-    processes.run("restore", folder, first.id, "--to", tmp_path / "restored", "--epoch", "2")
+    processes.run("restore", folder, "--to", tmp_path / "restored")
     server = processes.primary(tmp_path / "restored")
     assert pairs(server.address, "/realm") == {b"both": b"1", b"new": b"1"}
+    nowhere = processes.run("restore", folder, "--to", tmp_path / "a2", "--epoch", "7", code=USAGE)
+    assert "nothing in" in nowhere.stderr.decode()
 
 
 def test_a_history_that_may_have_been_given_up_is_not_restored_unasked(

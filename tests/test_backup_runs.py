@@ -269,7 +269,7 @@ def stop_in_the_middle(data_dir: Path, config: Path) -> None:
 
 
 def worker_command(data_dir: Path, config: Path) -> list[str]:
-    return [sys.executable, "-m", MODULE, str(data_dir), str(config)]
+    return [sys.executable, "-m", MODULE, str(data_dir), str(config), "console"]
 
 
 def run_worker(data_dir: Path, config: Path) -> int:

@@ -192,10 +192,10 @@ def test_an_object_that_is_replaced_while_it_is_read_is_an_error(stored: Reposit
 
 
 def test_an_object_that_is_removed_while_it_is_read_is_an_error(stored: Repository) -> None:
-    """As one that is replaced; who comes then is told that there is none."""
+    """Who reads it, and who comes then, is told that there is none."""
     with stored.download("large") as file:
         stored.delete("large")
-        with pytest.raises(RepositoryError, match="changed"):
+        with pytest.raises(NotStored):
             file.read()
     with pytest.raises(NotStored), stored.download("large"):
         pass

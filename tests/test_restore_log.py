@@ -14,6 +14,7 @@ from harness import Processes
 from killing import KILLED, Nursery
 from nodes import (
     DIRECTORY,
+    Pair,
     assert_sound,
     checkpoint,
     copy_node,
@@ -135,9 +136,10 @@ def cut_off(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, restore: Ca
     def fail(*_: object, **__: object) -> None:
         raise StorageFailed("cut off")
 
-    with monkeypatch.context() as patched, pytest.raises(StorageFailed, match="cut off"):
+    with monkeypatch.context() as patched:
         patched.setattr(owner, name, fail)
-        restore()
+        with pytest.raises(StorageFailed, match="cut off"):
+            restore()
 
 
 def test_a_backup_alone_is_not_what_was_cut_off_with_log(
@@ -170,7 +172,8 @@ def test_another_backup_is_not_mixed_with_one_that_was_cut_off(
     assert (target / IN_PROGRESS_FILE).exists()
     refused = processes.run("restore", folder, newer.id, "--to", target, code=DIRECTORY)
     assert f"begun from {folder} {backup.id}" in refused.stderr.decode()
-    processes.run(*command)
+    done_at_last = processes.run("restore", folder, "--to", target)
+    assert f"from {backup.id}" in done_at_last.stderr.decode()
     assert_sound(target)
 
 
@@ -230,6 +233,41 @@ def test_a_way_that_nobody_has_seen_the_end_of_is_not_trusted(
     cut_off(monkeypatch, Following, "_joins", restore)
     restore()
     assert pairs(processes.primary(tmp_path / "d").address, "/realm") == {b"both": b"0", b"key": b"right"}
+
+
+def test_a_point_in_a_history_that_may_have_been_given_up_is_not_restored(
+    processes: Processes, tmp_path: Path, folder: Path
+) -> None:
+    """G3: reached along an old primary's stretches, while what its successor shipped at first is gone."""
+    pair = Pair(processes, tmp_path)
+    large = bytes(100_000)
+    put(pair.primary.address, "/realm", (b"both", b"0"))
+    repository = open_repository(str(folder))
+    done(run_policy(policy_to(folder, archive_log=False), pair.a))
+    fork = put(pair.primary.address, "/realm", (b"both", b"1")).lsn
+    wait_until_caught_up(pair.primary.address, pair.replica.address)
+    pair.replica.kill()
+    for _ in range(2):
+        put(pair.primary.address, "/realm", (b"only", large))
+    ship(pair.a, repository)
+    for number in range(9):
+        put(pair.primary.address, "/realm", (b"only", b"%d" % number))
+    ship(pair.a, repository)
+    pair.primary.kill()
+    processes.run("promote", pair.b)
+    promoted = processes.primary(pair.b)
+    for _ in range(4):
+        put(promoted.address, "/realm", (b"new", large))
+    ship(pair.b, repository)
+    put(promoted.address, "/realm", (b"new", b"1"))
+    ship(pair.b, repository)
+    first = min((one for one in list_stretches(repository) if one.epoch == 2), key=lambda one: one.first)
+    command = ("restore", folder, "--lsn", str(fork + 2), "--to")
+    processes.run(*command, tmp_path / "whole")
+    assert b"only" not in pairs(processes.primary(tmp_path / "whole").address, "/realm")
+    repository.delete(first.name)
+    refused = processes.run(*command, tmp_path / "c", code=CORRUPT)
+    assert "--epoch" in refused.stderr.decode()
 
 
 def test_damage_behind_the_point_is_no_obstacle(processes: Processes, tmp_path: Path, folder: Path) -> None:

@@ -89,9 +89,20 @@ def test_a_damaged_backup_does_not_stand_for_its_day() -> None:
 
 def test_days_are_those_of_the_zone() -> None:
     """23:30 and 00:30 UTC are two days there and one in New York."""
-    backups = [backup("2026-11-20T00:30"), backup("2026-11-19T23:30")]
-    assert len(kept_times(backups, Retention(daily=2))) == 2
-    assert kept_times(backups, Retention(daily=2, zone="America/New_York")) == ["2026-11-20T00"]
+    backups = [backup("2026-11-20T00:30"), backup("2026-11-19T23:30"), backup("2026-11-18T12:00")]
+    assert kept_times(backups, Retention(daily=2)) == ["2026-11-20T00", "2026-11-19T23"]
+    new_york = Retention(daily=2, zone="America/New_York")
+    assert kept_times(backups, new_york) == ["2026-11-20T00", "2026-11-18T12"]
+
+
+def test_the_oldest_stays_until_there_are_as_many_periods_as_asked_for() -> None:
+    """A second backup on the first day does not take away the way back to between the two."""
+    days = [backup(f"2026-11-{day}T{hour}:00") for day in (17, 18, 19) for hour in ("02", "12")]
+    assert kept_times(days[:2], Retention(daily=2)) == ["2026-11-17T12", "2026-11-17T02"]
+    assert kept_times(days[:4], Retention(daily=2)) == ["2026-11-18T12", "2026-11-17T12"]
+    assert kept_times(days, Retention(daily=4)) == [
+        "2026-11-19T12", "2026-11-18T12", "2026-11-17T12", "2026-11-17T02",
+    ]  # fmt: skip
 
 
 def test_an_hour_that_comes_twice_is_two() -> None:
@@ -224,7 +235,7 @@ def check_prune(backups: list[Candidate], retention: Retention, now_s: float) ->
     result = split(backups, retention, now_s=now_s)
     left = [each for each, _ in result.kept]
     assert sorted(names(left) + names(result.removable)) == sorted(names(backups))
-    good = sorted(restorable(backups), key=lambda each: each.made_s)
+    good = sorted(restorable(backups), key=lambda each: (each.made_s, each.name))
     assert len(restorable(left)) >= min(len(good), max(retention.minimum, 1))
     assert good[-1:] == [] or good[-1] in left
     assert good or not result.removable

@@ -343,7 +343,7 @@ MUTANTS = (
         guarantee="G11",
         file="backup/target_log.py",
         old="    if engine.mismatches:\n",
-        new="        if False:\n",
+        new="    if False:\n",
         tests=(f"{RESTORE_LOG}::test_a_log_that_leads_to_another_state_than_it_says_is_not_restored",),
         simulated=False,
     ),

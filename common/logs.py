@@ -12,6 +12,7 @@ from understudy.common.events import FIELDS, LOGGER
 
 # For commands that say themselves what they did.
 QUIET = logging.WARNING
+_format = "console"
 
 
 def configure_logs(log_format: str = "console", *, level: int = logging.INFO) -> None:
@@ -21,10 +22,17 @@ def configure_logs(log_format: str = "console", *, level: int = logging.INFO) ->
         log_format: ``console`` (``timestamp=… level=… event=… key=value``) or ``json``.
         level: what is less than that is left out.
     """
+    global _format
+    _format = log_format
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonFormatter() if log_format == "json" else _LogfmtFormatter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger(LOGGER).setLevel(level)
+
+
+def log_format() -> str:
+    """As this process logs, for a process that it starts."""
+    return _format
 
 
 def _timestamp(record: logging.LogRecord) -> str:
