@@ -39,14 +39,12 @@ from understudy.backup.restore import restore_backup, restore_stored
 from understudy.backup.run import run_policy
 from understudy.backup.selection import Selection
 from understudy.backup.stretch import list_stretches
-from understudy.common.changelog import ChangeLog
+from understudy.backup.target_log import open_log
 from understudy.common.directory import IN_PROGRESS_FILE, DataDirectory
 from understudy.common.entries import digest_entry, freeze_entry
 from understudy.common.errors import CorruptionError, StorageFailed
-from understudy.common.files import OsFileSystem
 from understudy.common.records import encode_record
-from understudy.common.store import Store
-from understudy.common.types import Digest, Epoch, Lsn, Position
+from understudy.common.types import Epoch, Lsn, Position
 from understudy.v1 import log_pb2
 
 CORRUPT = 4
@@ -341,18 +339,10 @@ def test_chosen_realms_are_taken_from_what_was_restored_before(
 
 def append_false_mark(directory: DataDirectory) -> None:
     """Adds a freeze mark to a node's log, and a digest for it that no state has."""
-    with Store.open(directory.store, cluster=directory.cluster) as store:
-        row = store.current.checkpoint
-    with ChangeLog.open(
-        directory.log,
-        cluster=directory.cluster,
-        after=Position(Lsn(row.lsn), Digest(row.digest)),
-        after_offset=row.log_offset,
-        files=OsFileSystem(),
-    ) as log:
-        freeze_lsn = log.end.lsn + 1
-        mark = log_pb2.DigestMark(freeze_lsn=freeze_lsn, state_digest=bytes(32))
-        time_us = row.time_us + 1_000_000_000
+    with open_log(directory) as target:
+        log = target.log
+        mark = log_pb2.DigestMark(freeze_lsn=log.end.lsn + 1, state_digest=bytes(32))
+        time_us = target.checkpoint.time_us + 1_000_000_000
         for payload in (freeze_entry(time_us), digest_entry(time_us, mark)):
             lsn = Lsn(log.end.lsn + 1)
             record, digest = encode_record(log.end.digest, lsn, payload)
