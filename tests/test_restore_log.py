@@ -22,10 +22,12 @@ from nodes import (
     pairs,
     put,
     settle,
+    status,
     wait_until_caught_up,
 )
 from repositories import done, policy_to, ship
 
+from understudy.backup.archive import write_archive
 from understudy.backup.catalog import StoredBackup
 from understudy.backup.in_progress import read_filled
 from understudy.backup.log_following import Following
@@ -173,6 +175,50 @@ def test_another_backup_is_not_mixed_with_one_that_was_cut_off(
     done_at_last = processes.run("restore", folder, "--to", target)
     assert f"from {backup.id}" in done_at_last.stderr.decode()
     assert_sound(target)
+
+
+def test_another_archive_of_the_same_name_is_not_what_was_cut_off(
+    processes: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G8: what was taken of the one that has gone is not given for the one that is there."""
+    latest = tmp_path / "latest.tar.zst"
+    for number in (1, 2):
+        primary = processes.primary(tmp_path / f"a{number}")
+        put(primary.address, "/realm", (b"key", b"%d" % number))
+        primary.terminate()
+        write_archive(tmp_path / f"a{number}", tmp_path / f"{number}.tar.zst")
+
+    def restore() -> object:
+        return restore_backup(latest, tmp_path / "b")
+
+    (tmp_path / "1.tar.zst").rename(latest)
+    cut_off(monkeypatch, DataDirectory, "raise_epoch_floor", restore)
+    (tmp_path / "2.tar.zst").rename(latest)
+    restore()
+    assert_sound(tmp_path / "b")
+    assert contents(tmp_path / "b") == contents(tmp_path / "a2")
+
+
+def test_an_epoch_that_began_between_two_attempts_is_not_begun_again(
+    processes: Processes, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G7: a server on the restored directory is of a higher epoch than all that the repository knows of by then."""
+    pair = Pair(processes, tmp_path)
+    put(pair.primary.address, "/realm", (b"key", b"1"))
+    backup = done(run_policy(policy_to(folder, archive_log=False), pair.a))
+    lsn = put(pair.primary.address, "/realm", (b"key", b"2")).lsn
+    repository = open_repository(str(folder))
+    ship(pair.a, repository)
+
+    def restore() -> object:
+        return restore_stored(repository, backup, tmp_path / "c", with_log=True, point=Point(lsn=lsn))
+
+    cut_off(monkeypatch, DataDirectory, "raise_epoch_floor", restore)
+    wait_until_caught_up(pair.primary.address, pair.replica.address)
+    put(pair.fail_over().address, "/realm", (b"key", b"3"))
+    ship(pair.b, repository)
+    restore()
+    assert status(processes.primary(tmp_path / "c").address).epoch == 3
 
 
 def two_histories(processes: Processes, tmp_path: Path, folder: Path, *, wrong_puts: int) -> StoredBackup:
