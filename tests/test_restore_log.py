@@ -213,7 +213,7 @@ def test_an_epoch_that_began_between_two_attempts_is_not_begun_again(
     def restore() -> object:
         return restore_stored(repository, backup, tmp_path / "c", with_log=True, point=Point(lsn=lsn))
 
-    cut_off(monkeypatch, Replay, "finish", restore)
+    cut_off(monkeypatch, Following, "follow", restore)
     wait_until_caught_up(pair.primary.address, pair.replica.address)
     put(pair.fail_over().address, "/realm", (b"key", b"3"))
     ship(pair.b, repository)
