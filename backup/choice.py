@@ -13,7 +13,7 @@ from understudy.backup.manifest import utc_seconds
 from understudy.backup.point import Point
 from understudy.backup.stretch import Stretch
 from understudy.common.errors import UsageError
-from understudy.common.types import Digest, Epoch, Lsn, Position
+from understudy.common.types import Epoch, Lsn
 
 
 def choose_backup(
@@ -79,8 +79,7 @@ def _leads_on(backup: StoredBackup, stretches: Sequence[Stretch]) -> bool:
     newest = [one for one in stretches if one.epoch == max(each.epoch for each in stretches)]
     if not newest or newest[0].epoch <= manifest.epoch:
         return True
-    head = Position(Lsn(manifest.lsn), Digest(bytes.fromhex(manifest.digest)))
-    return bool(find_path(newest, stretches, head, {}))
+    return bool(find_path(newest, stretches, manifest.position, {}))
 
 
 def _time_us(backup: StoredBackup) -> int:

@@ -272,7 +272,7 @@ class _Proving:
                 in_progress(target, self._drill.url),
                 contextlib.suppress(WrongWay),
             ):
-                reached = following.follow(directory)
+                reached = following.follow(directory, self._backup.manifest.position)
                 sync_tree(target)
                 return reached
             shutil.rmtree(target)

@@ -24,7 +24,7 @@ from understudy.common.directory import DataDirectory
 from understudy.common.errors import CorruptionError, NotStored, RepositoryError, UsageError
 from understudy.common.records import scan_chain
 from understudy.common.segment import RECORDS_START, SECTOR_BYTES, SegmentHeader
-from understudy.common.types import Epoch, Lsn, Position
+from understudy.common.types import START, Epoch, Lsn, Position
 
 _PIECE_BYTES = 1 << 20
 
@@ -72,13 +72,15 @@ class Following:
         self._stretches = list_stretches(repository)
         self._seen: dict[tuple[str, Lsn], str] = {}
         self._unusable: dict[Stretch, CorruptionError | RepositoryError] = {}
+        self._origin = START
         self.ended = False  # the log ends before the point, as far as anybody knows
 
-    def follow(self, directory: DataDirectory) -> Reached:
+    def follow(self, directory: DataDirectory, origin: Position) -> Reached:
         """Brings a copy forward along the log, as far as that reaches or is wanted.
 
         Args:
-            directory: the backup as it was, cut off behind the goal's point; or what an attempt before has left.
+            directory: the backup as it was; or what an attempt before has left.
+            origin: the backup's last entry.
 
         Raises:
             WrongWay: the copy is to be made anew.
@@ -88,8 +90,7 @@ class Following:
             RepositoryError, DiskFull, StorageFailed.
         """
         with replaying(directory, self._goal.point) as copy:
-            if copy.is_enough:
-                raise WrongWay  # perhaps: the attempt before has not lived to see where its way led
+            self._origin = origin
             while not self._goes(copy):
                 pass
             self.ended = not copy.is_enough
@@ -226,7 +227,7 @@ class Following:
 
     def _turn_back(self, copy: Replay) -> None:
         """Another way has to be found, from the beginning."""
-        if copy.end != copy.origin:
+        if copy.end != self._origin:
             raise WrongWay
         copy.forget_read()
 

@@ -16,7 +16,7 @@ import xxhash
 from understudy.common.directory import MANIFEST_FILE
 from understudy.common.errors import OTHER_BACKUP, CorruptionError, NewerFormat, NotADataDirectory
 from understudy.common.files import publish, storage_errors
-from understudy.common.types import ClusterId, Epoch, Lsn
+from understudy.common.types import ClusterId, Digest, Epoch, Lsn, Position
 
 FORMAT_VERSION = 1
 # Beyond it, what is read is no manifest: one lists a few files for each 64 MiB of log.
@@ -112,6 +112,11 @@ class Manifest:
     def is_whole(self) -> bool:
         """Whether it holds all that the source held."""
         return not self.is_filtered and not self.failed
+
+    @property
+    def position(self) -> Position:
+        """The last entry."""
+        return Position(Lsn(self.lsn), Digest(bytes.fromhex(self.digest)))
 
     @property
     def rank(self) -> tuple[Epoch, Lsn]:

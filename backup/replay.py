@@ -25,7 +25,6 @@ class Replay:
     def __init__(self, engine: Engine, point: Point | None) -> None:
         self._engine = engine
         self._point = point
-        self.origin = engine.durable  # where the log of the copy ended at first
         self.read = engine.durable  # the last entry read; behind the point it is not taken
         self.read_offset = engine.log.end_offset  # the log offset behind it
         self.is_enough = False  # the point is reached: no more is wanted

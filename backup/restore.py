@@ -335,7 +335,7 @@ def _follow(directory: DataDirectory, origin: _Origin) -> Manifest:
     """Opens what is there, and goes on behind it where that is wanted; returns what the manifest is to say then."""
     manifest, filled = read_manifest(directory.path), read_filled(directory.path, origin.name)
     if origin.following is not None and filled is not None and not filled.reached:
-        reached = origin.following.follow(directory)
+        reached = origin.following.follow(directory, manifest.position)
     elif origin.goal.point is not None or manifest.form is Form.RECORDS:
         reached = settle(directory)
     else:
