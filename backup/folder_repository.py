@@ -260,8 +260,8 @@ def _sync_if_there(folder: Path) -> None:
     """Makes the names in a folder durable; others may have removed it, as it was empty."""
     try:
         sync_directory(folder)
-    except StorageFailed:
-        if folder.is_dir():
+    except StorageFailed as error:
+        if not isinstance(error.__cause__, _ABSENT):  # by now they may have made it again
             raise
 
 

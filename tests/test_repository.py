@@ -51,6 +51,7 @@ from understudy.common.errors import (
     StorageFailed,
     UsageError,
 )
+from understudy.common.files import sync_directory
 from understudy.common.types import ClusterId, new_id
 
 MIB = 1 << 20
@@ -601,6 +602,25 @@ def test_who_stores_and_deletes_at_once_does_not_hinder_the_other(folder: Reposi
 
     with ThreadPoolExecutor() as threads:
         list(threads.map(work, ("one", "two")))
+    assert names(folder) == []
+
+
+def test_a_folder_that_others_remove_and_make_again_meanwhile_is_no_error(
+    folder: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between a removal and its sync, who else deletes removes the empty folder, and who stores makes it again."""
+
+    def sync(path: Path) -> None:
+        path.rmdir()
+        try:
+            sync_directory(path)
+        finally:
+            path.mkdir()
+
+    folder.put("a/b/one", b"1")
+    with monkeypatch.context() as patched:
+        patched.setattr(folder_repository, "sync_directory", sync)
+        folder.delete("a/b/one")
     assert names(folder) == []
 
 
