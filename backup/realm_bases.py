@@ -40,7 +40,7 @@ class Bases:
     """Those of the realms that are wanted and whose changes are not all known any more.
 
     Args:
-        folder: absent; they are kept in there.
+        folder: they are kept in there, also those of an attempt before; made where it is absent.
         is_wanted: whether a realm of that path is.
     """
 
