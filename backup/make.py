@@ -1,14 +1,16 @@
 """A backup into a directory, which is a data directory itself: made anew, or brought up to date.
 
 Made anew, it is the source's snapshot and the log behind it. Brought up to date, it gets the log that has come since,
-as a replica would; its own store follows once that is more than a server should have to replay. Only where the source
-no longer has that log is all copied again, beside what is there, which is replaced when the new copy is whole.
+as a replica would. Where that is more than a server should have to replay, or the source no longer has it, all is
+copied again, beside what is there, which stays a backup until the new copy is whole and takes its place. Nobody else
+writes to a backup's store: to apply the log there would take several times as long as to copy it, since what it
+holds has to be read anew for its digest.
 
 Of chosen realms it is a data directory, too, made of records; a portable one is the records themselves. Neither can be
 brought up to date.
 
-While at work the directory holds the file ``BACKUP_IN_PROGRESS``, and nobody else opens it. What was cut off is taken
-up by the next ``--update``.
+While it is no whole backup the directory holds the file ``BACKUP_IN_PROGRESS``, and nobody else opens it. What was cut
+off is taken up by the next ``--update``.
 """
 
 from __future__ import annotations
@@ -26,12 +28,12 @@ from understudy.backup.places import check_apart
 from understudy.backup.progress import Meter, OnProgress
 from understudy.backup.selection import EVERYTHING, Selection
 from understudy.backup.source import Source, open_source
-from understudy.backup.target_log import append_records, log_files, open_log, read_head, settle
+from understudy.backup.target_log import append_records, log_files, open_log, read_head
 from understudy.backup.writing import describe_file, write_member
 from understudy.common.directory import MANIFEST_FILE, DataDirectory, Role, must_begin_anew
 from understudy.common.errors import (
     AheadOfPrimary,
-    CorruptionError,
+    DiskFull,
     Diverged,
     ForeignCluster,
     UnfinishedBackup,
@@ -45,8 +47,10 @@ from understudy.common.log_reader import LogPlace
 from understudy.common.store import Store
 from understudy.common.types import Digest, Epoch, Lsn, Position
 
-# So much log behind its store is replayed in a few seconds when a server starts on the backup.
-FOLD_BYTES = 64 << 20
+# So much log behind its store is replayed in a few seconds when a server starts on the backup; or else in less time
+# than its store takes to be restored from where backups lie as a rule.
+REPLAYED_BYTES = 64 << 20
+_REPLAYED_SHARE = 1 / 16  # of the store
 _ANEW = "make it anew: give an absent or empty directory"
 
 
@@ -143,8 +147,12 @@ class _Making:
         head, epoch = self._head()
         relation = relate([head.position], epoch, self._source.history())
         self._check_one_history(relation, head.position.lsn)
-        with in_progress(self._root, str(self._source.path)):
-            self._describe(self._append(head) if relation is Relation.ON_LOG else self._replace())
+        if relation is Relation.ON_LOG and self._is_store_kept():
+            with in_progress(self._root, str(self._source.path)):
+                self._describe(self._append(head))
+            shutil.rmtree(self._target.incoming, ignore_errors=True)  # of an attempt that was cut off
+        else:
+            self._replace()
 
     def _check_updatable(self, *, update: bool) -> None:
         if self._target.role is not Role.BACKUP:
@@ -228,11 +236,19 @@ class _Making:
 
     # -- all anew ------------------------------------------------------------------------------------------
 
-    def _replace(self) -> list[FileEntry]:
+    def _replace(self) -> None:
         """A new copy in the place of what is there."""
-        entries = self._copy_all(self._target.incoming)
-        self._target.install(self._source.cluster, keep_old=False, role=Role.BACKUP)
-        return entries
+        try:
+            entries = self._copy_all(self._target.incoming)
+        except DiskFull as error:
+            shutil.rmtree(self._target.incoming, ignore_errors=True)
+            raise DiskFull(
+                f"{error.message}: a new copy beside the one in {self._root} has no room, which stays as it was",
+                remedy="make room for a second copy, or remove this one and make it anew",
+            ) from error
+        with in_progress(self._root, str(self._source.path)):
+            self._target.install(self._source.cluster, keep_old=False, role=Role.BACKUP)
+            self._describe(entries)
 
     def _copy_all(self, root: Path) -> list[FileEntry]:
         """Store and log into ``root``, durably."""
@@ -250,47 +266,32 @@ class _Making:
 
     # -- what has come since -------------------------------------------------------------------------------
 
+    def _is_store_kept(self) -> bool:
+        """Whether the store is as its manifest says, and recent enough for a server that starts on it."""
+        with Store.open(self._target.store, cluster=self._source.cluster) as store:
+            row = store.current.checkpoint
+        if row.lsn != read_manifest(self._root).checkpoint_lsn:
+            return False  # a replacement was cut off
+        kept_bytes = max(REPLAYED_BYTES, int((self._root / STORE_FILE).stat().st_size * _REPLAYED_SHARE))
+        is_recent = self._source.end.offset - row.log_offset <= kept_bytes
+        return is_recent or row.lsn >= self._source.checkpoint.lsn
+
     def _append(self, head: LogPlace) -> list[FileEntry]:
-        """The log behind ``head``, and the store too where much of the log is behind it."""
+        """The log behind ``head``."""
         parts = self._source.parts(head)
         meter = self._meter(sum(part.record_bytes for part in parts))
-        with open_log(self._target) as target:
+        with open_log(self._target) as log:
             for part in parts:
-                append_records(target.log, meter.metered(part.records()), part.header.epoch)
-            folds = target.unfolded_bytes > FOLD_BYTES
-            is_as_described = target.checkpoint.lsn == read_manifest(self._root).checkpoint_lsn
+                append_records(log, meter.metered(part.records()), part.header.epoch)
         self.bytes_copied = meter.done
-        if folds or self._was_cut_off:
-            self._check_store(is_as_described=is_as_described)
-        if folds:
-            settle(self._target)
-        # A store that nobody has written to is as the manifest says; reading all of it would take longer than all else.
-        unread = [STORE_FILE] if is_as_described and not folds else []
-        known = [entry for entry in read_manifest(self._root).files if entry.path in unread]
-        names = [name for name in (STORE_FILE, *log_files(self._root)) if name not in unread]
-        return known + [describe_file(self._root, name) for name in names]
-
-    def _check_store(self, *, is_as_described: bool) -> None:
-        """Damage since the backup was made must not be taken into a new digest.
-
-        Args:
-            is_as_described: no update that was cut off has written to the store since its manifest was.
-        """
-        from understudy.common.verify import verify_opened  # seldom needed, and takes its time
-
-        if not is_as_described:
-            problems = verify_opened(self._target).problems
-        else:
-            entries = read_manifest(self._root).files
-            known = next((entry for entry in entries if entry.path == STORE_FILE), None)
-            problems = (
-                [] if describe_file(self._root, STORE_FILE) == known else ["it is not what its manifest says"]
-            )
-        if problems:
-            raise CorruptionError(
-                f"{self._root / STORE_FILE} was damaged since it was written: {'; '.join(problems)}",
-                remedy=_ANEW,
-            )
+        known = read_manifest(self._root).files
+        # All but the last segment are as they were; to read the store would take longer than all else.
+        unchanged = {STORE_FILE, *sorted(entry.path for entry in known if entry.path.startswith("log/"))[:-1]}
+        names = [name for name in log_files(self._root) if name not in unchanged]
+        return [
+            *(entry for entry in known if entry.path in unchanged),
+            *(describe_file(self._root, name) for name in names),
+        ]
 
     # -- what it says of itself ----------------------------------------------------------------------------
 

@@ -31,21 +31,8 @@ if TYPE_CHECKING:
 _BATCH_BYTES = 8 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class TargetLog:
-    """A backup's log, open for writing, and where its store stands."""
-
-    log: ChangeLog
-    checkpoint: CheckpointRow
-
-    @property
-    def unfolded_bytes(self) -> int:
-        """What a server that starts on the backup has to replay."""
-        return self.log.end_offset - self.checkpoint.log_offset
-
-
 @contextlib.contextmanager
-def open_log(directory: DataDirectory) -> Iterator[TargetLog]:
+def open_log(directory: DataDirectory) -> Iterator[ChangeLog]:
     """Opens the log; what an attempt before has left half written is cut off.
 
     Raises:
@@ -60,7 +47,7 @@ def open_log(directory: DataDirectory) -> Iterator[TargetLog]:
         after_offset=row.log_offset,
         files=OsFileSystem(),
     ) as log:
-        yield TargetLog(log, row)
+        yield log
 
 
 def read_head(directory: DataDirectory) -> tuple[LogPlace, Epoch]:

@@ -60,6 +60,7 @@ ROWS: dict[str, Callable[[Bench], RowResult]] = {
     "fanout": fanout.measure,
     "realms": realms.measure,
     "backup": backups.measure,
+    "backup_larger": backups.measure_larger,
     "backup_load": backup_load.measure,
     "replay": replay.measure,
 }

@@ -20,6 +20,7 @@ class Scale:
     lag_s: float
     catchup_entries: int
     store_bytes: int  # of the large store
+    larger_store_bytes: int
     small_store_bytes: int
     memory_bytes: int  # of values that go through
     memory_commits: int
@@ -44,6 +45,7 @@ FULL = Scale(
     lag_s=30.0,
     catchup_entries=1_000_000,
     store_bytes=2 * GIB,
+    larger_store_bytes=8 * GIB,
     small_store_bytes=20 * MIB,
     memory_bytes=2 * GIB,
     memory_commits=2_000_000,
@@ -56,7 +58,7 @@ FULL = Scale(
     realms=10_000,
     realms_clients=200,
     realms_s=30.0,
-    disk_bytes=16 * GIB,
+    disk_bytes=40 * GIB,
 )
 
 QUICK = Scale(
@@ -68,6 +70,7 @@ QUICK = Scale(
     lag_s=5.0,
     catchup_entries=150_000,
     store_bytes=256 * MIB,
+    larger_store_bytes=512 * MIB,
     small_store_bytes=20 * MIB,
     memory_bytes=128 * MIB,
     memory_commits=100_000,
@@ -80,5 +83,5 @@ QUICK = Scale(
     realms=400,
     realms_clients=20,
     realms_s=3.0,
-    disk_bytes=4 * GIB,
+    disk_bytes=5 * GIB,
 )

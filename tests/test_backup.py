@@ -28,10 +28,14 @@ from nodes import (
 )
 
 from understudy.backup import make
+from understudy.backup.contents import STORE_FILE, Member
 from understudy.backup.make import make_backup
-from understudy.backup.manifest import read_manifest
+from understudy.backup.manifest import FileEntry, read_manifest
+from understudy.backup.progress import Meter
+from understudy.backup.restore import restore_backup
+from understudy.backup.writing import describe_file, write_member
 from understudy.common.directory import IN_PROGRESS_FILE, MANIFEST_FILE, Role
-from understudy.common.errors import CorruptionError
+from understudy.common.errors import CorruptionError, DiskFull
 
 CORRUPT = 4
 INTERRUPTED = 130
@@ -152,7 +156,7 @@ def test_the_manifest_has_the_digest_of_each_file(processes: Processes, tmp_path
     manifest = read_manifest(tmp_path / "b")
     assert {entry.path.partition("/")[0] for entry in manifest.files} == {"store", "log", "admin-token"}
     for entry in manifest.files:
-        assert make.describe_file(tmp_path / "b", entry.path) == entry
+        assert describe_file(tmp_path / "b", entry.path) == entry
 
 
 # -- refusals --------------------------------------------------------------------------------------------------
@@ -236,26 +240,62 @@ def test_an_update_brings_what_has_come_since(processes: Processes, tmp_path: Pa
     assert pairs(served.address, "/one") == pairs(primary.address, "/one")
 
 
-def test_a_long_log_is_folded_into_the_store(
+def test_behind_a_long_log_the_store_is_copied_anew(
     processes: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """G9, G11: what a server would have to replay stays bounded, and the folded store has the source's digests."""
+    """G9, G11: what a server would have to replay stays bounded, and the store is the source's own."""
     primary = filled(processes, tmp_path / "a")
     first = read_manifest_after(tmp_path / "a", tmp_path / "b")
     put(primary.address, "/two", *((b"more%06d" % number, b"w" * 100) for number in range(500)))
     checkpoint(primary.address)
     put(primary.address, "/two", (b"last", b"one"))
-    monkeypatch.setattr(make, "FOLD_BYTES", 1)
-    make_backup(tmp_path / "a", tmp_path / "b", update=True)
+    backed_up(tmp_path / "a", tmp_path / "b", update=True)
+    assert read_manifest(tmp_path / "b").checkpoint_lsn == first
+    copy_anew(monkeypatch)
+    backed_up(tmp_path / "a", tmp_path / "b", update=True)
     manifest = read_manifest(tmp_path / "b")
-    assert manifest.checkpoint_lsn > first
-    assert manifest.checkpoint_lsn == status(primary.address).checkpoint_lsn
+    assert manifest.checkpoint_lsn == status(primary.address).checkpoint_lsn > first
     assert_sound(tmp_path / "b")
     for entry in manifest.files:
-        assert make.describe_file(tmp_path / "b", entry.path) == entry
+        assert describe_file(tmp_path / "b", entry.path) == entry
+    put(primary.address, "/two", (b"no checkpoint", b"since"))
+    assert make_backup(tmp_path / "a", tmp_path / "b", update=True).bytes_copied < 1_000  # no copy would help
     assert pairs(serve(processes, tmp_path / "b", tmp_path / "s").address, "/two") == pairs(
         primary.address, "/two"
     )
+
+
+def test_many_segments_are_read_only_as_far_as_they_have_grown(
+    processes: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G11: what the manifest says of each file is true, though those that are as they were are not read again."""
+    primary = filled(processes, tmp_path / "a")
+    backed_up(tmp_path / "a", tmp_path / "b")
+    described: list[str] = []
+
+    def describe(root: Path, name: str) -> FileEntry:
+        described.append(name)
+        return describe_file(root, name)
+
+    monkeypatch.setattr(make, "describe_file", describe)
+    monkeypatch.setattr(make, "REPLAYED_BYTES", 1 << 30)
+    for _ in range(7):
+        value = os.urandom(15 << 20)
+        put(primary.address, "/two", (b"large", value[: 8 << 20]), (b"larger", value[8 << 20 :]))
+        described.clear()
+        backed_up(tmp_path / "a", tmp_path / "b", update=True)
+    segments = sorted(path.name for path in (tmp_path / "b" / "log").iterdir())
+    assert len(segments) > 1
+    assert f"log/{segments[0]}" not in described
+    for entry in read_manifest(tmp_path / "b").files:
+        assert describe_file(tmp_path / "b", entry.path) == entry
+    assert_sound(tmp_path / "b")
+
+
+def copy_anew(patched: pytest.MonkeyPatch) -> None:
+    """Any log behind a backup's store is too much."""
+    patched.setattr(make, "REPLAYED_BYTES", 1)
+    patched.setattr(make, "_REPLAYED_SHARE", 0)
 
 
 def read_manifest_after(source: Path, target: Path) -> int:
@@ -429,43 +469,69 @@ def spoil(directory: Path, key: bytes) -> None:
     store.write_bytes(data.replace(key, key[:-1] + b"x"))
 
 
-def test_damage_is_not_folded_into_a_new_digest(
-    processes: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("was_cut_off", [False, True])
+def test_damage_is_not_taken_into_a_new_digest(
+    processes: Processes, tmp_path: Path, was_cut_off: bool
 ) -> None:
-    """G11: a store that is not as it was written is told before an update writes to it."""
+    """G11: a store that is not as it was written is found by whoever looks, updated or not."""
     primary = filled(processes, tmp_path / "a")
     checkpoint(primary.address)
     backed_up(tmp_path / "a", tmp_path / "b")
     put(primary.address, "/two", (b"more", b"1"))
     checkpoint(primary.address)
-    monkeypatch.setattr(make, "FOLD_BYTES", 1)
     spoil(tmp_path / "b", b"late000007")
-    for _ in range(2):  # nor after an update that was cut off, as the first one is
-        with pytest.raises(CorruptionError, match="not what its manifest says"):
-            make_backup(tmp_path / "a", tmp_path / "b", update=True)
-        assert (tmp_path / "b" / IN_PROGRESS_FILE).exists()
+    if was_cut_off:
+        (tmp_path / "b" / IN_PROGRESS_FILE).write_text("{}")
+    make_backup(tmp_path / "a", tmp_path / "b", update=True)
+    with pytest.raises(CorruptionError, match=r"data\.mdb"):
+        restore_backup(tmp_path / "b", tmp_path / "restored")
 
 
-def test_damage_is_not_taken_in_by_an_update_after_one_that_was_cut_off(
+def test_a_replacement_that_was_cut_off_is_not_described_by_the_old_manifest(
     processes: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """G11: whether the update before had written to the store or not, the next one looks for damage in it."""
+    """G8: where the new copy is in its place and its manifest is not, the next update makes both fit."""
     primary = filled(processes, tmp_path / "a")
-    checkpoint(primary.address)
     backed_up(tmp_path / "a", tmp_path / "b")
     put(primary.address, "/two", (b"more", b"1"))
     checkpoint(primary.address)
-    folded = copy_node(tmp_path / "b", tmp_path / "folded")
     with monkeypatch.context() as patched:
-        patched.setattr(make, "FOLD_BYTES", 1)
+        copy_anew(patched)
         patched.setattr(make, "write_manifest", _interrupted)
         with pytest.raises(KeyboardInterrupt):
-            make_backup(tmp_path / "a", folded, update=True)
-    (tmp_path / "b" / IN_PROGRESS_FILE).write_text("{}")
-    for damaged in (folded, tmp_path / "b"):
-        spoil(damaged, b"late000007")
-        with pytest.raises(CorruptionError, match="damaged since"):
-            make_backup(tmp_path / "a", damaged, update=True)
+            make_backup(tmp_path / "a", tmp_path / "b", update=True)
+    assert (tmp_path / "b" / IN_PROGRESS_FILE).exists()
+    backed_up(tmp_path / "a", tmp_path / "b", update=True)
+    for entry in read_manifest(tmp_path / "b").files:
+        assert describe_file(tmp_path / "b", entry.path) == entry
+    assert_sound(tmp_path / "b")
+
+
+def test_a_disk_without_room_for_a_second_copy_keeps_the_first(
+    processes: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G8: a backup stays one while its successor is made beside it, and of that nothing is left where it has no room."""
+    primary = filled(processes, tmp_path / "a")
+    first = backed_up(tmp_path / "a", tmp_path / "b")
+    put(primary.address, "/two", (b"more", b"1"))
+    checkpoint(primary.address)
+    copy_anew(monkeypatch)
+
+    def fill_up(root: Path, member: Member, meter: Meter) -> FileEntry:
+        entry = write_member(root, member, meter)
+        if member.name == STORE_FILE:
+            raise DiskFull("no space")
+        return entry
+
+    with monkeypatch.context() as patched:
+        patched.setattr(make, "write_member", fill_up)
+        with pytest.raises(DiskFull, match="stays as it was"):
+            make_backup(tmp_path / "a", tmp_path / "b", update=True)
+    assert not (tmp_path / "b" / "incoming").exists()
+    assert_sound(tmp_path / "b")
+    assert read_manifest(tmp_path / "b").lsn == first
+    backed_up(tmp_path / "a", tmp_path / "b", update=True)
+    assert_sound(tmp_path / "b")
 
 
 def _interrupted(*_: object) -> None:
