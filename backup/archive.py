@@ -166,9 +166,9 @@ def opening(file: IO[bytes], name: str, unlocking: Unlocking) -> Iterator[Stream
         source: Any = begun
         if is_encrypted(begun):
             source = opened.enter_context(unlocking.decrypting(begun, name))
-        with _damage(name):
-            ended: Any = _Ended(source)
-            yield zstandard.ZstdDecompressor().stream_reader(ended, read_size=_PIECE_BYTES, closefd=False)
+        ended: Any = _Ended(source)
+        decompressor = zstandard.ZstdDecompressor()
+        yield _Plain(decompressor.stream_reader(ended, read_size=_PIECE_BYTES, closefd=False), name)
 
 
 class _Ended:
@@ -180,6 +180,18 @@ class _Ended:
 
     def read(self, count: int) -> bytes:
         return self._source.read(count) or self._end.read(count)
+
+
+class _Plain:
+    """What is in a compressed file. Damage is told where it is met: what was read before counts in a log."""
+
+    def __init__(self, source: Stream, name: str) -> None:
+        self._source = source
+        self._name = name
+
+    def read(self, count: int) -> bytes:
+        with _damage(self._name):
+            return self._source.read(count)
 
 
 @contextlib.contextmanager
@@ -243,17 +255,18 @@ def _members(plain: Stream, name: str) -> Iterator[Member]:
     tarfile itself would take in whatever long names and attributes a header announces.
     """
     while True:
-        block = _read_exactly(plain, _BLOCK_BYTES, name)
+        block = read_exactly(plain, _BLOCK_BYTES, name)
         if not any(block):
             break
-        info = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
+        with _damage(name):
+            info = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
         if info.type != tarfile.REGTYPE or info.size < 0 or not FILE_NAMES.match(info.name):
             raise CorruptionError(f"{name} holds {info.name!r}, which no backup does", remedy=OTHER_BACKUP)
         pieces = _pieces(plain, info.size, name)
         yield Member(info.name, info.size, pieces)
         for _ in pieces:
             pass
-        _read_exactly(plain, -info.size % _BLOCK_BYTES, name)
+        read_exactly(plain, -info.size % _BLOCK_BYTES, name)
     while rest := plain.read(_PIECE_BYTES):
         if any(rest):
             raise CorruptionError(f"{name} goes on behind its end", remedy=OTHER_BACKUP)
@@ -268,7 +281,12 @@ def _pieces(plain: Stream, size: int, name: str) -> Iterator[bytes]:
         yield piece
 
 
-def _read_exactly(plain: Stream, count: int, name: str) -> bytes:
+def read_exactly(plain: Stream, count: int, name: str) -> bytes:
+    """So many bytes of what :func:`opening` gives.
+
+    Raises:
+        CorruptionError: it ends before.
+    """
     return b"".join(_pieces(plain, count, name))
 
 

@@ -99,15 +99,22 @@ class Archiver:
         Without any, the place of the oldest backup of this history that the log still reaches: from there on, all
         moments can be restored. Without that, the place before all that the log holds.
         """
-        stretches = [(one.last, one.digest, one.epoch) for one in list_stretches(self._repository)]
-        manifests = [backup.manifest for backup in read_catalog(self._repository).backups]
-        backups = [(Lsn(one.lsn), one.digest, Epoch(one.epoch)) for one in manifests]
-        for lsn, digest, epoch in [*sorted(stretches, reverse=True), *sorted(backups)]:
+        for lsn, digest, epoch in self._ends():
             place = files.place_at(lsn)
             if place is not None and short_digest(place.position.digest) == digest[:DIGEST_DIGITS]:
                 self._epoch = epoch
                 return place
         return files.begin
+
+    def _ends(self) -> Iterator[tuple[Lsn, str, Epoch]]:
+        """LSN, digest and epoch of what may have been shipped last, in the order in which they count.
+
+        The catalog, each of whose manifests has to be read, is looked at only where no stretch is of this history.
+        """
+        stretches = [(one.last, one.digest, one.epoch) for one in list_stretches(self._repository)]
+        yield from sorted(stretches, reverse=True)
+        manifests = [backup.manifest for backup in read_catalog(self._repository).backups]
+        yield from sorted((Lsn(one.lsn), one.digest, Epoch(one.epoch)) for one in manifests)
 
     def _ship_whole(
         self, files: LogFiles, segments: list[LogPart], epochs: dict[Lsn, Epoch]

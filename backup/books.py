@@ -8,6 +8,7 @@ from pathlib import Path
 from understudy.backup.history import Entry, History, Result
 from understudy.backup.journal import Journal
 from understudy.common.files import storage_errors
+from understudy.v1 import admin_pb2
 
 FOLDER = "backups"
 
@@ -42,3 +43,28 @@ class Books:
             entry for entry in self.history.entries() if entry.policy == policy and entry.result in wanted
         ]
         return found[-1] if found else None
+
+    def statuses(self) -> list[admin_pb2.BackupStatus]:
+        """When each policy that was ever run last succeeded and failed, by name.
+
+        What its server alone knows is left out: when it is due, how far its log is shipped, what was proven.
+
+        Raises:
+            NewerFormat, StorageFailed.
+        """
+        return [self._status(policy) for policy in sorted({one.policy for one in self.history.entries()})]
+
+    def _status(self, policy: str) -> admin_pb2.BackupStatus:
+        success = self.last(policy, Result.DONE)
+        failure = self.last(policy, Result.PARTIAL, Result.FAILED)
+        return admin_pb2.BackupStatus(
+            policy=_as_utf8(policy),
+            last_success_s=success.start_s if success else 0.0,
+            last_failure_s=failure.start_s if failure else 0.0,
+            last_error=_as_utf8(failure.errors[0]) if failure and failure.errors else "",
+        )
+
+
+def _as_utf8(text: str) -> str:
+    """JSON holds halves of characters, as of a file's name that is no UTF-8; a message can't."""
+    return text.encode(errors="backslashreplace").decode()

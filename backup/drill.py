@@ -26,6 +26,7 @@ from understudy.backup.repository import Repository, open_repository
 from understudy.backup.restore import restore_stored
 from understudy.backup.scratch import scratch
 from understudy.backup.staging import check_staging, note_proven, replace_staging
+from understudy.backup.stretch import list_stretches
 from understudy.backup.target_log import Reached, settle
 from understudy.backup.upkeep import archive_problem
 from understudy.common.directory import DataDirectory
@@ -265,7 +266,8 @@ class _Proving:
         if not self._backup.manifest.is_whole:
             with DataDirectory.open_existing(target) as directory:
                 return settle(directory)
-        following = Following(repository, Goal(), unlocking, progress=self._progress)
+        stretches = list_stretches(repository)
+        following = Following(repository, Goal(), unlocking, stretches=stretches, progress=self._progress)
         while True:
             with (
                 DataDirectory.open_existing(target) as directory,

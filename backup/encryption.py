@@ -179,6 +179,10 @@ def _parse_recipient(text: str) -> Any:
             return pyrage.ssh.Recipient.from_str(text)
         return pyrage.x25519.Recipient.from_str(text)
     except pyrage.RecipientError as error:
+        if text.upper().startswith("AGE-SECRET-KEY"):  # which errors and logs must not hold
+            raise UsageError(
+                "a recipient is a secret key", remedy="give its public key; `age-keygen -y FILE` shows that"
+            ) from None
         raise UsageError(
             f"{text!r} is no recipient: {error}",
             remedy="give an age public key (age1…) or an SSH one (ssh-…)",

@@ -51,6 +51,7 @@ class Entry:
     lsn: int  # up to which the backup reaches
     paths: list[str]  # what was made
     errors: list[str]
+    id: str = ""  # by which a server knows it
 
     @property
     def start_s(self) -> float:
@@ -66,7 +67,7 @@ class Entry:
         """
         entry = cls(**{**raw, "result": Result(raw["result"])})
         numbers = (entry.number, entry.realms, entry.bytes, entry.lsn)
-        texts = (entry.policy, entry.start, *entry.paths, *entry.errors)
+        texts = (entry.policy, entry.start, entry.id, *entry.paths, *entry.errors)
         if not all(isinstance(each, int) for each in numbers) or not all(
             isinstance(each, str) for each in texts
         ):
@@ -135,6 +136,7 @@ class History:
         lsn: int,
         paths: Sequence[str] = (),
         errors: Sequence[str] = (),
+        id: str = "",
     ) -> Entry:
         """Adds a run, or replaces what was said of it.
 
@@ -159,6 +161,7 @@ class History:
                 lsn=lsn,
                 paths=list(paths),
                 errors=[error[:ERROR_CHARACTERS_MAX] for error in errors[:ERRORS_MAX]],
+                id=id,
             )
             others = [other for other in known.entries if other.number != number]
             entries = sorted([*others, entry], key=lambda each: each.number)  # runs may end in another order

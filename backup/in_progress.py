@@ -7,18 +7,10 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from understudy.backup.manifest import utc_text
 from understudy.common.directory import IN_PROGRESS_FILE
 from understudy.common.files import publish, storage_errors, sync_directory
-
-
-class Filled(NamedTuple):
-    """A restore whose backup is in place, so that only the log behind it is missing."""
-
-    goal: str  # how far it is to go
-    reached: bool  # the backup alone goes so far
 
 
 def is_in_progress(root: Path) -> bool:
@@ -31,22 +23,23 @@ def begun_from(root: Path) -> str:
     return str(_note(root).get("source", ""))
 
 
-def read_filled(root: Path, source: str) -> Filled | None:
-    """What :func:`note_filled` has noted, where the directory is being made from ``source``."""
+def read_filled(root: Path, source: str) -> str | None:
+    """The goal that :func:`note_filled` has noted, where the directory is being made from ``source``."""
     note = _note(root)
     filled = note.get("filled")
-    if note.get("source") != source or not isinstance(filled, dict):
-        return None
-    return Filled(str(filled.get("goal")), filled.get("reached") is True)
+    return filled if note.get("source") == source and isinstance(filled, str) else None
 
 
-def note_filled(root: Path, filled: Filled | None) -> None:
+def note_filled(root: Path, goal: str | None) -> None:
     """Adds to the mark that the backup itself is in place, and all in the directory durable; or that it is not.
+
+    Args:
+        goal: how far the restore is to go, or what it is to be: whoever goes on must want the same.
 
     Raises:
         DiskFull, StorageFailed.
     """
-    note = {**_note(root), "filled": filled._asdict() if filled is not None else None}
+    note = {**_note(root), "filled": goal}
     publish(root / IN_PROGRESS_FILE, json.dumps(note).encode() + b"\n")
 
 

@@ -16,6 +16,7 @@ import xxhash
 
 from understudy.backup.contents import Member, token_member
 from understudy.backup.manifest import FileEntry, Manifest
+from understudy.backup.point import Point, check_state
 from understudy.backup.progress import Meter
 from understudy.backup.records import Records
 from understudy.backup.rows import PART_BYTES_MAX, TAIL, TailRow, database_of, decode_rows, decode_tail
@@ -35,16 +36,21 @@ from understudy.common.state import State
 from understudy.common.store import Store
 from understudy.common.store_layout import Environment, create_environment, lmdb_errors
 from understudy.common.store_rows import put_rows
-from understudy.common.types import Digest, Epoch, Lsn, Position
+from understudy.common.types import Epoch
 
 _ROWS_AT_ONCE = 8_192
 
 
 class Loading:
-    """The files of a backup of records on their way into a directory, in the order in which they were written."""
+    """The files of a backup of records on their way into a directory, in the order in which they were written.
 
-    def __init__(self, directory: DataDirectory) -> None:
+    Args:
+        point: what lies behind it in the log's tail is left out.
+    """
+
+    def __init__(self, directory: DataDirectory, point: Point | None = None) -> None:
         self._directory = directory
+        self._point = point
         # Of an attempt before.
         for folder in (directory.store, directory.log):
             shutil.rmtree(folder, ignore_errors=True)
@@ -92,42 +98,50 @@ class Loading:
             assert self._environment is not None, "there is one until all rows are in"
             self._environment.close()
             self._environment = None
-            self._replay = _Replay(self._directory)
+            self._replay = _Replay(self._directory, self._point)
         return self._replay
 
-    def finish(self, manifest: Manifest) -> None:
+    def finish(self, manifest: Manifest) -> bool:
         """All files were taken: brings the store to the end of the backup, and makes the log that goes on there.
+
+        Returns:
+            Whether some of the tail was left out.
 
         Raises:
             CorruptionError: they do not lead to where the manifest says.
+            UsageError: the state before the tail is behind the point.
             DiskFull, StorageFailed.
         """
-        end = LogPlace(
-            Position(Lsn(manifest.lsn), Digest(bytes.fromhex(manifest.digest))), manifest.log_offset
-        )
-        self._replaying().finish(end)
+        replay = self._replaying()
+        if not replay.is_cut:
+            replay.check_end(manifest)
+        replay.finish()
         log = self._directory.log
         with storage_errors("create", log):
             log.mkdir(mode=0o700)
         ChangeLog.create(
             log,
             cluster=manifest.cluster_id,
-            epoch=Epoch(manifest.epoch),
-            after=end.position,
-            after_offset=end.offset,
+            epoch=replay.epoch,
+            after=replay.end.position,
+            after_offset=replay.end.offset,
             files=OsFileSystem(),
         ).close()
         sync_directory(self._directory.path)
+        return replay.is_cut
 
 
 class _Replay:
-    """The log's tail being applied to the rows before it, as a server does that recovers."""
+    """The log's tail being applied to the rows before it, as a server does that recovers, up to a point."""
 
-    def __init__(self, directory: DataDirectory) -> None:
-        self._path = directory.store
+    def __init__(self, directory: DataDirectory, point: Point | None) -> None:
+        self._point = point
+        self.is_cut = False  # there is more behind the point
         self._store = Store.open(directory.store)
         self._checkpointer = Checkpointer()
         try:
+            if point is not None:
+                check_state(self._store.current.checkpoint, point)
             self._checkpointer.start(directory.store, directory.lock_fd)
             self._state = State(self._store)
         except BaseException:
@@ -147,6 +161,10 @@ class _Replay:
             DiskFull, StorageFailed.
         """
         position, before = row.place.position, self._state.applied
+        # What is left out changes nothing here, so that a point within is as good as the one before.
+        self.is_cut |= self._point is not None and self._point.is_before(position.lsn, row.time_us)
+        if self.is_cut:
+            return
         if not row.payload:
             self._state.skip(position, row.place.offset, row.time_us)
             return
@@ -160,18 +178,36 @@ class _Replay:
             self._write(self._state.frozen[-1])
             self._state.checkpointed()
 
-    def finish(self, end: LogPlace) -> None:
+    @property
+    def end(self) -> LogPlace:
+        """Behind the last entry applied."""
+        return LogPlace(self._state.applied, self._state.offset)
+
+    @property
+    def epoch(self) -> Epoch:
+        """Of the last entry applied."""
+        return Epoch(self._state.epochs[-1].info.epoch if self._state.epochs else 0)
+
+    def check_end(self, manifest: Manifest) -> None:
+        """Compares where the tail ends with what the manifest says.
+
+        Raises:
+            CorruptionError.
+        """
+        expected = LogPlace(manifest.position, manifest.log_offset)
+        if self.end != expected:
+            raise CorruptionError(
+                f"the records lead to entry {self.end.position}, not to {expected.position}",
+                remedy=OTHER_BACKUP,
+            )
+
+    def finish(self) -> None:
         """The last entry was applied: the store gets what it has not got yet.
 
         Raises:
-            CorruptionError: the log ends elsewhere.
             DiskFull, StorageFailed.
         """
         state = self._state
-        if (state.applied, state.offset) != end:
-            raise CorruptionError(
-                f"the records lead to entry {state.applied}, not to {end.position}", remedy=OTHER_BACKUP
-            )
         if state.applied.lsn > self._store.current.checkpoint.lsn:
             state.active.freeze(state.applied, state.offset, state.time_us)
             self._write(state.active)

@@ -6,11 +6,11 @@ something was taken along it. What shows that is remembered, and the copy is mad
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from understudy.backup.archive import opening
+from understudy.backup.archive import opening, read_exactly
 from understudy.backup.encryption import Unlocking
 from understudy.backup.log_path import Leg, find_path
 from understudy.backup.point import Point
@@ -52,6 +52,7 @@ class Following:
     the one of the highest epoch is followed.
 
     Args:
+        stretches: as they were listed.
         known: entries that there are, each with its epoch, since backups reach up to them.
     """
 
@@ -61,6 +62,7 @@ class Following:
         goal: Goal,
         unlocking: Unlocking,
         *,
+        stretches: Sequence[Stretch],
         known: Iterable[tuple[Epoch, Lsn]] = (),
         progress: OnProgress | None,
     ) -> None:
@@ -69,10 +71,11 @@ class Following:
         self._unlocking = unlocking
         self._known = list(known)
         self._meter = Meter(None, progress=progress)
-        self._stretches = list_stretches(repository)
+        self._stretches = stretches
         self._seen: dict[tuple[str, Lsn], str] = {}
         self._unusable: dict[Stretch, CorruptionError | RepositoryError] = {}
         self._origin = START
+        self.begins_at_origin = False  # when it was opened, the copy was as the backup is
         self.ended = False  # the log ends before the point, as far as anybody knows
 
     def follow(self, directory: DataDirectory, origin: Position) -> Reached:
@@ -91,6 +94,7 @@ class Following:
         """
         with replaying(directory, self._goal.point) as copy:
             self._origin = origin
+            self.begins_at_origin = copy.end == origin
             while not self._goes(copy):
                 pass
             self.ended = not copy.is_enough
@@ -137,7 +141,7 @@ class Following:
         head = copy.end
         highest = self._highest(copy)
         if legs[-1].stretch.epoch < highest:
-            self._raise_unusable()
+            self._raise_unusable(copy)
             raise CorruptionError(
                 f"the log in {self._repository.url} goes on behind LSN {head.lsn} in epoch {legs[-1].stretch.epoch}, "
                 f"but nothing there leads to epoch {highest}, which has taken over from it",
@@ -155,7 +159,7 @@ class Following:
         ends = [*self._known, *(stretch.rank for stretch in self._stretches)]
         beyond = [rank for rank in ends if rank > (copy.epoch, end) and self._is_followed(rank[0], copy)]
         if beyond:
-            self._raise_unusable()
+            self._raise_unusable(copy)
             epoch, lsn = max(beyond)
             remedy = f"restore up to --lsn {end}, or a backup that reaches further by its id"
             if lsn <= end:  # so that its history has left this one earlier
@@ -169,9 +173,13 @@ class Following:
         if point is not None and point.lsn is not None:
             raise UsageError(f"the backup reaches up to LSN {end}, not to {point.lsn}")
 
-    def _raise_unusable(self) -> None:
+    def _raise_unusable(self, copy: Replay) -> None:
         for error in self._unusable.values():
             if isinstance(error, CorruptionError):  # others were replaced
+                error.remedy = f"restore up to --lsn {copy.end.lsn}"
+                if self._highest(copy) > copy.epoch:  # nothing shows where that has taken over
+                    error.remedy += f" --epoch {copy.epoch}"
+                error.remedy += ", or a backup that lies behind the damage by its id"
                 raise error
 
     def _take(self, copy: Replay, leg: Leg) -> bool:
@@ -194,7 +202,7 @@ class Following:
             return False
 
     def _extend(self, copy: Replay, plain: Stream, leg: Leg, name: str) -> bool:
-        block = _read_exactly(plain, RECORDS_START, name)
+        block = read_exactly(plain, RECORDS_START, name)
         header = SegmentHeader.decode(block[:SECTOR_BYTES], Path(name))
         begins = (header.first_lsn, short_digest(header.previous))
         if header.cluster != copy.cluster or begins != (leg.stretch.first, leg.stretch.before):
@@ -244,20 +252,10 @@ def _skip(plain: Stream, header: SegmentHeader, upto_offset: int, name: str) -> 
     position, pending = header.before, b""
     left = upto_offset - header.first_offset
     while left > 0:
-        piece = _read_exactly(plain, min(left, _PIECE_BYTES), name)
+        piece = read_exactly(plain, min(left, _PIECE_BYTES), name)
         left -= len(piece)
         scan = scan_chain(pending + piece, position)
         if scan.damage:
             raise CorruptionError(f"entry {scan.position.lsn + 1} in {name} is damaged: {scan.damage}")
         position, pending = scan.position, (pending + piece)[scan.good_bytes :]
     return position
-
-
-def _read_exactly(plain: Stream, count: int, name: str) -> bytes:
-    data = plain.read(count)
-    while len(data) < count:
-        more = plain.read(count - len(data))
-        if not more:
-            raise CorruptionError(f"{name} was cut off", remedy="restore to a point before it")
-        data += more
-    return data

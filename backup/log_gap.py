@@ -34,6 +34,12 @@ def find_gap(catalog: Catalog, stretches: Sequence[Stretch]) -> str:
     return f"the log behind LSN {end} is not all there: no moment from there to LSN {newest.last} can be restored"
 
 
+def is_followed(manifest: Manifest, stretches: Sequence[Stretch]) -> bool:
+    """Whether the log goes on where a backup ends, if there is any behind it."""
+    beyond = [stretch for stretch in stretches if stretch.rank > manifest.rank]
+    return not beyond or bool(find_path(beyond, stretches, _position(manifest), {}))
+
+
 def _leads(manifest: Manifest, newest: Stretch, stretches: Sequence[Stretch]) -> bool:
     return bool(find_path([newest], stretches, _position(manifest), {}))
 

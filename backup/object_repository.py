@@ -32,7 +32,14 @@ from understudy.backup.ranged_download import RangedDownload, Ranges
 from understudy.backup.repository import SIZE_MAX, StoredObject, check_name, check_prefix
 from understudy.common import portal
 from understudy.common.backoff import Backoff
-from understudy.common.errors import AlreadyStored, CorruptionError, NotStored, RepositoryError, UsageError
+from understudy.common.errors import (
+    AlreadyStored,
+    CorruptionError,
+    NotStored,
+    RepositoryError,
+    RepositoryRefused,
+    UsageError,
+)
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta, UpdateVersion, WritableFile
@@ -83,6 +90,7 @@ class ObjectRepository:
 
     Raises:
         UsageError: the URL holds something else, such as credentials.
+        RepositoryRefused: credentials are missing, or can't be any.
     """
 
     def __init__(self, url: str, *, patience: Patience | None = None) -> None:
@@ -111,8 +119,10 @@ class ObjectRepository:
                 "base": 2,
             },
         }
-        with self.errors("use"):
+        try:
             return from_url(self.url, client_options=client, retry_config=retry)
+        except (BaseError, OSError, ValueError) as error:  # the storage was not even asked
+            raise self._refused(f"can't use {self.url}: {_said(error)}") from error
 
     def put(self, name: str, data: bytes) -> None:
         """Creates an object, with one request that makes it there whole."""
@@ -304,12 +314,18 @@ class ObjectRepository:
     def _failed(self, action: str, name: str, error: Exception) -> RepositoryError:
         what = f"{name} in {self.url}" if name else self.url
         if _NO_CONTAINER.search(str(error)):
-            return RepositoryError(f"can't {action} {what}: there is no such bucket", remedy="make it first")
+            return RepositoryRefused(
+                f"can't {action} {what}: there is no such bucket", remedy="make it first"
+            )
+        said = f"can't {action} {what}: {_said(error)}"
         if isinstance(error, _REFUSED):
-            remedy = f"are these set, and may they do this? {_CREDENTIALS[self._scheme]}"
-        else:
-            remedy = f"is it reachable? It is found by {_CREDENTIALS[self._scheme]}"
-        return RepositoryError(f"can't {action} {what}: {_said(error)}", remedy=remedy)
+            return self._refused(said)
+        return RepositoryError(said, remedy=f"is it reachable? It is found by {_CREDENTIALS[self._scheme]}")
+
+    def _refused(self, said: str) -> RepositoryRefused:
+        return RepositoryRefused(
+            said, remedy=f"are these set, and may they do this? {_CREDENTIALS[self._scheme]}"
+        )
 
 
 class _Upload(io.BufferedIOBase):

@@ -16,6 +16,7 @@ from understudy.common.records import Record
 from understudy.common.segment import RECORDS_START, Segment, Watermark
 from understudy.common.store import Store
 from understudy.common.types import NO_LSN, Digest, Lsn, Position
+from understudy.v1.store_pb2 import CheckpointRow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,12 +81,8 @@ def cut_log(directory: DataDirectory, point: Point, *, goes_on: bool = False) ->
     """
     with Store.open(directory.store, cluster=directory.cluster) as store:
         row = store.current.checkpoint
-    place, time_us = LogPlace(Position(Lsn(row.lsn), Digest(row.digest)), row.log_offset), row.time_us
-    if point.is_before(place.position.lsn, time_us):
-        raise UsageError(
-            f"the backup's state is of LSN {row.lsn} at {utc_text(time_us / 1e6)}, behind {point}",
-            remedy="use an older backup",
-        )
+    check_state(row, point)
+    place = LogPlace(Position(Lsn(row.lsn), Digest(row.digest)), row.log_offset)
     segments = segments_behind(directory.log, directory.cluster, place.position.lsn)
     # What is skipped is checked when the copy is opened.
     skipped = _segments_before(segments, point)
@@ -101,6 +98,19 @@ def cut_log(directory: DataDirectory, point: Point, *, goes_on: bool = False) ->
     if not goes_on:
         _check_reached(place, point)
     return place.position.lsn == point.lsn
+
+
+def check_state(row: CheckpointRow, point: Point) -> None:
+    """Refuses a point that lies before the state which a backup holds.
+
+    Raises:
+        UsageError.
+    """
+    if point.is_before(Lsn(row.lsn), row.time_us):
+        raise UsageError(
+            f"the backup's state is of LSN {row.lsn} at {utc_text(row.time_us / 1e6)}, behind {point}",
+            remedy="use an older backup",
+        )
 
 
 def _check_reached(place: LogPlace, point: Point) -> None:

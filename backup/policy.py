@@ -11,20 +11,27 @@ from typing import Any
 from understudy.backup.archive_options import DEFAULT_LEVEL
 from understudy.backup.encryption import Encryption, Unlocking
 from understudy.backup.places import are_apart
+from understudy.backup.policy_table import PolicyTable, found
 from understudy.backup.repository import check_url, folder_of_url
 from understudy.backup.retention import Retention
 from understudy.backup.schedule import Schedule
 from understudy.backup.selection import Selection
+from understudy.backup.zones import zone_named
 from understudy.common.errors import UsageError
 from understudy.common.secret_files import read_private
-from understudy.common.sizes import parse_size
 
 NAME_CHARACTERS_MAX = 60
-_LEVELS = range(1, 20)
+_LEVEL_MAX = 19
 _RETRIES_MAX = 100
 _RETRY_WAIT_S_MAX = 24 * 3600
 _DRILL_WARN_DAYS_MAX = 3650
-_RETENTION_KEYS = frozenset(field.name for field in fields(Retention)) - {"zone"}
+_RETENTION_KEYS = sorted({field.name for field in fields(Retention)} - {"zone"})
+_CRON = 'a cron expression such as "30 2 * * *"'
+_FOLDERS = 'folders and URLs such as ["/backup"]'
+_KEYS = 'public keys such as ["age1..."]'
+_PATTERNS = 'patterns of realms such as ["/orders/**"]'
+_PROGRAM = 'a program and its arguments such as ["/usr/bin/logger", "backup"]'
+_EACH_MAX = 1_000_000  # of what a retention counts: more than anybody makes in a lifetime
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,22 +122,32 @@ def read_policies(path: Path, data_dir: Path | None = None) -> dict[str, Policy]
         data_dir: of the node that they are for, if that is known.
 
     Raises:
-        UsageError: it can't be read, or says what can't be; with the policy's name and the key.
+        UsageError: it can't be read, or says what can't be; with the file, the policy and the setting.
     """
     try:
-        content = tomllib.loads(path.read_text())
+        content = tomllib.loads(path.read_bytes().decode())
     except OSError as error:
         raise UsageError(f"can't read {path}: {error.strerror}") from error
+    except UnicodeDecodeError:  # an editor's, not a mistake with TOML; and what it holds is not for a log
+        raise UsageError(f"{path} is no text in UTF-8", remedy="save it as UTF-8") from None
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is not TOML: {error}") from error
+        raise UsageError(
+            f"{path} is not TOML: {error}", remedy='texts stand in quotes, as in name = "nightly"'
+        ) from error
     tables = content.get("backup", [])
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-        raise UsageError(f"{path}: 'backup' is no list of tables", remedy="begin each policy with [[backup]]")
+        raise UsageError(
+            f"{path}: backup is {found(tables)}, and no list of tables",
+            remedy="begin each policy with [[backup]], in two brackets each",
+        )
     policies: dict[str, Policy] = {}
-    for table in tables:
-        policy = parse_policy(table, str(path), data_dir)
+    for number, table in enumerate(tables, 1):
+        policy = parse_policy(table, str(path), data_dir, number=number)
         if policy.name in policies:
-            raise UsageError(f"{path}: two policies are called {policy.name!r}")
+            raise UsageError(
+                f"{path}: two backup policies have the name {policy.name!r}",
+                remedy="give each a name of its own",
+            )
         policies[policy.name] = policy
     return policies
 
@@ -151,147 +168,124 @@ def find_policy(path: Path, name: str, data_dir: Path | None) -> Policy:
     return policies[name]
 
 
-def parse_policy(table: Mapping[str, Any], where: str, data_dir: Path | None = None) -> Policy:
+def parse_policy(
+    table: Mapping[str, Any], where: str, data_dir: Path | None = None, *, number: int = 1
+) -> Policy:
     """One table.
 
     Args:
         where: the file's name, for messages.
         data_dir: as of :func:`read_policies`.
+        number: which of the file's, for messages about its name.
 
     Raises:
-        UsageError: a key is unknown, or a value can't be.
+        UsageError: a key is unknown, or a value can't be; with the policy and the key.
     """
     name = table.get("name")
     if not isinstance(name, str) or not name.isprintable() or not 1 <= len(name) <= NAME_CHARACTERS_MAX:
+        what = "has no name" if name is None else f"name is {found(name)}"
         raise UsageError(
-            f"{where}: a policy's name is {name!r}",
-            remedy=f"give 1 to {NAME_CHARACTERS_MAX} printable characters",
+            f"{where}, backup policy number {number}: {what}",
+            remedy=f'give 1 to {NAME_CHARACTERS_MAX} printable characters, such as name = "nightly"',
         )
-    return _Table(table, f"{where}, backup policy {name!r}", data_dir).policy(name)
+    settings = PolicyTable(table, f"{where}, backup policy {name!r}")
+    policy = _policy(name, settings)
+    settings.check_all_known([*(field.name for field in fields(Policy)), "zone"])
+    _check(policy, settings, data_dir)
+    return policy
 
 
-class _Table:
-    """A policy's table while it is being read."""
+def _policy(name: str, settings: PolicyTable) -> Policy:
+    zone = settings.text("zone", expected='a time zone such as "Europe/Berlin"', check=zone_named) or "UTC"
+    realms, exclude = (settings.texts(key, expected=_PATTERNS) for key in ("realms", "exclude"))
+    return Policy(
+        name=name,
+        realms=realms,
+        exclude=exclude,
+        portable=settings.flag("portable", False),
+        schedule=_schedule(settings, zone),
+        repositories=settings.texts("repositories", expected=_FOLDERS),
+        recipients=settings.texts("recipients", expected=_KEYS),
+        passphrase_file=settings.path("passphrase_file"),
+        rate=settings.rate("rate"),
+        level=settings.whole("level", DEFAULT_LEVEL, least=1, most=_LEVEL_MAX),
+        retention=_retention(settings, zone),
+        archive_log=settings.flag("archive_log", not (realms or exclude)),
+        drill=settings.flag("drill", False),
+        identity_file=settings.path("identity_file"),
+        staging=settings.path("staging"),
+        drill_warn_days=settings.whole("drill_warn_days", 7, least=1, most=_DRILL_WARN_DAYS_MAX),
+        before=settings.texts("before", expected=_PROGRAM),
+        after=settings.texts("after", expected=_PROGRAM),
+        on_failure=settings.texts("on_failure", expected=_PROGRAM),
+        retries=settings.whole("retries", 1, most=_RETRIES_MAX),
+        retry_wait_s=settings.number("retry_wait_s", 60, most=_RETRY_WAIT_S_MAX),
+    )
 
-    def __init__(self, table: Mapping[str, Any], where: str, data_dir: Path | None) -> None:
-        self._left = {key: value for key, value in table.items() if key != "name"}
-        self._where = where
-        self._data_dir = data_dir
 
-    def policy(self, name: str) -> Policy:
-        zone = self._take("zone", str, "UTC")
-        expression = self._take("schedule", str, "")
-        realms, exclude = self._words("realms"), self._words("exclude")
-        policy = Policy(
-            name=name,
-            realms=realms,
-            exclude=exclude,
-            portable=self._take("portable", bool, False),
-            schedule=Schedule.parse(expression, zone) if expression else None,
-            repositories=self._words("repositories"),
-            recipients=self._words("recipients"),
-            passphrase_file=self._path("passphrase_file"),
-            rate=self._rate(),
-            level=self._take("level", int, DEFAULT_LEVEL),
-            retention=self._retention(zone),
-            archive_log=self._take("archive_log", bool, not (realms or exclude)),
-            drill=self._take("drill", bool, False),
-            identity_file=self._path("identity_file"),
-            staging=self._path("staging"),
-            drill_warn_days=self._take("drill_warn_days", int, 7),
-            before=self._words("before"),
-            after=self._words("after"),
-            on_failure=self._words("on_failure"),
-            retries=self._take("retries", int, 1),
-            retry_wait_s=float(self._take("retry_wait_s", (int, float), 60)),
-        )
-        self._check(policy)
-        return policy
+def _schedule(settings: PolicyTable, zone: str) -> Schedule | None:
+    expression = settings.text("schedule", expected=_CRON)
+    if expression is None:
+        return None
+    with settings.checking("schedule", _CRON):
+        return Schedule.parse(expression, zone)
 
-    def _check(self, policy: Policy) -> None:
-        if self._left:
-            known = [*sorted(field.name for field in fields(Policy)), "zone"]
-            raise self._wrong(f"unknown key {min(self._left)!r}", f"known: {', '.join(known)}")
-        if not policy.repositories:
-            raise self._wrong("no repositories", 'say where to: repositories = ["/backup"]')
-        for url in policy.repositories:
-            check_url(url)
-        if policy.level not in _LEVELS:
-            raise self._wrong(f"level is {policy.level}", "give 1 to 19")
-        if len(set(policy.repositories)) < len(policy.repositories):
-            raise self._wrong("a repository is named twice", "name each once")
-        if policy.staging is not None:
-            self._check_staging(policy.staging, policy.repositories)
-        if not (
-            0 <= policy.retries <= _RETRIES_MAX
-            and 0 <= policy.retry_wait_s <= _RETRY_WAIT_S_MAX
-            and 1 <= policy.drill_warn_days <= _DRILL_WARN_DAYS_MAX
-        ):
-            raise self._wrong(
-                "retries, retry_wait_s or drill_warn_days is out of range",
-                f"give up to {_RETRIES_MAX} retries, {_RETRY_WAIT_S_MAX} seconds, and 1 to {_DRILL_WARN_DAYS_MAX} days",
-            )
-        if policy.recipients and policy.passphrase_file is not None:
-            raise self._wrong("recipients and passphrase_file", "give one of them")
-        policy.selection.check()
-        if policy.archive_log and policy.selection.is_filtered:
-            raise self._wrong(
-                "archive_log with realms or exclude: the log holds all realms",
-                "leave it out, or leave it to a policy without them",
-            )
-        if policy.drill and policy.recipients and policy.identity_file is None:
-            raise self._wrong(
-                "drill, and recipients without identity_file: nothing here opens the backups",
-                'set identity_file = "FILE" to a key of one of the recipients',
-            )
-        if policy.recipients:
+
+def _retention(settings: PolicyTable, zone: str) -> Retention:
+    numbers = settings.table("retention", expected="a table such as { daily = 7, weekly = 4 }")
+    counts = {key: numbers.whole(key, 0, most=_EACH_MAX) for key in _RETENTION_KEYS if key in numbers}
+    numbers.check_all_known(_RETENTION_KEYS)
+    return Retention(**counts, zone=zone)
+
+
+def _check(policy: Policy, settings: PolicyTable, data_dir: Path | None) -> None:
+    """Refuses values that can't be, and those that can't be together."""
+    _check_repositories(policy.repositories, settings)
+    if policy.staging is not None:
+        _check_staging(policy.staging, policy.repositories, settings, data_dir)
+    for key, patterns in (("realms", policy.realms), ("exclude", policy.exclude)):
+        with settings.checking(key, _PATTERNS):
+            Selection(realms=patterns).check()
+    if policy.recipients:
+        with settings.checking("recipients", _KEYS):
             Encryption("", policy.recipients).check()
+    _check_together(policy, settings)
 
-    def _check_staging(self, staging: Path, repositories: tuple[str, ...]) -> None:
-        """Drills replace it as a whole, and restore beside it."""
-        if not staging.is_absolute():
-            raise self._wrong(f"staging is {str(staging)!r}", "give the whole path, from / on")
-        for place in (self._data_dir, *map(folder_of_url, repositories)):
-            if place is not None and not are_apart(staging, place):
-                raise self._wrong(
-                    f"staging is {str(staging)!r}, and that and {place} lie within each other",
-                    "choose another place for it",
-                )
 
-    def _take(self, key: str, kind: Any, default: Any) -> Any:
-        value = self._left.pop(key, default)
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise self._wrong(f"{key} is {value!r}", "see the README's chapter on backups")
-        return value
+def _check_together(policy: Policy, settings: PolicyTable) -> None:
+    if policy.recipients and policy.passphrase_file is not None:
+        raise settings.wrong("both recipients and passphrase_file are given", "give one of them")
+    if policy.archive_log and policy.selection.is_filtered:
+        raise settings.wrong(
+            "archive_log is true, with realms or exclude: the log holds all realms",
+            "leave it out, or leave it to a policy without them",
+        )
+    if policy.drill and policy.recipients and policy.identity_file is None:
+        raise settings.wrong(
+            "drill is true, with recipients and without identity_file: nothing here opens the backups",
+            'set identity_file = "FILE" to a key of one of the recipients',
+        )
 
-    def _words(self, key: str) -> tuple[str, ...]:
-        words = self._take(key, list, [])
-        if not all(isinstance(word, str) and word for word in words):
-            raise self._wrong(f"{key} is {words!r}", "give a list of texts")
-        return tuple(words)
 
-    def _path(self, key: str) -> Path | None:
-        text = self._take(key, str, "")
-        return Path(text) if text else None
+def _check_repositories(urls: tuple[str, ...], settings: PolicyTable) -> None:
+    if not urls:
+        raise settings.wrong("repositories is missing", 'say where to: repositories = ["/backup"]')
+    for url in urls:
+        with settings.checking("repositories", _FOLDERS):
+            check_url(url)
+    if len(set(urls)) < len(urls):
+        raise settings.wrong("repositories: one of them is named twice", "name each once")
 
-    def _rate(self) -> int | None:
-        rate = self._take("rate", (str, int), 0)
-        if isinstance(rate, str):
-            rate = parse_size(rate.removesuffix("/s"))
-        if rate < 0:
-            raise self._wrong(f"rate is {rate}", "give bytes a second, such as 50MB/s")
-        return rate or None
 
-    def _retention(self, zone: str) -> Retention:
-        table = self._take("retention", dict, {})
-        for key, value in table.items():
-            if key not in _RETENTION_KEYS:
-                raise self._wrong(
-                    f"unknown key {key!r} in retention", f"known: {', '.join(sorted(_RETENTION_KEYS))}"
-                )
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise self._wrong(f"{key} in retention is {value!r}", "give a number, 0 or more")
-        return Retention(**table, zone=zone)
-
-    def _wrong(self, what: str, remedy: str) -> UsageError:
-        return UsageError(f"{self._where}: {what}", remedy=remedy)
+def _check_staging(
+    staging: Path, repositories: tuple[str, ...], settings: PolicyTable, data_dir: Path | None
+) -> None:
+    """Drills replace it as a whole, and restore beside it."""
+    if not staging.is_absolute():
+        raise settings.wrong(f"staging is {str(staging)!r}", "give the whole path, from / on")
+    for place in (data_dir, *map(folder_of_url, repositories)):
+        if place is not None and not are_apart(staging, place):
+            raise settings.wrong(
+                f"staging is {str(staging)!r}, and that and {place} lie within each other",
+                "choose another place for it",
+            )

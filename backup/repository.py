@@ -21,7 +21,7 @@ from understudy.common.errors import (
     ForeignCluster,
     NewerFormat,
     NotStored,
-    RepositoryError,
+    RepositoryRefused,
     UsageError,
 )
 from understudy.common.types import ClusterId, format_id
@@ -34,6 +34,7 @@ OBJECT_SCHEMES = ("s3", "gs", "az")
 # A leading dot is kept for what is no object: files being written, and what network folders hide in them.
 _PART = r"[A-Za-z0-9_-][A-Za-z0-9._-]*"
 _NAME = re.compile(rf"{_PART}(/{_PART})*\Z")
+_URLS = "give /path, file:///path, s3://bucket/prefix, gs://bucket/prefix or az://container/prefix"
 _PREFIX = re.compile(rf"({_PART}/)*({_PART})?\Z")
 
 
@@ -49,8 +50,8 @@ class StoredObject:
 class Repository(Protocol):
     """Objects by name. A name is relative, with slashes; an object is there whole or not at all.
 
-    Everything raises :class:`RepositoryError` where the storage is not reachable, refuses, or throttles for too
-    long; a folder also raises DiskFull and StorageFailed.
+    Everything raises :class:`RepositoryError` where the storage is not reachable or throttles for too long, of these
+    :class:`RepositoryRefused` where it refuses; a folder also raises DiskFull and StorageFailed.
     """
 
     url: str  # as given; it never holds credentials
@@ -163,7 +164,8 @@ def _split(url: str) -> SplitResult:
     try:
         return urlsplit(url)
     except ValueError as error:
-        raise UsageError(f"{url!r} is no URL: {error}") from None
+        what = f"{url!r} is no URL" if "@" not in url else "that is no URL"  # it may hold a credential
+        raise UsageError(f"{what}: {error}", remedy=_URLS) from None
 
 
 def folder_of_url(url: str) -> Path | None:
@@ -178,7 +180,7 @@ def folder_of_url(url: str) -> Path | None:
     if parts.scheme not in OBJECT_SCHEMES:
         raise UsageError(
             f"backups can't be kept at {url!r}" if "@" not in url else "backups can't be kept at that URL",
-            remedy="give /path, file:///path, s3://bucket/prefix, gs://bucket/prefix or az://container/prefix",
+            remedy=_URLS,
         )
     return None
 
@@ -223,7 +225,7 @@ def claim(repository: Repository, cluster: ClusterId) -> None:
         ForeignCluster: it is another's.
         NewerFormat: a later version has made it.
         CorruptionError: what it says of itself can't be read.
-        RepositoryError: the storage would overwrite what is there.
+        RepositoryRefused: the storage would overwrite what is there.
     """
     try:
         found = repository.read(IDENTITY)
@@ -253,7 +255,7 @@ def _check_that_nothing_is_overwritten(repository: Repository, data: bytes) -> N
         repository.put(IDENTITY, data)
     except AlreadyStored:
         return
-    raise RepositoryError(
+    raise RepositoryRefused(
         f"{repository.url} overwrites objects where it is told not to",
         remedy="backups need a storage that honours If-None-Match, as S3, Google Cloud Storage, Azure and MinIO do",
     )

@@ -6,58 +6,46 @@ clients who saw later things are told apart, and heal or reset.
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-import struct
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Self
 
-from understudy.backup.archive import check_entry, unpack
 from understudy.backup.catalog import Catalog, StoredBackup
-from understudy.backup.contents import Member
 from understudy.backup.encryption import Unlocking
 from understudy.backup.in_progress import (
-    Filled,
     begun_from,
     in_progress,
-    is_in_progress,
     note_filled,
     read_filled,
 )
-from understudy.backup.load_records import Loading, load_selected
+from understudy.backup.load_records import load_selected
 from understudy.backup.log_following import Following, Goal, WrongWay
-from understudy.backup.manifest import FileEntry, Form, Manifest, read_manifest, write_manifest
+from understudy.backup.manifest import Form, Manifest, read_manifest, write_manifest
 from understudy.backup.places import check_apart, check_repository_apart
 from understudy.backup.point import Point, cut_log
 from understudy.backup.progress import Meter, OnProgress
 from understudy.backup.repository import Repository
-from understudy.backup.rows import FOLDER
-from understudy.backup.selection import EVERYTHING, Selection
+from understudy.backup.restore_target import holds_copy, is_whole_copy, open_target
+from understudy.backup.selection import EVERYTHING, Selection, describe_unmatched
 from understudy.backup.source import open_source
-from understudy.backup.stretch import list_stretches
+from understudy.backup.stretch import Stretch, list_stretches
 from understudy.backup.target_log import describe_reached, settle
-from understudy.backup.writing import read_blocks, write_member
+from understudy.backup.unpacking import Unpacking, copy_files, extract
 from understudy.common.directory import MANIFEST_FILE, DataDirectory, Role, check_finished
 from understudy.common.errors import (
     OTHER_BACKUP,
     CorruptionError,
-    DirectoryError,
-    DirectoryInUse,
     NotADataDirectory,
-    StorageFailed,
-    UnfinishedBackup,
     UsageError,
-    WrongRole,
 )
 from understudy.common.files import storage_errors, sync_tree
-from understudy.common.types import Epoch
+from understudy.common.types import Epoch, is_system_realm
 
-# Writes a backup's files into a directory and returns what its manifest says.
-Fill = Callable[[DataDirectory], Manifest]
+# Writes a backup's files into a directory; returns what its manifest says, and whether some of its log, behind the
+# point, was left out.
+Fill = Callable[[DataDirectory], tuple[Manifest, bool]]
 # Given the directory with the backup in it, before the log behind the store is folded into that: once, or more often.
 BeforeFolding = Callable[[DataDirectory], None]
 
@@ -71,6 +59,12 @@ class RestoreReport:
     ended: (
         bool  # the log has no entry behind the point that was asked for: later ones may not have been shipped
     )
+    unmatched: list[str]  # of the patterns of realms: there is no such realm at the point
+
+    @property
+    def problems(self) -> list[str]:
+        """What is missing that was asked for, a line each."""
+        return [*self.manifest.problems, *map(describe_unmatched, self.unmatched)]
 
 
 def restore_backup(
@@ -99,7 +93,7 @@ def restore_backup(
             while it was read.
         CorruptionError: the backup is damaged; ``target`` is left marked as unfinished.
         NotPermitted: it does not open.
-        UsageError: it does not hold that point.
+        UsageError: it does not hold that point, or no realm of any of the patterns.
         DirectoryError: it was made by a machine of another kind.
         DiskFull, StorageFailed.
     """
@@ -109,11 +103,12 @@ def restore_backup(
     if not backup.exists():
         raise NotADataDirectory(f"there is no backup {backup}")
 
-    def fill(directory: DataDirectory) -> Manifest:
+    def fill(directory: DataDirectory) -> tuple[Manifest, bool]:
+        unpacking = Unpacking(directory, point, progress)
         if backup.is_dir():
-            return _copy_files(backup, directory, progress)
+            return copy_files(backup, unpacking)
         with storage_errors("read", backup), backup.open("rb") as file:
-            return _extract(file, str(backup), directory, unlocking or Unlocking(), progress)
+            return extract(file, str(backup), unpacking, unlocking or Unlocking())
 
     origin = _Origin(
         name=str(backup),
@@ -143,6 +138,7 @@ def restore_stored(
     point: Point | None = None,
     epoch_max: Epoch | None = None,
     catalog: Catalog | None = None,
+    stretches: Sequence[Stretch] | None = None,
     selection: Selection = EVERYTHING,
     unlocking: Unlocking | None = None,
     before_folding: BeforeFolding | None = None,
@@ -156,6 +152,7 @@ def restore_stored(
         epoch_max: the highest epoch whose log is followed.
         catalog: of the repository, as it was read: where other backups reach further than the log, it has a gap; and
             the epoch to come is higher than those of all of them.
+        stretches: of the log in the repository, if they were listed already.
         and the others: as of :func:`restore_backup`.
 
     Raises:
@@ -176,23 +173,24 @@ def restore_stored(
         )
     unlocking = unlocking or Unlocking()
 
-    def fill(directory: DataDirectory) -> Manifest:
+    def fill(directory: DataDirectory) -> tuple[Manifest, bool]:
         with repository.download(backup.archive_name) as file:
-            manifest = _extract(file, name, directory, unlocking, progress)
+            manifest, is_cut = extract(file, name, Unpacking(directory, point, progress), unlocking)
         if manifest != backup.manifest:
             raise CorruptionError(f"{name} holds another backup than its manifest says", remedy=OTHER_BACKUP)
-        return manifest
+        return manifest, is_cut
 
+    stretches = stretches if stretches is not None else list_stretches(repository)
     ranks = [one.manifest.rank for one in (catalog.backups if catalog is not None else [backup])]
     goal = Goal(point=point, epoch_max=epoch_max)
     origin = _Origin(
         name=f"{repository.url} {backup.id}",
         fill=fill,
         goal=goal,
-        following=Following(repository, goal, unlocking, known=ranks, progress=progress)
+        following=Following(repository, goal, unlocking, stretches=stretches, known=ranks, progress=progress)
         if with_log
         else None,
-        epoch_floor=max(epoch for epoch, _ in [*ranks, *(one.rank for one in list_stretches(repository))]),
+        epoch_floor=max(epoch for epoch, _ in [*ranks, *(one.rank for one in stretches)]),
         before_folding=before_folding,
     )
     return _restore(target, origin, selection, progress)
@@ -221,8 +219,9 @@ def _restore(
     target: Path, origin: _Origin, selection: Selection, progress: OnProgress | None
 ) -> RestoreReport:
     started_s = time.monotonic()
+    unmatched: list[str] = []
     if selection.is_filtered:
-        manifest = _restore_chosen(target, origin, selection, progress)
+        manifest, unmatched = _restore_chosen(target, origin, selection, progress)
     else:
         manifest = _restore_all(target, origin)
     ended = origin.following is not None and origin.following.ended
@@ -230,36 +229,53 @@ def _restore(
         manifest=manifest,
         seconds=time.monotonic() - started_s,
         ended=ended and origin.goal.point is not None,
+        unmatched=unmatched,
     )
 
 
 def _restore_chosen(
     target: Path, origin: _Origin, selection: Selection, progress: OnProgress | None
-) -> Manifest:
-    """Restores all, and takes the chosen realms out of it."""
-    name = f"{origin.name} {selection}"
-    with DataDirectory.open_unfinished(target) as directory:
-        _check_free(directory, name)
-        incoming = directory.incoming
-        goes_on = read_filled(target, name) == Filled(origin.end, reached=True) and _is_whole(incoming)
+) -> tuple[Manifest, list[str]]:
+    """Restores all, and takes the chosen realms out of it; returns the patterns as well that no realm matches."""
+    name = f"{origin.name} (chosen realms)"  # whichever: they are chosen last
+    with open_target(target, name) as directory:
+        goes_on = read_filled(target, name) == origin.end and is_whole_copy(directory.incoming)
         with in_progress(target, name, anew=True, goes_on=goes_on):
-            if not goes_on:
-                _restore_incoming(incoming, origin)
-                note_filled(target, Filled(origin.end, reached=True))
-            node = read_manifest(incoming).node
-            with open_source(incoming) as source:
-                manifest = load_selected(directory, source, selection, Meter(None, progress=progress))
+            found = _bring_chosen(directory, origin, selection, progress, goes_on=goes_on)
             directory.raise_epoch_floor(origin.epoch_floor)
-            manifest = replace(manifest, node=node)
             sync_tree(target)
-            write_manifest(target, manifest)
+            write_manifest(target, found[0])
             note_filled(target, None)
-            shutil.rmtree(incoming)
-    return manifest
+            shutil.rmtree(directory.incoming)
+    return found
 
 
-def _is_whole(path: Path) -> bool:
-    return (path / MANIFEST_FILE).exists() and not is_in_progress(path)
+def _bring_chosen(
+    directory: DataDirectory,
+    origin: _Origin,
+    selection: Selection,
+    progress: OnProgress | None,
+    *,
+    goes_on: bool,
+) -> tuple[Manifest, list[str]]:
+    """The chosen realms, and the patterns that none matches.
+
+    Args:
+        goes_on: an attempt before has restored all.
+    """
+    while True:
+        if not goes_on:
+            _restore_incoming(directory.incoming, origin)
+            note_filled(directory.path, origin.end)
+        try:
+            return _take_chosen(directory, origin, selection, progress)
+        except CorruptionError:
+            if not goes_on:
+                raise
+        # Damaged since then.
+        note_filled(directory.path, None)
+        shutil.rmtree(directory.incoming)
+        goes_on = False
 
 
 def _restore_incoming(incoming: Path, origin: _Origin) -> None:
@@ -268,26 +284,33 @@ def _restore_incoming(incoming: Path, origin: _Origin) -> None:
     _restore_all(incoming, origin)
 
 
-def _check_free(directory: DataDirectory, origin: str) -> None:
-    begun = begun_from(directory.path)
-    if directory.is_new or begun == origin:
-        return
-    if begun:
-        raise UnfinishedBackup(
-            f"{directory.path} is not finished: it was begun from {begun}",
-            remedy="name that backup to go on with it, or restore into another directory",
-        )
-    raise WrongRole(
-        f"{directory.path} holds data already, its role is {directory.role.value}",
-        remedy="restore into an absent or empty directory",
-    )
+def _take_chosen(
+    directory: DataDirectory, origin: _Origin, selection: Selection, progress: OnProgress | None
+) -> tuple[Manifest, list[str]]:
+    whole = read_manifest(directory.incoming)
+    with open_source(directory.incoming) as source:
+        there = [path for path in source.state.realms() if not is_system_realm(path)]
+        left_out = [one.realm for one in whole.failed]  # whoever reads the report hears of them
+        unmatched = selection.unmatched([*there, *left_out])
+        if selection.realms and len(unmatched) == len(selection.realms):
+            raise UsageError(
+                f"{origin.name} holds no realm of {' or '.join(unmatched)} at LSN {source.end.position.lsn}",
+                remedy="give the command again with --realm of one that it holds"
+                + (f", such as {', '.join(there[:5])}" if there else "")
+                + f": it goes on with what was fetched into {directory.path}; or remove that",
+            )
+        manifest = load_selected(directory, source, selection, Meter(None, progress=progress))
+    return replace(manifest, node=whole.node), unmatched
 
 
 def _restore_all(target: Path, origin: _Origin) -> Manifest:
-    with DataDirectory.open_unfinished(target) as directory:
-        _check_free(directory, origin.name)
-        filled = read_filled(target, origin.name)
-        goes_on = filled is not None and filled.goal == origin.end and origin.before_folding is None
+    with open_target(target, origin.name) as directory:
+        goes_on = (
+            origin.following is not None
+            and origin.before_folding is None
+            and read_filled(target, origin.name) == origin.end
+            and holds_copy(target)
+        )
         with in_progress(target, origin.name, anew=True, goes_on=goes_on):
             manifest = _bring_forward(directory, origin, goes_on=goes_on)
             directory.raise_epoch_floor(origin.epoch_floor)
@@ -302,120 +325,47 @@ def _bring_forward(directory: DataDirectory, origin: _Origin, *, goes_on: bool) 
     Args:
         goes_on: an attempt before has put the backup in place, and perhaps taken some of the log.
     """
+    is_reached = False
     while True:
         if not goes_on:
-            _fill(directory, origin)
+            is_reached = _fill(directory, origin)
         try:
-            return _follow(directory, origin)
+            return _follow(directory, origin, is_reached=is_reached)
         except WrongWay:
             pass
         except CorruptionError:
-            if not goes_on:  # else the attempt before may have gone a wrong way
+            # The copy may be damaged since then, or have gone a wrong way; else it is the log's fault.
+            if not goes_on or (origin.following is not None and origin.following.begins_at_origin):
                 raise
         note_filled(directory.path, None)
         goes_on = False
 
 
-def _fill(directory: DataDirectory, origin: _Origin) -> None:
-    """Puts the backup itself in place."""
+def _fill(directory: DataDirectory, origin: _Origin) -> bool:
+    """Puts the backup itself in place; returns whether it goes as far as is wanted."""
     for folder in (directory.log, directory.store):  # of an attempt before, perhaps of another backup
         shutil.rmtree(folder, ignore_errors=True)
-    manifest = origin.fill(directory)
+    manifest, is_reached = origin.fill(directory)
     directory.begin(Role.BACKUP, manifest.cluster_id)
     point = origin.goal.point
-    reached = point is not None and cut_log(directory, point, goes_on=origin.following is not None)
+    if point is not None and not is_reached:
+        is_reached = cut_log(directory, point, goes_on=origin.following is not None)
     sync_tree(directory.path)
     write_manifest(directory.path, manifest)
-    note_filled(directory.path, Filled(origin.end, reached))
+    if origin.following is not None and not is_reached:
+        note_filled(directory.path, origin.end)
     if origin.before_folding is not None:
         origin.before_folding(directory)
+    return is_reached
 
 
-def _follow(directory: DataDirectory, origin: _Origin) -> Manifest:
+def _follow(directory: DataDirectory, origin: _Origin, *, is_reached: bool) -> Manifest:
     """Opens what is there, and goes on behind it where that is wanted; returns what the manifest is to say then."""
-    manifest, filled = read_manifest(directory.path), read_filled(directory.path, origin.name)
-    if origin.following is not None and filled is not None and not filled.reached:
+    manifest = read_manifest(directory.path)
+    if origin.following is not None and not is_reached:
         reached = origin.following.follow(directory, manifest.position)
     elif origin.goal.point is not None or manifest.form is Form.RECORDS:
         reached = settle(directory)
     else:
         return manifest
     return describe_reached(directory, manifest, reached)
-
-
-class _Unpacking:
-    """The files of a backup on their way into a directory: pages as they are, records as rows."""
-
-    def __init__(self, directory: DataDirectory, meter: Meter) -> None:
-        self._directory = directory
-        self._meter = meter
-        self._loading: Loading | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *of_error: object) -> None:
-        if self._loading is not None:
-            self._loading.__exit__(*of_error)
-
-    def take(self, member: Member) -> FileEntry:
-        """One file; says what it was."""
-        if not member.name.startswith(FOLDER):
-            return write_member(self._directory.path, member, self._meter)
-        self._loading = self._loading or Loading(self._directory)
-        return self._loading.take(member, self._meter)
-
-    def finish(self, manifest: Manifest) -> None:
-        """All were taken, and are what the manifest says."""
-        if manifest.form is Form.RECORDS:
-            (self._loading or Loading(self._directory)).finish(manifest)
-
-
-def _copy_files(backup: Path, directory: DataDirectory, progress: OnProgress | None) -> Manifest:
-    manifest = read_manifest(backup)
-    _check_readable(manifest, str(backup))
-    meter = Meter(manifest.total_bytes, progress=progress)
-    with _unchanged(backup, manifest), _Unpacking(directory, meter) as unpacking:
-        for entry in manifest.files:
-            member = Member(entry.path, entry.bytes, read_blocks(backup / entry.path))
-            check_entry(unpacking.take(member), entry, str(backup))
-        unpacking.finish(manifest)
-    return manifest
-
-
-@contextlib.contextmanager
-def _unchanged(backup: Path, manifest: Manifest) -> Iterator[None]:
-    """Tells a backup that is brought up to date while it is read from a damaged one.
-
-    Raises:
-        DirectoryInUse: somebody does that.
-    """
-    try:
-        yield
-    except (CorruptionError, StorageFailed) as error:
-        if is_in_progress(backup) or read_manifest(backup) != manifest:
-            raise DirectoryInUse(
-                f"{backup} was changed meanwhile", remedy="give the command again when that has ended"
-            ) from error
-        raise
-
-
-def _extract(
-    file: IO[bytes], name: str, directory: DataDirectory, unlocking: Unlocking, progress: OnProgress | None
-) -> Manifest:
-    with _Unpacking(directory, Meter(None, progress=progress)) as unpacking:
-        manifest = unpack(file, name, unlocking, unpacking.take)
-        _check_readable(manifest, name)
-        unpacking.finish(manifest)
-    return manifest
-
-
-def _check_readable(manifest: Manifest, name: str) -> None:
-    """Pages of LMDB are as the machine's memory is: its byte order, and 64 bits."""
-    if manifest.form is Form.RECORDS:
-        return
-    if manifest.byte_order != sys.byteorder or struct.calcsize("P") != 8:
-        raise DirectoryError(
-            f"{name} was made by a machine of another kind ({manifest.machine}, {manifest.byte_order} endian)",
-            remedy="restore it on such a machine; a backup that was made with --portable is restored on any",
-        )

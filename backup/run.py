@@ -11,12 +11,13 @@ from pathlib import Path
 from understudy.backup.archive_options import ArchiveOptions
 from understudy.backup.archiver import Archiver
 from understudy.backup.books import Books
-from understudy.backup.catalog import BACKUPS, read_catalog
+from understudy.backup.catalog import BACKUPS, Catalog, read_catalog
 from understudy.backup.drill import drill_backup, scratch_parent
 from understudy.backup.drill_server import ReadAll, read_all
 from understudy.backup.encryption import Encryption
 from understudy.backup.history import Result
 from understudy.backup.hooks import run_hook
+from understudy.backup.log_gap import is_followed
 from understudy.backup.places import check_repository_apart
 from understudy.backup.policy import Policy
 from understudy.backup.progress import OnProgress
@@ -25,10 +26,12 @@ from understudy.backup.repository_lock import RepositoryLock, locked
 from understudy.backup.run_report import Outcome, RunReport, run_line
 from understudy.backup.source import Source, open_source
 from understudy.backup.store_backup import publish_stored, store_archive
+from understudy.backup.stretch import list_stretches
 from understudy.backup.upkeep import prune
 from understudy.common.directory import Role
 from understudy.common.errors import UnderstudyError, UsageError
 from understudy.common.events import log
+from understudy.common.known_runs import new_run_id
 
 # Rather than throw away what took hours to store. Who has crashed is not waited for: a lock lapses within a minute.
 _LOCK_WAIT_S = 6 * 3600.0
@@ -46,6 +49,7 @@ def run_policy(
     policy: Policy,
     data_dir: Path,
     *,
+    run_id: str | None = None,
     progress: OnProgress | None = None,
     clock: Callable[[], float] = time.time,
     sleep: Callable[[float], object] = time.sleep,
@@ -56,6 +60,7 @@ def run_policy(
 
     Args:
         data_dir: what is backed up, whose server may run; journal and history are kept there.
+        run_id: by which others know the run; a new one if not given.
         progress: told of bytes done and in all, of each repository anew; it may raise :class:`Cancelled`.
         clock: seconds since 1970.
         sleep: waits between attempts, and for a repository's lock; it may raise :class:`Cancelled`, too.
@@ -66,16 +71,21 @@ def run_policy(
         DiskFull, StorageFailed, NewerFormat: journal or history can't be kept.
     """
     books = Books.of(data_dir)
-    run = _Run(policy, data_dir, books, progress, sleep, check, read_all, started_s=clock())
+    report = RunReport(
+        number=books.history.reserve(), id=run_id or new_run_id(), policy=policy.name, started_s=clock()
+    )
+    run = _Run(policy, data_dir, books, report, progress, sleep, check, read_all)
     started_s = time.monotonic()
     run.run()
-    run.report.seconds = time.monotonic() - started_s
+    report.seconds = time.monotonic() - started_s
     run.write_down()
     run.tell_hooks()
-    return run.report
+    return report
 
 
-def note_cancelled(policy: str, data_dir: Path, why: str, *, clock: Callable[[], float] = time.time) -> None:
+def note_cancelled(
+    policy: str, data_dir: Path, why: str, *, run_id: str, clock: Callable[[], float] = time.time
+) -> None:
     """Writes down a run that was cancelled before its turn had come.
 
     Raises:
@@ -83,7 +93,9 @@ def note_cancelled(policy: str, data_dir: Path, why: str, *, clock: Callable[[],
     """
     books = Books.of(data_dir)
     number = books.history.reserve()
-    report = RunReport(number=number, policy=policy, started_s=clock(), errors=[why], is_cancelled=True)
+    report = RunReport(
+        number=number, id=run_id, policy=policy, started_s=clock(), errors=[why], is_cancelled=True
+    )
     _write_down(books, report)
 
 
@@ -92,6 +104,7 @@ def note_failed(
     data_dir: Path,
     why: str,
     *,
+    run_id: str,
     clock: Callable[[], float] = time.time,
     check: Callable[[], object] = lambda: None,
 ) -> RunReport:
@@ -105,7 +118,7 @@ def note_failed(
     """
     books = Books.of(data_dir)
     number = books.history.reserve()
-    report = RunReport(number=number, policy=policy.name, started_s=clock(), errors=[why])
+    report = RunReport(number=number, id=run_id, policy=policy.name, started_s=clock(), errors=[why])
     _write_down(books, report)
     _tell_hooks(policy, books, report, check)
     return report
@@ -117,13 +130,13 @@ class _Run:
         policy: Policy,
         data_dir: Path,
         books: Books,
+        report: RunReport,
         progress: OnProgress | None,
         sleep: Callable[[float], object],
         check: Callable[[], object],
         read_all: ReadAll,
-        *,
-        started_s: float,
     ) -> None:
+        self.report = report
         self._policy = policy
         self._data_dir = data_dir
         self._books = books
@@ -132,7 +145,6 @@ class _Run:
         self._check = check
         self._read_all = read_all
         self._is_cut_off = False
-        self.report = RunReport(number=books.history.reserve(), policy=policy.name, started_s=started_s)
 
     def run(self) -> None:
         """Each repository, one after the other."""
@@ -163,7 +175,8 @@ class _Run:
             except Exception as error:
                 if not isinstance(error, UnderstudyError):
                     log.error("backup_crashed", policy=self._policy.name, to=outcome.url, exc_info=error)
-                if not left or outcome.backup is not None or isinstance(error, UsageError):
+                is_lasting = isinstance(error, UnderstudyError) and error.is_lasting
+                if not left or outcome.backup is not None or is_lasting:
                     outcome.errors.append(str(error) or repr(error))
                     return
                 log.warning("backup_retry", policy=self._policy.name, to=outcome.url, error=str(error))
@@ -192,8 +205,6 @@ class _Run:
             publish_stored(repository, lock, stored)
             outcome.backup = stored
         # What comes now can fail without taking the backup back. Proven first: if it is not good, older ones stay.
-        with _noting(outcome):
-            _note_superseded(outcome, repository)
         if policy.drill:
             self._drill(outcome)
         with _noting(outcome):
@@ -202,6 +213,7 @@ class _Run:
                     self._data_dir / "log", cluster, repository, encryption=encryption, level=policy.level
                 )
                 outcome.shipped_lsn = archiver.ship()
+                _note_log_gone(outcome, repository)
             with self._locked(repository, "prune") as lock:
                 self._prune(repository, lock, outcome)
 
@@ -233,7 +245,9 @@ class _Run:
     def _prune(self, repository: Repository, lock: RepositoryLock, outcome: Outcome) -> None:
         """Also where all backups are kept: what runs have left that were cut off goes, and log that no backup needs."""
         report = prune(repository, lock, self._policy.retention, policy=self._policy.name)
-        outcome.pruned, outcome.kept = len(report.removed), {name for name, _ in report.kept}
+        outcome.pruned, outcome.pruned_stretches = len(report.removed), len(report.stretches)
+        outcome.kept = {name for name, _ in report.kept}
+        _note_superseded(outcome, report.catalog)
 
     def tell_hooks(self) -> None:
         """The report goes to the operator's programs, if there is time left for them."""
@@ -269,6 +283,7 @@ def _tell_hooks(policy: Policy, books: Books, report: RunReport, check: Callable
 def _write_down(books: Books, report: RunReport) -> None:
     books.history.add(
         number=report.number,
+        id=report.id,
         policy=report.policy,
         start_s=report.started_s,
         seconds=report.seconds,
@@ -291,12 +306,21 @@ def _check_reigns(source: Source) -> None:
         )
 
 
-def _note_superseded(outcome: Outcome, repository: Repository) -> None:
+def _note_log_gone(outcome: Outcome, repository: Repository) -> None:
+    """The log that is shipped goes on behind the newest stretch there, wherever this backup ends."""
+    assert outcome.backup is not None, "it was made just now"
+    manifest = outcome.backup.manifest
+    if not is_followed(manifest, list_stretches(repository)):
+        outcome.errors.append(
+            f"the log behind LSN {manifest.lsn} is not there any more, as to store it took more than a day, or its "
+            "source lags by as much: no moment from there to the next backup can be restored"
+        )
+
+
+def _note_superseded(outcome: Outcome, catalog: Catalog) -> None:
     """A node that was cut off does not know that another reigns; the repository may."""
     assert outcome.backup is not None, "it was made just now"
-    newest = max(
-        read_catalog(repository).backups, key=lambda backup: backup.manifest.rank, default=outcome.backup
-    )
+    newest = max(catalog.backups, key=lambda backup: backup.manifest.rank, default=outcome.backup)
     if newest.manifest.epoch > outcome.backup.manifest.epoch:
         outcome.errors.append(
             f"it is of epoch {outcome.backup.manifest.epoch}, and {newest.id} there is of epoch "

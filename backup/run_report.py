@@ -18,7 +18,8 @@ class Outcome:
     url: str
     backup: StoredBackup | None = None
     drill: Drill | None = None  # of the backup, if the policy wants one
-    pruned: int = 0
+    pruned: int = 0  # older backups
+    pruned_stretches: int = 0  # of the log
     kept: set[str] | None = None  # ids of all backups of the policy there, if they were looked at
     shipped_lsn: int | None = None
     errors: list[str] = field(default_factory=list)
@@ -34,6 +35,7 @@ class RunReport:
     """What came of a run."""
 
     number: int
+    id: str  # by which a server knows it
     policy: str
     started_s: float  # since 1970
     seconds: float = 0.0
@@ -69,6 +71,7 @@ class RunReport:
         """For hooks and ``--json``."""
         return {
             "number": self.number,
+            "id": self.id,
             "policy": self.policy,
             "started": utc_text(self.started_s),
             "seconds": round(self.seconds, 3),
@@ -82,6 +85,7 @@ class RunReport:
                     "bytes": outcome.backup.size if outcome.backup else 0,
                     "proven": outcome.drill.is_proven if outcome.drill else None,
                     "pruned": outcome.pruned,
+                    "pruned_stretches": outcome.pruned_stretches,
                     "shipped_lsn": outcome.shipped_lsn,
                     "errors": outcome.problems,
                 }
@@ -98,5 +102,9 @@ def run_line(report: RunReport) -> str:
         newest = max(report.backups, key=lambda backup: backup.manifest.lsn)
         size = sum(backup.size for backup in report.backups)
         said += f", {newest.manifest.realms} realms, {size:,} bytes, at LSN {newest.manifest.lsn}"
-    said += f", in {report.seconds:.1f} s"
+    backups = sum(outcome.pruned for outcome in report.outcomes)
+    stretches = sum(outcome.pruned_stretches for outcome in report.outcomes)
+    if backups or stretches:
+        said += f", {backups} older backups and {stretches} stretches of log removed"
+    said += f", in {report.seconds:.1f} s, id {report.id}"
     return said + "".join(f"; {error}" for error in report.all_errors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from understudy.common.access import check_pattern, matches
@@ -33,6 +34,10 @@ class Selection:
         chosen = not self.realms or any(matches(pattern, path) for pattern in self.realms)
         return chosen and not any(matches(pattern, path) for pattern in self.exclude)
 
+    def unmatched(self, paths: Sequence[str]) -> list[str]:
+        """Those of :attr:`realms` that match none of the paths."""
+        return [pattern for pattern in self.realms if not any(matches(pattern, path) for path in paths)]
+
     def check(self) -> None:
         """Refuses what is no pattern.
 
@@ -51,3 +56,8 @@ class Selection:
 
 
 EVERYTHING = Selection()
+
+
+def describe_unmatched(pattern: str) -> str:
+    """That a pattern has chosen nothing, in words."""
+    return f"the backup has no realm {pattern}"

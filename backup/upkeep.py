@@ -19,15 +19,16 @@ from understudy.backup.catalog import (
     publish_backup,
     read_catalog,
 )
+from understudy.backup.manifest import Manifest
 from understudy.backup.progress import Meter, OnProgress
 from understudy.backup.repository import Repository
 from understudy.backup.repository_lock import RepositoryLock
 from understudy.backup.retention import Candidate, Retention, Split, split
-from understudy.backup.stretch import Stretch, list_stretches
+from understudy.backup.stretch import LOG, Stretch
 from understudy.common.errors import AlreadyStored, CorruptionError, NotStored, UsageError
 
 _PIECE_BYTES = 1 << 20
-# What has no manifest after so long was cut off.
+# What has no manifest after so long was cut off. Log stays for as long, see `_unneeded`.
 ORPHAN_S = 24 * 3600.0
 
 
@@ -39,6 +40,9 @@ class PruneReport:
     removed: list[str]  # ids
     orphans: list[str]  # folders
     stretches: list[str]  # objects of the log
+    catalog: Catalog  # as it was before
+    oldest_before: Manifest | None  # of the oldest backup that restores to a moment could begin with
+    oldest: Manifest | None  # and of the oldest that they can begin with afterwards
 
 
 def prune(
@@ -51,6 +55,8 @@ def prune(
     now_s: float | None = None,
 ) -> PruneReport:
     """Removes the backups that the retention no longer keeps, the log before the oldest one kept, and leftovers.
+
+    Log that was stored within the last day stays: a backup that is being stored may lie before it.
 
     Args:
         lock: of the repository, held.
@@ -73,7 +79,10 @@ def prune(
         kept=[(one.name, reasons) for part in told for one, reasons in part.kept],
         removed=removed,
         orphans=_orphans(repository, catalog, now_s),
-        stretches=[stretch.name for stretch in _unneeded(repository, kept, catalog)],
+        stretches=_unneeded(repository, kept, catalog, now_s),
+        catalog=catalog,
+        oldest_before=_oldest(catalog.backups),
+        oldest=_oldest(kept),
     )
     if not dry_run and (report.removed or report.stretches):
         for part in told:
@@ -153,12 +162,29 @@ def _has_manifest(repository: Repository, folder: str) -> bool:
     return True
 
 
-def _unneeded(repository: Repository, kept: list[StoredBackup], catalog: Catalog) -> list[Stretch]:
-    """The log before the oldest backup kept; all of it stays while there is a backup that can't be read."""
+def _unneeded(repository: Repository, kept: list[StoredBackup], catalog: Catalog, now_s: float) -> list[str]:
+    """The log before the oldest backup kept; all of it stays while there is a backup that can't be read.
+
+    A backup that is being stored, by another policy or node, is in no catalog yet, and holds no lock. Entries behind it
+    were stored after it had been begun, since it takes in all that is durable. So what is older than a backup may take
+    to be stored is needed by none. One that takes longer, or that is of a replica which lags by as much, looks itself
+    whether its log is there (`run.py`).
+    """
     if not kept or catalog.problems:
         return []
     oldest = min(backup.manifest.lsn for backup in kept)
-    return [stretch for stretch in list_stretches(repository) if stretch.last <= oldest]
+    found = ((stored, Stretch.parse(stored.name)) for stored in repository.list(LOG))
+    return [
+        stored.name
+        for stored, stretch in found
+        if stretch is not None and stretch.last <= oldest and now_s - stored.modified_s > ORPHAN_S
+    ]
+
+
+def _oldest(backups: list[StoredBackup]) -> Manifest | None:
+    """Of those that a restore to a moment can begin with, the one that lies furthest back."""
+    usable = [backup.manifest for backup in backups if not backup.is_damaged and backup.manifest.is_whole]
+    return min(usable, key=lambda manifest: manifest.lsn, default=None)
 
 
 def delete_backup(repository: Repository, backup: StoredBackup) -> None:

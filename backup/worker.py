@@ -142,7 +142,9 @@ class Worker:
         if was_waiting is not None:
             self._skip(was_waiting.policy)
             try:
-                note_cancelled(was_waiting.policy, self._data_dir, _BY_OPERATOR, clock=self._clock)
+                note_cancelled(
+                    was_waiting.policy, self._data_dir, _BY_OPERATOR, run_id=run_id, clock=self._clock
+                )
             except UnderstudyError as error:
                 log.error("run_not_written_down", policy=was_waiting.policy, error=str(error))
 
@@ -197,6 +199,7 @@ class Worker:
             report = self._given_up(run, planned.policy) or run_policy(
                 planned.policy,
                 self._data_dir,
+                run_id=run.id,
                 progress=progress,
                 clock=self._clock,
                 sleep=run.sleep,
@@ -230,7 +233,7 @@ class Worker:
             f"the process that made it has ended {ATTEMPTS_MAX} times: see the server's log, and look for damage with "
             f"`understudy verify {self._data_dir}`"
         )
-        return note_failed(policy, self._data_dir, why, clock=self._clock, check=run.check)
+        return note_failed(policy, self._data_dir, why, run_id=run.id, clock=self._clock, check=run.check)
 
     def _note_cut_off(self, run: Run, attempts: int) -> None:
         """Tells people of the attempt before, which can't have told of its end."""

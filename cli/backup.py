@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,7 +46,7 @@ _ARCHIVE_SUFFIXES = frozenset({".tar", ".tgz", ".gz", ".xz", ".zst", ".age", ".z
     "target",
     metavar="TARGET",
     type=click.Path(path_type=Path),
-    help="A directory, absent or empty; FILE.tar.zst or FILE.tar.zst.age; - for standard output.",
+    help="A directory, absent or empty; FILE.tar.zst or FILE.tar.zst.age, absent; - for standard output.",
 )
 @click.option("--update", is_flag=True, help="Bring TARGET up to date, or finish what was cut off there.")
 @click.option(
@@ -54,7 +57,7 @@ _ARCHIVE_SUFFIXES = frozenset({".tar", ".tgz", ".gz", ".xz", ".zst", ".age", ".z
 @click.option(
     "--portable",
     is_flag=True,
-    help="For a machine of another kind: TARGET is not started on, but restored on any machine.",
+    help="For a machine of another kind: all realms, in a form that is restored on any machine.",
 )
 @click.option(
     "--rate",
@@ -94,12 +97,14 @@ def backup(
     A TARGET that ends in .tar.zst is one archive, and in .tar.zst.age one that is encrypted, for --recipient or with
     the passphrase in --passphrase-file. age, zstd and tar open it too.
 
-    A realm that is damaged is left out of a backup with --realm, --exclude or --portable, and the exit code is 1 then.
+    A backup with --realm, --exclude or --portable is no server's directory: `understudy restore` makes one of it. A
+    realm that is damaged is left out of it, and the exit code is 1 then. It is not brought up to date, but made anew.
 
     With a command, it works with the policies of a server's TOML file instead.
 
-    While at work a directory holds the file BACKUP_IN_PROGRESS; what was cut off is finished with --update. If the
-    source is lost then, --finish verifies what an older backup there has got, and makes it whole as it is.
+    While at work a directory holds the file BACKUP_IN_PROGRESS; what was cut off is finished with --update, or by the
+    same command again where it is made anew. If the source is lost then, --finish verifies what an older backup there
+    has got, and makes it whole as it is.
 
     \b
     Example:
@@ -155,7 +160,7 @@ def backup(
 def run(context: click.Context, name: str, config: Path, data_dir: Path, as_json: bool) -> None:
     """Run a policy once, now: for cron and systemd timers.
 
-    Ends with 0 only if the backup is in all of the policy's repositories and all else went well.
+    Ends with 0 only if the backup is in all of the policy's repositories and all else went well. Ctrl-C cancels it.
 
     \b
     Example:
@@ -163,7 +168,7 @@ def run(context: click.Context, name: str, config: Path, data_dir: Path, as_json
     """
     from understudy.backup.history import Result
     from understudy.backup.policy import find_policy
-    from understudy.backup.run import run_policy
+    from understudy.backup.run import Cancelled, run_policy
     from understudy.cli.backup_tables import print_run
     from understudy.cli.output import Progress, print_json
     from understudy.common.logs import configure_logs
@@ -171,13 +176,37 @@ def run(context: click.Context, name: str, config: Path, data_dir: Path, as_json
     configure_logs(level=logging.WARNING)
     let_commits_go_first()
     policy = find_policy(config, name, data_dir)
-    with Progress("backing up", unit="bytes") as progress:
+    report = None
+    with contextlib.suppress(Cancelled), Progress("backing up", unit="bytes") as progress, _ctrl_c_cancels():
         report = run_policy(policy, data_dir, progress=progress.update)
-    if as_json:
+    if report is not None and as_json:
         print_json(report.facts())
-    else:
+    elif report is not None:
         print_run(report)
+    if report is None or report.is_cancelled:
+        click.echo(
+            "understudy: the run was cancelled; what it had finished stays, and what it had not is no backup",
+            err=True,
+        )
+        context.exit(INTERRUPTED)
     context.exit(ExitCode.DONE if report.result is Result.DONE else ExitCode.FAILED)
+
+
+@contextlib.contextmanager
+def _ctrl_c_cancels() -> Iterator[None]:
+    """Ctrl-C ends a run as an operator's order does: it is written down, and the hook for failures is told."""
+    from understudy.backup.run import Cancelled
+
+    def cancel(*_: object) -> None:
+        raise Cancelled("Ctrl-C has cancelled it")
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:  # else whoever started it wants it to go on
+        signal.signal(signal.SIGINT, cancel)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 backup.add_command(drill)

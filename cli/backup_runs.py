@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from understudy.cli.admin_calls import ask_server
-from understudy.cli.options import EPILOG, json_option, server_option, timeout_option
+from understudy.cli.options import EPILOG, INTERRUPTED, json_option, server_option, timeout_option
 from understudy.common.errors import ExitCode
 
 if TYPE_CHECKING:
@@ -55,7 +55,8 @@ def start(name: str, server: str, credentials: Credentials, timeout_s: float, as
 def cancel(run_id: str, server: str, credentials: Credentials, timeout_s: float, as_json: bool) -> None:
     """End a run that waits or is under way.
 
-    What it had not finished is no backup. Its schedule goes on with the next time.
+    RUN is the id that `understudy backups start` or `understudy status` shows. What it had not finished is no backup.
+    Its schedule goes on with the next time.
 
     \b
     Example:
@@ -80,10 +81,10 @@ def cancel(run_id: str, server: str, credentials: Credentials, timeout_s: float,
 @json_option
 @click.pass_context
 def watch(context: click.Context, run_id: str, server: str, credentials: Credentials, as_json: bool) -> None:
-    """Follow a run to its end, as `understudy backups start` or `status` names it.
+    """Follow a run to its end.
 
-    Ends with 0 only if the backup is in all of the policy's repositories and all else went well. Ctrl-C ends the
-    watching, not the run.
+    RUN is the id that `understudy backups start` or `understudy status` shows. Ends with 0 only if the backup is in all
+    of the policy's repositories and all else went well. Ctrl-C ends the watching, not the run.
 
     \b
     Example:
@@ -92,8 +93,16 @@ def watch(context: click.Context, run_id: str, server: str, credentials: Credent
     from understudy.cli.output import Progress, print_json
     from understudy.v1 import admin_pb2
 
-    with Progress("backing up", unit="bytes") as progress:
-        run = ask_server(server, credentials, lambda stub: _follow(stub, run_id, progress))
+    try:
+        with Progress("backing up", unit="bytes") as progress:
+            run = ask_server(server, credentials, lambda stub: _follow(stub, run_id, progress))
+    except KeyboardInterrupt:
+        click.echo(
+            f"understudy: run {run_id} goes on; `understudy backups watch {run_id} --server {server}` follows it "
+            f"again, `understudy backups cancel {run_id} --server {server}` ends it",
+            err=True,
+        )
+        context.exit(INTERRUPTED)
     if as_json:
         print_json(_facts(run))
     else:

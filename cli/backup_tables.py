@@ -88,8 +88,20 @@ def print_run(report: RunReport) -> None:
             made = (
                 f"{outcome.backup.id}, {size_text(outcome.backup.size)}, at LSN {outcome.backup.manifest.lsn}"
             )
-            pruned = f", {outcome.pruned} older removed" if outcome.pruned else ""
-            click.echo(f"{plain(outcome.url)}: {made}{pruned}")
+            click.echo(f"{plain(outcome.url)}: {made}")
+        if outcome.pruned or outcome.pruned_stretches:
+            click.echo(
+                f"{plain(outcome.url)}: {removed_text(outcome.pruned, outcome.pruned_stretches)} removed"
+            )
     for error in report.all_errors:
         click.echo(f"problem: {plain(error)}", err=True)
-    click.echo(f"run {report.number} of {report.policy}: {report.result}, in {seconds_text(report.seconds)}")
+    click.echo(
+        f"run {report.number} of {report.policy}: {report.result}, in {seconds_text(report.seconds)}, id {report.id}"
+    )
+
+
+def removed_text(backups: int, stretches: int) -> str:
+    """What was pruned, in numbers."""
+    from understudy.cli.output import counted
+
+    return f"{counted(backups, 'backup')} and {counted(stretches, 'stretch', 'stretches')} of log"

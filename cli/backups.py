@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +12,7 @@ from understudy.common.errors import ExitCode
 
 if TYPE_CHECKING:
     from understudy.backup.catalog import Catalog
+    from understudy.backup.manifest import Manifest
     from understudy.backup.repository import Repository
 
 _repository = click.argument("url", metavar="REPOSITORY", callback=absolute_repository)
@@ -59,7 +60,12 @@ def _read(repository: Repository) -> Catalog:
 @_repository
 @json_option
 def list_(url: str, as_json: bool) -> None:
-    """Show all backups, the newest last."""
+    """Show all backups, the newest last.
+
+    \b
+    Example:
+      understudy backups list /backup
+    """
     from understudy.cli.backup_tables import backup_facts, print_backups
     from understudy.cli.output import print_json
 
@@ -84,7 +90,14 @@ def list_(url: str, as_json: bool) -> None:
 @_backup
 @json_option
 def show(url: str, backup_id: str, as_json: bool) -> None:
-    """Show what is known of a backup; with --json all, each file of it too."""
+    """Show what is known of a backup.
+
+    With --json that is all of it, each of its files included. BACKUP is an id that `understudy backups list` shows.
+
+    \b
+    Example:
+      understudy backups show /backup 20261121T023000Z-...
+    """
     from understudy.cli.backup_tables import backup_facts, print_backup
     from understudy.cli.output import print_json
 
@@ -113,7 +126,11 @@ def verify(context: click.Context, url: str, backup_id: str | None, checks_all: 
     """Read archives and compare them with their digests.
 
     BACKUP, or with --all every one; else the one whose last check is the longest ago. No key is needed. What was found
-    is remembered in the repository.
+    is remembered in the repository: restores pass over what is damaged.
+
+    \b
+    Example:
+      understudy backups verify s3://bucket/backups --all
     """
     from understudy.backup.upkeep import by_need, nearest_intact, verify_stored
     from understudy.cli.output import Progress, plain, print_json
@@ -147,7 +164,14 @@ def verify(context: click.Context, url: str, backup_id: str | None, checks_all: 
 @_backup
 @click.option("--force", is_flag=True, help="Though it is the last one that can be restored.")
 def delete(url: str, backup_id: str, force: bool) -> None:
-    """Remove a backup."""
+    """Remove a backup.
+
+    The log that was shipped stays; `understudy backups prune` removes what no backup needs any more.
+
+    \b
+    Example:
+      understudy backups delete /backup 20261121T023000Z-...
+    """
     from understudy.backup.repository_lock import locked
     from understudy.backup.upkeep import delete_chosen
 
@@ -169,7 +193,14 @@ def delete(url: str, backup_id: str, force: bool) -> None:
     help="Where it is copied to.",
 )
 def copy(url: str, backup_id: str, target_url: str) -> None:
-    """Copy a backup to another repository, checked on the way."""
+    """Copy a backup to another repository, checked on the way.
+
+    Without the log behind it: the copy alone restores to its own end, and to no moment after that.
+
+    \b
+    Example:
+      understudy backups copy /backup 20261121T023000Z-... --to s3://bucket/backups
+    """
     from understudy.backup.repository import claim
     from understudy.backup.repository_lock import locked
     from understudy.backup.upkeep import copy_backup
@@ -193,7 +224,12 @@ def copy(url: str, backup_id: str, target_url: str) -> None:
 @click.option(
     "--minimum", type=click.IntRange(min=1), default=1, show_default=True, help="Keep at least so many."
 )
-@click.option("--zone", default="UTC", show_default=True, help="Whose days these are, such as Europe/Berlin.")
+@click.option(
+    "--zone",
+    default="UTC",
+    show_default=True,
+    help="In whose time these hours and days are, such as Europe/Berlin.",
+)
 @click.option("--dry-run", is_flag=True, help="Only show what would be removed.")
 @json_option
 def prune(
@@ -210,12 +246,18 @@ def prune(
 ) -> None:
     """Remove the backups that are too old, and the log before the oldest that stays.
 
-    The newest backup that can be restored always stays. Without any number, all do.
+    The newest backup that can be restored always stays, and so does log that was stored within the last day. Without
+    any number, all backups do. The numbers count for the backups of each policy by themselves.
+
+    \b
+    Example:
+      understudy backups prune /backup --daily 7 --weekly 4 --dry-run
     """
     from understudy.backup.repository_lock import locked
     from understudy.backup.retention import Retention
     from understudy.backup.upkeep import prune as prune_repository
-    from understudy.cli.output import counted, print_json
+    from understudy.cli.backup_tables import removed_text
+    from understudy.cli.output import print_json
 
     retention = Retention(
         last=last, hourly=hourly, daily=daily, weekly=weekly, monthly=monthly, minimum=minimum, zone=zone
@@ -230,6 +272,10 @@ def prune(
                 "removed": report.removed,
                 "unfinished": report.orphans,
                 "log": report.stretches,
+                "restorable_from": {
+                    "before": _moment(report.oldest_before),
+                    "after": _moment(report.oldest),
+                },
                 "dry_run": dry_run,
             }
         )
@@ -238,8 +284,18 @@ def prune(
         click.echo(f"keep    {name}  {', '.join(reasons)}")
     for name in (*report.removed, *report.orphans):
         click.echo(f"{'would remove' if dry_run else 'removed'} {name}")
-    if report.stretches:
+    removed = removed_text(len(report.removed), len(report.stretches))
+    click.echo(f"{removed} {'would be' if dry_run else 'were'} removed")
+    if report.oldest != report.oldest_before:
         click.echo(
-            f"{'would remove' if dry_run else 'removed'} "
-            f"{counted(len(report.stretches), 'stretch', 'stretches')} of the log"
+            f"restores to {_lost(report.oldest)} {'would not be' if dry_run else 'are not'} possible any more"
         )
+
+
+def _lost(oldest: Manifest | None) -> str:
+    """The moments that nothing leads to where restores can begin with ``oldest`` at the earliest."""
+    return f"moments before {oldest.time} (LSN {oldest.lsn})" if oldest else "any moment of all realms"
+
+
+def _moment(oldest: Manifest | None) -> dict[str, Any] | None:
+    return {"time": oldest.time, "lsn": oldest.lsn} if oldest else None

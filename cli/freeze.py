@@ -8,6 +8,7 @@ import click
 
 from understudy.cli.admin_calls import ask_server
 from understudy.cli.options import EPILOG, json_option, server_option, timeout_option
+from understudy.common.errors import UnderstudyError
 
 if TYPE_CHECKING:
     from understudy.common.credentials import Credentials
@@ -32,10 +33,12 @@ def freeze(server: str, credentials: Credentials, seconds: float, as_json: bool)
     """Pause the writing of a primary, for a snapshot of its disk.
 
     Returns once all that was taken in is durable and committed, and no checkpoint runs: a snapshot of the data
-    directory that is taken now reaches exactly the LSN that is shown. Transactions wait meanwhile, and none is refused.
-    `understudy thaw` ends it; it ends by itself after --for, too. Asked again, it goes on for longer.
+    directory that is taken now reaches exactly the LSN that is shown. Transactions wait meanwhile, as long as their
+    callers do. `understudy thaw` ends it; it ends by itself after --for, too. Asked again, it lasts for --for from then
+    on at the least.
 
-    A snapshot taken without it is good as well, as after a power loss: it holds all that was acknowledged.
+    A snapshot that shows all files as of one moment is good without it, too, as after a power loss: it holds all that
+    was acknowledged. A copy made file by file needs it, to the end of the copying.
 
     \b
     Example:
@@ -71,17 +74,36 @@ def freeze(server: str, credentials: Credentials, seconds: float, as_json: bool)
 def thaw(server: str, credentials: Credentials, timeout_s: float, as_json: bool) -> None:
     """Have a primary that was frozen go on.
 
+    Ends with 0 only if it was frozen until now. If the freeze had ended by itself before, or there was none, the exit
+    code is 1: a snapshot that was taken meanwhile may not end at the LSN that `understudy freeze` showed.
+
     \b
     Example:
       understudy thaw --server 127.0.0.1:7850
     """
-    from understudy.cli.output import print_json
+    from understudy.cli.output import moment, print_json
     from understudy.v1 import admin_pb2
 
     answer = ask_server(
         server, credentials, lambda stub: stub.Thaw(admin_pb2.ThawRequest(), timeout=timeout_s)
     )
+    ran_out = None if answer.was_frozen else moment(answer.ran_out_s)
     if as_json:
-        print_json({"was_frozen": answer.was_frozen})
-    else:
-        click.echo(f"{server} goes on" if answer.was_frozen else f"{server} was not frozen, or not any more")
+        print_json({"was_frozen": answer.was_frozen, "ran_out": ran_out})
+    elif answer.was_frozen:
+        click.echo(f"{server} goes on")
+    if not answer.was_frozen:
+        raise _not_frozen(server, ran_out)
+
+
+def _not_frozen(server: str, ran_out: str | None) -> UnderstudyError:
+    if ran_out is None:
+        return UnderstudyError(
+            f"{server} was not frozen: it has been thawed already, or nobody has frozen it since it was started",
+            remedy="if a snapshot was taken, take it again after `understudy freeze`",
+        )
+    return UnderstudyError(
+        f"{server} was not frozen any more: the freeze ended by itself at {ran_out}, and a snapshot that was not taken "
+        "by then does not end at its LSN",
+        remedy="take it again after `understudy freeze`, with a longer --for",
+    )

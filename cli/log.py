@@ -22,13 +22,17 @@ _LSN = click.IntRange(min=1)
     "--from", "from_lsn", type=_LSN, metavar="LSN", help="First entry. The oldest that is held if not given."
 )
 @click.option("--to", "to_lsn", type=_LSN, metavar="LSN", help="Last entry.")
-@click.option("--at", metavar="TIME", help="Entries around this moment, such as 2026-05-01T14:30:00.")
+@click.option(
+    "--at",
+    metavar="TIME",
+    help="Entries around this moment, such as 2026-05-01T14:30:00; local time if it has no zone, such as Z.",
+)
 @click.option(
     "--around",
     "around_s",
     type=click.IntRange(min=0),
     metavar="SECONDS",
-    help="How far around it. 60 if not given.",
+    help="How far around --at, before and behind. 60 if not given.",
 )
 @click.option("--realm", metavar="PATH", help="Only entries of this realm.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="At most so many entries.")
@@ -48,7 +52,8 @@ def log(
     Also while a process writes to it. JSON: one object a line.
 
     --at finds the moment before a mistake: it shows each entry with the client that made it, and the LSN before the
-    wrong one is what `understudy restore --lsn` takes.
+    wrong one is what `understudy restore --lsn` takes. Log that was removed from DIR is not shown, though a repository
+    may still hold it.
 
     \b
     Example:

@@ -6,10 +6,12 @@ import importlib.metadata
 import time
 from pathlib import Path
 
+from understudy.backup.books import FOLDER, Books
 from understudy.common.addresses import split_address
+from understudy.common.backup_worker import failure_warnings
 from understudy.common.credentials import ANONYMOUS, Credentials
 from understudy.common.directory import CONTROL_SOCKET, DataDirectory, Role
-from understudy.common.errors import DirectoryInUse, PeerUnreachable
+from understudy.common.errors import DirectoryInUse, PeerUnreachable, UnderstudyError
 from understudy.common.log_reader import read_records
 from understudy.common.rpc import open_channel, peer_errors, short_socket_path
 from understudy.common.state import State
@@ -76,6 +78,7 @@ def _offline_status(directory: DataDirectory) -> admin_pb2.StatusResponse:
         if directory.role is Role.PRIMARY:
             slots = SlotTable(directory.path / SLOTS_FILE)
             status.replicas.extend(_replica(slot, status.lsn, end_offset) for slot in slots)
+    _fill_backups(directory.path, status)
     return status
 
 
@@ -105,6 +108,18 @@ def _fill_position(directory: DataDirectory, status: admin_pb2.StatusResponse) -
         status.digest = state.applied.digest
         status.realms = state.user_realm_count
         return state.offset
+
+
+def _fill_backups(path: Path, status: admin_pb2.StatusResponse) -> None:
+    """What the directory remembers of policies' runs; that it can't be read is a warning, since all else is known."""
+    if not (path / FOLDER).is_dir():
+        return
+    try:
+        status.backups.extend(Books.of(path).statuses())
+    except UnderstudyError as error:
+        status.warnings.append(str(error))
+    for policy in status.backups:
+        status.warnings.extend(failure_warnings(policy))
 
 
 def _replica(slot: Slot, lsn: int, end_offset: int) -> admin_pb2.ReplicaStatus:

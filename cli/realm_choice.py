@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import click
-
-if TYPE_CHECKING:
-    from understudy.backup.manifest import Manifest
 
 realm_option = click.option(
     "--realm",
@@ -21,10 +18,17 @@ exclude_option = click.option(
 )
 
 
-def print_problems(manifest: Manifest) -> bool:
-    """Says on standard error what is missing that should be in a backup; whether anything is."""
+class _Made(Protocol):
+    """A backup, or what was made of one."""
+
+    @property
+    def problems(self) -> list[str]: ...
+
+
+def print_problems(made: _Made) -> bool:
+    """Says on standard error what is missing that should be there; whether anything is."""
     from understudy.cli.output import plain
 
-    for problem in manifest.problems:
+    for problem in made.problems:
         click.echo(f"problem: {plain(problem)}", err=True)
-    return bool(manifest.problems)
+    return bool(made.problems)

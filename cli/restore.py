@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from understudy.backup.point import Point
     from understudy.backup.restore import BeforeFolding, RestoreReport
     from understudy.backup.selection import Selection
+    from understudy.cli.restore_into import Options
     from understudy.common.credentials import Credentials
 
     class Make(Protocol):
@@ -100,10 +102,11 @@ def restore(
     without log if neither is given. Where an old primary has stored what its successor never had, the successor's
     history is restored, and the old one's with --epoch.
 
-    With --to and --realm, all is restored into DIR/incoming first. Where a backup lacks a realm that was damaged, the
-    exit code is 1. `understudy primary --data-dir DIR` then starts a server, with a new epoch of the same cluster:
-    clients who saw later things are told apart, and heal or reset. Cut off, the same command goes on with
-    the log where the backup itself was in place, and begins anew where it was not.
+    With --to and --realm, all is restored into DIR/incoming first. Where a backup lacks a realm that was damaged, or
+    a --realm matches nothing, the exit code is 1; where none of them matches anything, nothing is made. `understudy
+    primary --data-dir DIR` then starts a server, with a new epoch of the same cluster: clients who saw later things
+    are told apart, and heal or reset. Cut off, the same command goes on with the log where the backup itself was in
+    place, and begins anew where it was not.
 
     With --into-server, all is restored into a scratch folder, and the realms of --realm are written to the server as
     ordinary changes, which its replicas and clients get as any others. One that is not there comes with its history as
@@ -119,63 +122,84 @@ def restore(
       understudy restore /backups --into-server 127.0.0.1:7850 --realm /orders --as /orders-before --lsn 48213
     """
     from understudy.backup.repository import is_repository
-    from understudy.backup.selection import EVERYTHING, Selection
+    from understudy.backup.selection import Selection
     from understudy.common.logs import QUIET, configure_logs
 
     configure_logs(level=QUIET)
-    if (target is None) == (into_server is None):
-        raise click.UsageError("Give --to or --into-server, one of them.")
-    if into_server is None and (as_path is not None or yes or scratch is not None):
-        raise click.UsageError("--as, --yes and --scratch are for --into-server.")
-    if into_server is not None and not realms:
-        raise click.UsageError("--into-server needs --realm: which realms?")
+    _check_options(context.params, of_repository=is_repository(backup))
     selection = Selection(realms=realms)
     selection.check()
     point = _point(lsn, at)
     if is_repository(backup):
-        make = _of_repository(
-            backup, backup_id, point, Epoch(epoch) if epoch is not None else None, unlocking, target
-        )
-    elif backup_id is not None or epoch is not None or (dry_run and into_server is None):
-        raise click.UsageError(
-            f"{backup} is no repository: give neither a second BACKUP, nor --epoch, nor --dry-run."
-        )
+        epoch_max = Epoch(epoch) if epoch is not None else None
+        make = _of_repository(backup, backup_id, point, epoch_max, unlocking, target)
     else:
         make = _of_files(Path(backup), point, unlocking)
+    is_whole = True
     if into_server is not None:
-        from understudy.cli.restore_into import Options, print_outcome, restore_into
+        from understudy.cli.restore_into import Options
 
         options = Options(
             selection=selection, as_path=as_path, scratch=scratch or Path(), dry_run=dry_run, yes=yes
         )
-        outcome = restore_into(into_server, credentials, partial(make, EVERYTHING), options)
-        print_outcome(outcome, as_json=as_json)
-        is_whole = not print_problems(outcome.manifest) and not outcome.others
+        is_whole = _into_server(make, into_server, credentials, options, as_json=as_json)
     elif target is not None and not dry_run:
-        try:
-            report = make(selection, target)
-        except KeyboardInterrupt:
-            click.echo(
-                f"understudy: interrupted; {target} is not finished: give the same command again, or remove it",
-                err=True,
-            )
-            context.exit(INTERRUPTED)
-        _tell(report, target, as_json=as_json)
-        is_whole = not print_problems(report.manifest)
-        if realms and not report.manifest.realms:
-            click.echo(f"problem: the backup has no realm {' or '.join(realms)}", err=True)
-            is_whole = False
-    else:
-        return
+        is_whole = _to_directory(make, target, selection, as_json=as_json)
     if not is_whole:
         context.exit(ExitCode.FAILED)
+
+
+def _check_options(given: Mapping[str, object], *, of_repository: bool) -> None:
+    """Refuses what does not go together.
+
+    Args:
+        given: each parameter by its name.
+    """
+    into_server = given["into_server"] is not None
+    if (given["target"] is None) != into_server:
+        raise click.UsageError("Give --to or --into-server, one of them.")
+    if not into_server and any(given[name] for name in ("as_path", "yes", "scratch")):
+        raise click.UsageError("--as, --yes and --scratch are for --into-server.")
+    if into_server and not given["realms"]:
+        raise click.UsageError("--into-server needs --realm: which realms?")
+    if given["lsn"] is not None and given["at"] is not None:
+        raise click.UsageError("Give --lsn or --at, not both.")
+    dry_run = given["dry_run"] and not into_server
+    if not of_repository and (given["backup_id"] is not None or given["epoch"] is not None or dry_run):
+        raise click.UsageError(
+            f"{given['backup']} is no repository: give neither a second BACKUP, nor --epoch, nor --dry-run."
+        )
+
+
+def _into_server(
+    make: Make, server: str, credentials: Credentials, options: Options, *, as_json: bool
+) -> bool:
+    """Writes realms to a running server; returns whether nothing is missing, and nobody has come in between."""
+    from understudy.backup.selection import EVERYTHING
+    from understudy.cli.restore_into import print_outcome, restore_into
+
+    outcome = restore_into(server, credentials, partial(make, EVERYTHING), options)
+    print_outcome(outcome, as_json=as_json)
+    return not print_problems(outcome) and not outcome.others
+
+
+def _to_directory(make: Make, target: Path, selection: Selection, *, as_json: bool) -> bool:
+    """Makes a data directory; returns whether nothing is missing in it."""
+    try:
+        report = make(selection, target)
+    except KeyboardInterrupt:
+        click.echo(
+            f"understudy: interrupted; {target} is not finished: give the same command again, or remove it",
+            err=True,
+        )
+        click.get_current_context().exit(INTERRUPTED)
+    _tell(report, target, as_json=as_json)
+    return not print_problems(report)
 
 
 def _point(lsn: int | None, at: str | None) -> Point | None:
     from understudy.backup.point import Point, parse_time
 
-    if lsn is not None and at is not None:
-        raise click.UsageError("Give --lsn or --at, not both.")
     if lsn is None and at is None:
         return None
     return Point(
@@ -224,10 +248,10 @@ def _of_repository(
     catalog = read_catalog(repository)
     for problem in catalog.problems:
         click.echo(f"problem: {plain(problem)}", err=True)
+    stretches = list_stretches(repository)
     if backup_id is not None:
         backup = catalog.find(backup_id)
     else:
-        stretches = list_stretches(repository)
         backup = choose_backup(
             begun_with(catalog, url, target) if target is not None else catalog,
             point,
@@ -254,6 +278,7 @@ def _of_repository(
                 point=point,
                 epoch_max=epoch_max,
                 catalog=catalog,
+                stretches=stretches,
                 selection=selection,
                 unlocking=unlocking,
                 before_folding=before_folding,
@@ -277,7 +302,7 @@ def _tell(report: RestoreReport, target: Path, *, as_json: bool) -> None:
                 "digest": manifest.digest,
                 "time": manifest.time,
                 "ended": report.ended,
-                "problems": manifest.problems,
+                "problems": report.problems,
                 "seconds": round(report.seconds, 3),
             }
         )

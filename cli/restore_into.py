@@ -17,7 +17,7 @@ from understudy.backup.realm_bases import Bases
 from understudy.backup.restore import BeforeFolding, RestoreReport
 from understudy.backup.restored_realms import Pair, RestoredRealms, differences, in_transactions
 from understudy.backup.scratch import scratch
-from understudy.backup.selection import Selection
+from understudy.backup.selection import Selection, describe_unmatched
 from understudy.backup.source import open_source
 from understudy.cli import pairs
 from understudy.cli.loader import connected
@@ -112,8 +112,14 @@ class Outcome:
     """What came of it."""
 
     manifest: Manifest  # of what was restored
+    unmatched: list[str]  # of the patterns of realms: there is no such realm in it
     plans: list[Plan]
     seconds: float
+
+    @property
+    def problems(self) -> list[str]:
+        """What is missing that was asked for, a line each."""
+        return [*self.manifest.problems, *map(describe_unmatched, self.unmatched)]
 
     @property
     def others(self) -> list[Plan]:
@@ -140,7 +146,8 @@ def restore_into(server: str, credentials: Credentials, restore: Restore, option
         with open_source(directory) as source:
             restoring = _Restoring(connection, RestoredRealms(source.state, bases), options)
             plans = restoring.run(manifest)
-    return Outcome(manifest=manifest, plans=plans, seconds=time.monotonic() - started_s)
+    unmatched = options.selection.unmatched([plan.realm for plan in plans])
+    return Outcome(manifest=manifest, unmatched=unmatched, plans=plans, seconds=time.monotonic() - started_s)
 
 
 def _is_missing(path: str, options: Options, there: set[str]) -> bool:

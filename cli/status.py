@@ -49,7 +49,8 @@ def status(
 ) -> None:
     """Show position, replicas, lag and warnings.
 
-    Of the node that has DIR open, if one has; otherwise what DIR holds.
+    Of the node that has DIR open, if one has; otherwise what DIR holds. Of backups that is when each policy last
+    succeeded and failed: when it is due and how far the log is shipped, a running node tells.
 
     \b
     Example:
@@ -193,6 +194,23 @@ def _tell_backups(policies: Iterable[admin_pb2.BackupStatus], lsn: int) -> None:
     )
 
 
+def _tell_past_backups(policies: Iterable[admin_pb2.BackupStatus]) -> None:
+    """Of a node that does not run, which knows nothing else of them."""
+    from understudy.cli.output import moment, print_table
+
+    print_table(
+        ("backup", "last success", "last failure"),
+        [
+            (
+                policy.policy,
+                moment(policy.last_success_s) or "never",
+                moment(policy.last_failure_s) or "never",
+            )
+            for policy in policies
+        ],
+    )
+
+
 def _tell(found: admin_pb2.StatusResponse, *, is_running: bool) -> None:
     from understudy.cli.output import plain, print_facts
     from understudy.common.types import format_id
@@ -223,8 +241,10 @@ def _tell(found: admin_pb2.StatusResponse, *, is_running: bool) -> None:
     print_facts(facts)
     if found.replicas:
         _tell_replicas(found.replicas)
-    if found.backups:
+    if found.backups and is_running:
         _tell_backups(found.backups, found.durable_lsn)
+    elif found.backups:
+        _tell_past_backups(found.backups)
     for warning in found.warnings:
         click.echo(f"warning: {plain(warning)}")
 

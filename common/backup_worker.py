@@ -66,8 +66,7 @@ class BackupWorker:
         found = [self._problem] if self._problem else []
         for policy in self.report.policies:
             name = policy.policy
-            if policy.last_failure_s > policy.last_success_s:
-                found.append(f"backup {name}: the last run did not go well: {policy.last_error}")
+            found += failure_warnings(policy)
             found += self._lateness(policy)
             if policy.drill_warn_days and self._is_unproven(policy):
                 found.append(
@@ -246,6 +245,13 @@ class BackupWorker:
         if self._process is not None and self._process.returncode is None:
             await self._end()
         self._note_end(admin_pb2.BackupRun.CANCELLED, "the server ends")
+
+
+def failure_warnings(policy: admin_pb2.BackupStatus) -> list[str]:
+    """What an operator should look at where the last run was none that is done."""
+    if policy.last_failure_s <= policy.last_success_s:
+        return []
+    return [f"backup {policy.policy}: the last run did not go well: {policy.last_error}"]
 
 
 def _utc(time_s: float) -> str:

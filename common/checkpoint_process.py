@@ -43,6 +43,11 @@ IDLE_S = 10.0
 # A job is a memtable, 32 MiB and one transaction; a length beyond this is no length.
 _FRAME_BYTES_MAX = 1 << 30
 
+# Of what it was to write, nothing or all is in the store.
+_START_AGAIN = (
+    "give the command again: a server starts with all it had acknowledged, a restore goes on or begins anew"
+)
+
 _END_OF_JOB = b""
 
 _LENGTH = struct.Struct("<Q")
@@ -193,9 +198,12 @@ def _ended(process: subprocess.Popen[bytes]) -> StorageFailed:
     try:
         code = process.wait(_END_DEADLINE_S)
     except subprocess.TimeoutExpired:
-        return StorageFailed("the checkpoint process does not answer any more")
+        return StorageFailed("the checkpoint process does not answer any more", remedy=_START_AGAIN)
     how = f"signal {-code}" if code < 0 else f"exit code {code}, for a reason that it wrote to standard error"
-    return StorageFailed(f"the checkpoint process ended with {how}")
+    remedy = _START_AGAIN
+    if code == -signal.SIGKILL:
+        remedy += "; if nobody killed it, the kernel did so since memory ran out: leave it more"
+    return StorageFailed(f"the checkpoint process ended with {how}", remedy=remedy)
 
 
 # -- the child's side --------------------------------------------------------------------------------------

@@ -152,7 +152,9 @@ class DataDirectory:
             raise NotADataDirectory(f"{path} is not a directory") from error
         except OSError as error:
             if error.errno in NO_SPACE:
-                raise DiskFull(f"no space left to create {path}") from error
+                raise DiskFull(
+                    f"no space left to create {path}", remedy="free some space, then try again"
+                ) from error
             raise DirectoryError(f"can't use {path} as data directory: {error.strerror}") from error
         try:
             directory = cls(path, lock_fd, NodeFile.read(node_file) if node_file.exists() else None)

@@ -17,8 +17,9 @@
     │   ├── PeerUnreachable        try again later
     │   ├── ProtocolError          it speaks something else
     │   └── NotPrimary             ask another server
-    ├── RepositoryError            where backups are kept: not reachable, refuses, or throttles for too long
+    ├── RepositoryError            where backups are kept: not reachable, or throttles for too long
     │   ├── AlreadyStored, NotStored
+    │   ├── RepositoryRefused      it answers, and won't until somebody has changed something
     │   └── RepositoryBusy         another run has its lock
     ├── Unavailable                this side, for now
     │   ├── DiskFull, Overloaded
@@ -29,7 +30,8 @@
     ├── HookFailed                 a program of the operator's own, run after a backup, did not do its work
     └── StorageFailed              write or fsync failed: the process must end
 
-``code`` names the class on the wire, ``exit_code`` is what the command line ends with.
+``code`` names the class on the wire, ``exit_code`` is what the command line ends with, and ``is_lasting`` says that
+trying again does not help until somebody has changed something.
 """
 
 from __future__ import annotations
@@ -68,6 +70,7 @@ class UnderstudyError(Exception):
     """
 
     exit_code = ExitCode.FAILED
+    is_lasting = False
 
     def __init__(self, message: str, *, remedy: str = "") -> None:
         super().__init__(message)
@@ -87,6 +90,7 @@ class UsageError(UnderstudyError):
     """The caller asked for something that can't be."""
 
     exit_code = ExitCode.USAGE
+    is_lasting = True
 
 
 class BadRealmPath(UsageError):
@@ -119,6 +123,7 @@ class ResetNeeded(UnderstudyError):
     """This copy's history is not on the peer's."""
 
     exit_code = ExitCode.RESET_NEEDED
+    is_lasting = True
 
 
 class Diverged(ResetNeeded):
@@ -165,6 +170,7 @@ class CorruptionError(UnderstudyError):
     """Bytes on disk or wire are not what was written."""
 
     exit_code = ExitCode.CORRUPT
+    is_lasting = True
 
 
 class DirectoryError(UnderstudyError):
@@ -187,6 +193,8 @@ class NotADataDirectory(DirectoryError):
 
 class NewerFormat(DirectoryError):
     """The directory was written by a newer version."""
+
+    is_lasting = True
 
 
 class UnfinishedBackup(DirectoryError):
@@ -216,7 +224,7 @@ class NotPrimary(PeerError):
 
 
 class RepositoryError(UnderstudyError):
-    """The place where backups are kept is not reachable, refuses, or throttles for too long."""
+    """The place where backups are kept is not reachable, or throttles for too long."""
 
     exit_code = ExitCode.UNREACHABLE
 
@@ -227,6 +235,12 @@ class AlreadyStored(RepositoryError):
 
 class NotStored(RepositoryError):
     """There is no object of that name."""
+
+
+class RepositoryRefused(RepositoryError):
+    """Where backups are to be kept there is no such bucket, or no permission, or what is stored is not safe there."""
+
+    is_lasting = True
 
 
 class RepositoryBusy(RepositoryError):
@@ -267,6 +281,7 @@ class NotPermitted(UnderstudyError):
     """Refused by policy."""
 
     exit_code = ExitCode.NOT_PERMITTED
+    is_lasting = True
 
 
 class NotAuthenticated(NotPermitted):

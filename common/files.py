@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterator
@@ -28,7 +30,7 @@ def storage_errors(action: str, path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in NO_SPACE:
             raise DiskFull(
-                f"no space left to {action} {path}", remedy="free some space; writes go on by themselves then"
+                f"no space left to {action} {path}", remedy="free some space, then try again"
             ) from error
         raise StorageFailed(f"can't {action} {path}: {error.strerror}") from error
 
@@ -169,8 +171,8 @@ def publish(path: Path, data: bytes, *, mode: int = 0o600) -> None:
 def publishing(path: Path, *, mode: int = 0o600, beside: Path | None = None) -> Iterator[IO[bytes]]:
     """A file to write that takes the place of ``path`` when the block ends: whole, durable, or not at all.
 
-    If anything fails, here or in the block, nothing is left of it. An ``OSError`` in the block is taken for one of
-    writing.
+    If anything fails, here or in the block, nothing is left of it; what a kill leaves is removed by whoever publishes
+    to that name next. An ``OSError`` in the block is taken for one of writing.
 
     Args:
         path: the file's name.
@@ -180,10 +182,14 @@ def publishing(path: Path, *, mode: int = 0o600, beside: Path | None = None) -> 
     Raises:
         DiskFull, StorageFailed.
     """
-    # The random part keeps everybody's files, and other exports to this name, out of each other's way.
-    beside = beside or path.with_name(f".{path.name}-{secrets.token_hex(8)}")
-    with storage_errors("write", path):
-        fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+    with storage_errors("write", path), contextlib.ExitStack() as held:
+        if beside is None:
+            _remove_leftovers(path)
+            beside, fd = _begin_hidden(path, mode)
+            # Its lock stays until it has been renamed, though it is closed before.
+            held.callback(os.close, os.dup(fd))
+        else:
+            fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
         file = os.fdopen(fd, "wb")  # closed below: when, and what then fails, depends on how the block ends
         try:
             yield file
@@ -199,6 +205,42 @@ def publishing(path: Path, *, mode: int = 0o600, beside: Path | None = None) -> 
                 os.unlink(beside)
             raise
     sync_directory(path.parent)
+
+
+def _begin_hidden(path: Path, mode: int) -> tuple[Path, int]:
+    """A new file beside ``path`` that nobody else has, locked as long as it is open: its name, and it itself."""
+    while True:  # once more for each of the others that look for leftovers at just this moment
+        # The random part keeps everybody's files, and other exports to this name, out of each other's way.
+        beside = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
+        fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(fd).st_nlink:
+                return beside, fd
+        except BlockingIOError:
+            pass  # taken for a leftover before it was locked, and removed
+        except OSError:  # no locks on this file system, so that nobody takes it for a leftover
+            return beside, fd
+        os.close(fd)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Removes the hidden files beside ``path`` whose writers were killed; what can't be removed stays."""
+    is_hidden_part = re.compile(re.escape(f".{path.name}-") + "[0-9a-f]{16}").fullmatch
+    with contextlib.suppress(OSError):
+        for name in filter(is_hidden_part, os.listdir(path.parent)):
+            _remove_if_left(path.with_name(name))
+
+
+def _remove_if_left(part: Path) -> None:
+    with contextlib.suppress(OSError):
+        fd = os.open(part, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            if stat.S_ISREG(os.fstat(fd).st_mode):
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # an error while its writer lives
+                os.unlink(part)
+        finally:
+            os.close(fd)
 
 
 def beside_ours(path: Path) -> Path:

@@ -225,8 +225,7 @@ def translated(error: lmdb.Error, action: str, path: Path) -> UnderstudyError:
         return DirectoryError(what, remedy=f"chown -R $USER {path} gives it to the user that runs this")
     if _is_full(code, path):
         return DiskFull(
-            f"no space left to {action} the store {path}",
-            remedy="free some space; writes go on by themselves then",
+            f"no space left to {action} the store {path}", remedy="free some space, then try again"
         )
     return StorageFailed(what)
 

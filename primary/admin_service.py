@@ -83,9 +83,10 @@ class PrimaryAdminService(AdminService):
     async def Thaw(self, request: admin_pb2.ThawRequest, context: Context) -> admin_pb2.ThawResponse:
         """Goes on before the time is over."""
         async with answering_errors(context):
-            was_frozen = self._node.freezer.is_on
-            self._node.freezer.thaw()
-            return admin_pb2.ThawResponse(was_frozen=was_frozen)
+            freezer = self._node.freezer
+            was_frozen = freezer.is_on
+            freezer.thaw()
+            return admin_pb2.ThawResponse(was_frozen=was_frozen, ran_out_s=freezer.ran_out_s)
         raise AssertionError("aborted")
 
     async def Forget(self, request: admin_pb2.ForgetRequest, context: Context) -> admin_pb2.ForgetResponse:

@@ -32,6 +32,7 @@ class Freezer:
         self._until_s = -math.inf
         self._end: asyncio.TimerHandle | None = None
         self._holds_checkpoints = False
+        self.ran_out_s = 0.0  # when the last freeze ended by itself, since 1970; 0 if it did not
         self._entering = asyncio.Lock()
 
     @property
@@ -63,6 +64,7 @@ class Freezer:
         async with self._entering:
             was_frozen = self.is_on
             if not was_frozen:
+                self.ran_out_s = 0.0
                 self._node.flush()
             self._end_in(max(seconds, self.seconds_left))
             if not was_frozen:
@@ -75,7 +77,7 @@ class Freezer:
         if self._end is not None:
             self._end.cancel()
         self._until_s = self._clock() + seconds
-        self._end = asyncio.get_running_loop().call_later(seconds, self.thaw)
+        self._end = asyncio.get_running_loop().call_later(seconds, self._run_out)
 
     async def _settle(self, seconds: float) -> None:
         try:
@@ -96,6 +98,11 @@ class Freezer:
         if not self.is_on or self._node.over.done():
             self.thaw()
             raise Unavailable("not frozen: it was ended meanwhile")
+
+    def _run_out(self) -> None:
+        if self._holds_checkpoints:  # else it never came about, which whoever asked for it is told
+            self.ran_out_s = time.time()
+        self.thaw()
 
     def thaw(self) -> None:
         """Goes on; fine if nothing is frozen."""

@@ -21,7 +21,7 @@ from harness import Processes, complaint
 from killing import KILLED, Nursery
 from nodes import DIRECTORY, assert_sound, checkpoint, copy_node, offline_status, pairs, put, status
 
-from understudy.backup import restore as restore_module
+from understudy.backup import unpacking
 from understudy.backup.age_passphrase import PassphraseReader, PassphraseWriter
 from understudy.backup.archive import opening, write_archive
 from understudy.backup.archive_options import ArchiveOptions
@@ -491,14 +491,14 @@ def test_a_backup_that_is_updated_while_it_is_restored_is_not_damaged(
     primary = processes.primary(copy_node(server_files, tmp_path / "server"))
     put(primary.address, "/realm", (b"late", b"1"))
     primary.terminate()
-    read_blocks, updates = restore_module.read_blocks, iter([True])
+    read_blocks, updates = unpacking.read_blocks, iter([True])
 
     def overtaken(path: Path) -> Iterator[bytes]:
         if next(updates, False):
             make_backup(tmp_path / "server", tmp_path / "a", update=True)
         return read_blocks(path)
 
-    monkeypatch.setattr(restore_module, "read_blocks", overtaken)
+    monkeypatch.setattr(unpacking, "read_blocks", overtaken)
     with pytest.raises(DirectoryInUse, match="was changed meanwhile"):
         restore_backup(tmp_path / "a", tmp_path / "b")
     restore_backup(tmp_path / "a", tmp_path / "b")

@@ -174,6 +174,7 @@ def test_a_full_disk_is_named_and_the_copy_is_made_once_there_is_space(
             said = command.stdout + command.stderr
             assert command.wait() == ExitCode.FAILED, said
             assert "no space left" in said
+            assert "free some space, then try again" in said
             assert str(disk) in said
             assert "Traceback" not in said
             assert not looks_whole(target)

@@ -176,6 +176,7 @@ def test_a_run_under_way_is_cancelled(
     assert_untouched(folder)
     assert results(tmp_path / "a") == [("slow", Result.CANCELLED)]
     assert "run 1 of slow: cancelled" in journal(tmp_path / "a")
+    assert f"id {run_id}" in journal(tmp_path / "a")
     assert "over already: cancelled" in remote.refusal("cancel", run_id)
     assert remote.watch(remote.start("quick")["id"])["state"] == "done"
 
@@ -193,6 +194,7 @@ def test_a_run_that_waits_is_known_and_cancelled(tmp_path: Path, folder: Path, r
     remote.watch(slow, code=FAILED)
     assert results(tmp_path / "a") == [("slow", Result.CANCELLED), ("quick", Result.CANCELLED)]
     assert "of quick: cancelled" in journal(tmp_path / "a")
+    assert [entry.id for entry in Books.of(tmp_path / "a").history.entries()] == [slow, quick]
     assert_untouched(folder)
 
 

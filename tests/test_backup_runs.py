@@ -15,15 +15,29 @@ from harness import Processes, wait_until
 from nodes import put
 
 from understudy.backup import history as history_module
+from understudy.backup import run as run_module
 from understudy.backup.books import Books
 from understudy.backup.catalog import BACKUPS, read_catalog
 from understudy.backup.history import Entry, Result
 from understudy.backup.policy import Policy, read_policies
-from understudy.backup.repository import open_repository
+from understudy.backup.repository import Repository, open_repository
 from understudy.backup.run import Cancelled, CutOff, run_policy
 from understudy.backup.upkeep import ORPHAN_S, delete_backup
 from understudy.backup.worker import Worker
 from understudy.common.backup_worker import MODULE
+from understudy.common.errors import (
+    CorruptionError,
+    DiskFull,
+    ForeignCluster,
+    NewerFormat,
+    NotADataDirectory,
+    NotPermitted,
+    RepositoryBusy,
+    RepositoryError,
+    RepositoryRefused,
+    StorageFailed,
+    UsageError,
+)
 from understudy.v1 import admin_pb2
 
 DAY_S = 86_400.0
@@ -121,6 +135,54 @@ def test_a_run_forgets_backups_that_were_deleted_by_hand(
         delete_backup(repository, backup)
     run_policy(policy_to(folder), tmp_path / "a")
     assert [entry.number for entry in entries(tmp_path / "a")] == [2, 3, 4]
+
+
+# -- tried again, or not ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "helps"),
+    [
+        (UsageError, False),
+        (ForeignCluster, False),
+        (CorruptionError, False),
+        (NewerFormat, False),
+        (NotPermitted, False),
+        (RepositoryRefused, False),
+        (RepositoryError, True),
+        (RepositoryBusy, True),
+        (NotADataDirectory, True),
+        (DiskFull, True),
+        (StorageFailed, True),
+        (ValueError, True),
+    ],
+)
+def test_only_what_may_pass_is_tried_again(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception], helps: bool
+) -> None:
+    """What lasts until somebody has changed something fails at once, without a wait."""
+    waits: list[float] = []
+
+    def fail(url: str) -> Repository:
+        raise kind("so it is")
+
+    monkeypatch.setattr(run_module, "open_repository", fail)
+    (tmp_path / "a").mkdir()
+    report = run_policy(policy_to(folder, retries=1, retry_wait_s=60.0), tmp_path / "a", sleep=waits.append)
+    assert waits == ([60.0] if helps else [])
+    assert report.all_errors == [f"{folder}: so it is"]
+
+
+def test_another_clusters_repository_is_not_tried_again(
+    processes: Processes, tmp_path: Path, folder: Path
+) -> None:
+    """That is told at once; nobody waits for the owner to leave."""
+    for name in ("a", "b"):
+        processes.primary(tmp_path / name)
+    run_policy(policy_to(folder), tmp_path / "a")
+    waits: list[float] = []
+    report = run_policy(policy_to(folder, retries=3), tmp_path / "b", sleep=waits.append)
+    assert (report.result, waits) == (Result.FAILED, [])
 
 
 # -- programs of the operator's --------------------------------------------------------------------------------
@@ -235,6 +297,8 @@ def test_a_run_that_takes_its_process_with_it_each_time_has_failed(
     assert second.endswith("attempt 3 follows")
     assert f"run {entry.number} of nightly: failed" in failed
     assert entry.result is Result.FAILED
+    assert entry.id
+    assert failed.partition(";")[0].endswith(f"id {entry.id}")
     assert "has ended 3 times" in entry.errors[0]
     assert f"understudy verify {tmp_path / 'a'}" in entry.errors[0]
     report = runs_at(

@@ -347,11 +347,11 @@ def _run(checkpointer: Checkpointer, job: object, answers: list[CheckpointResult
 
 
 def test_a_killed_process_is_named(tmp_path: Path) -> None:
-    """A checkpoint process that somebody killed is reported with the signal."""
+    """A checkpoint process that somebody killed is reported with the signal, and with how to go on."""
     with checkpointing(make_store(tmp_path)) as checkpointer:
         os.kill(pid_of(checkpointer), signal.SIGKILL)
         wait_until(lambda: not is_alive(pid_of(checkpointer)))
-        with pytest.raises(StorageFailed, match="ended with signal 9"):
+        with pytest.raises(StorageFailed, match="ended with signal 9.*give the command again.*memory"):
             checkpointer.run([Model().step([])[1]])
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
@@ -92,6 +95,103 @@ def test_two_that_publish_one_name_are_not_in_each_others_way(tmp_path: Path) ->
     assert path.read_bytes() == b"one"
     assert path.stat().st_mode & 0o777 == 0o644
     assert list(tmp_path.iterdir()) == [path]
+
+
+_WRITING = """
+import sys
+from pathlib import Path
+from understudy.common.files import publishing
+with publishing(Path(sys.argv[1])) as file:
+    file.write(b"half")
+    file.flush()
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_g9_what_a_killed_writer_left_is_removed_by_the_next_and_by_nobody_else(tmp_path: Path) -> None:
+    """G9: nothing piles up beside a name; what a living process writes there, or others keep there, stays."""
+    path, others = tmp_path / "file", [tmp_path / ".file-of-somebody", tmp_path / f".file2-{'0' * 16}"]
+    for other in others:
+        other.write_bytes(b"theirs")
+    killed, living = (begin_writing(path) for _ in range(2))
+    assert len(list(tmp_path.iterdir())) == 4
+    killed.kill()
+    killed.wait()
+    publish_through_a_hidden_file(path, b"whole")
+    assert path.read_bytes() == b"whole"
+    (hidden,) = set(tmp_path.iterdir()) - {path, *others}
+    assert hidden.read_bytes() == b"half"
+    living.communicate(timeout=60)
+    assert living.returncode == 0
+    assert path.read_bytes() == b"half"
+    assert set(tmp_path.iterdir()) == {path, *others}
+
+
+def begin_writing(path: Path) -> subprocess.Popen[bytes]:
+    """A process that has written half of what it publishes, and goes on when its input ends."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", _WRITING, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"writing\n"
+    return process
+
+
+def publish_through_a_hidden_file(path: Path, data: bytes) -> None:
+    """All at once."""
+    with publishing(path) as file:
+        file.write(data)
+
+
+def test_what_is_taken_for_a_leftover_before_it_is_locked_is_begun_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between making its hidden file and locking it, another writer may have looked for leftovers."""
+    path, begun = tmp_path / "file", [True]
+    lock = fcntl.flock
+
+    def lock_late(fd: int, how: int) -> None:
+        if begun:
+            begun.clear()
+            publish_through_a_hidden_file(path, b"other")
+        lock(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", lock_late)
+    publish_through_a_hidden_file(path, b"ours")
+    assert {child.name: child.read_bytes() for child in tmp_path.iterdir()} == {"file": b"ours"}
+
+
+def test_what_is_closed_and_about_to_be_renamed_is_no_leftover_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What took hours to write is not removed by who comes in its last moment."""
+    path, rename, first = tmp_path / "file", os.rename, [True]
+
+    def rename_late(old: Path, new: Path) -> None:
+        if first:
+            first.clear()
+            publish_through_a_hidden_file(path, b"other")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", rename_late)
+    publish_through_a_hidden_file(path, b"ours")
+    assert {child.name: child.read_bytes() for child in tmp_path.iterdir()} == {"file": b"ours"}
+
+
+def test_without_locks_everything_is_published_and_nothing_taken_for_a_leftover(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a file system that has none nobody can tell whose writer lives."""
+
+    def refuse(fd: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    left = tmp_path / f".file-{'0' * 16}"
+    left.write_bytes(b"half")
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    publish_through_a_hidden_file(tmp_path / "file", b"whole")
+    assert {child.name for child in tmp_path.iterdir()} == {"file", left.name}
 
 
 def test_what_a_crash_left_beside_a_file_of_ours_is_overwritten(tmp_path: Path) -> None:

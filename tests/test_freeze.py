@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 import json
 import os
 import signal
@@ -46,9 +47,10 @@ def freeze(processes: Processes, primary: Process, seconds: float = 300) -> dict
     return told
 
 
-def thaw(processes: Processes, primary: Process) -> bool:
-    done = processes.run("thaw", "--server", primary.address, "--json")
-    return bool(json.loads(done.stdout)["was_frozen"])
+def thaw(processes: Processes, primary: Process, code: int = 0) -> dict[str, Any]:
+    done = processes.run("thaw", "--server", primary.address, "--json", code=code)
+    told: dict[str, Any] = json.loads(done.stdout)
+    return told
 
 
 def copy_files(path: Path, to: Path) -> Path:
@@ -77,7 +79,7 @@ def test_a_copy_of_a_frozen_directory_reaches_what_freeze_said(processes: Proces
         assert status(primary.address).durable_lsn == told["lsn"]
         assert_frozen_copy(copy, told)
         before = dict(load.acknowledged)
-        assert thaw(processes, primary)
+        assert thaw(processes, primary) == {"was_frozen": True, "ran_out": None}
         load.wait_for(200)
         checkpoints.join()
         assert "frozen" not in warnings(primary.address)
@@ -90,8 +92,9 @@ def test_a_copy_of_a_frozen_directory_reaches_what_freeze_said(processes: Proces
 
 
 def test_a_freeze_ends_by_itself(processes: Processes, tmp_path: Path) -> None:
-    """G9: whoever froze it and has gone holds nobody up for longer than was asked for."""
+    """G9: whoever froze it and has gone holds nobody up for longer than was asked for; who thaws it then is told."""
     primary = processes.primary(tmp_path / "a")
+    started = datetime.datetime.now(datetime.UTC).replace(microsecond=0)  # what is told has whole seconds
     with Load(primary.address) as load:
         load.wait_for(50)
         told = freeze(processes, primary, 0.5)
@@ -99,21 +102,31 @@ def test_a_freeze_ends_by_itself(processes: Processes, tmp_path: Path) -> None:
         load.stop()
     assert status(primary.address).durable_lsn > told["lsn"]
     checkpoint(primary.address)
-    assert not thaw(processes, primary)
+    found = thaw(processes, primary, code=FAILED)
+    assert not found["was_frozen"]
+    assert started <= datetime.datetime.fromisoformat(found["ran_out"]) <= datetime.datetime.now(datetime.UTC)
+    said = processes.run("thaw", "--server", primary.address, code=FAILED)
+    assert f"the freeze ended by itself at {found['ran_out']}" in said.stderr.decode()
+    assert not said.stdout
+    freeze(processes, primary)
+    assert thaw(processes, primary)["was_frozen"]
+    assert thaw(processes, primary, code=FAILED)["ran_out"] is None  # of the last one
 
 
 def test_a_freeze_can_be_asked_for_again(processes: Processes, tmp_path: Path) -> None:
-    """A second freeze makes it longer, never shorter, at the same LSN; thawing twice is as good as once."""
+    """A second freeze makes it longer, never shorter, at the same LSN; thawing what is not frozen is told as such."""
     primary = processes.primary(tmp_path / "a")
     put(primary.address, "/realm", (b"key", b"1"))
+    never = processes.run("thaw", "--server", primary.address, code=FAILED)
+    assert "was not frozen" in never.stderr.decode()
     first = freeze(processes, primary, 60)
     longer = freeze(processes, primary, 200)
     assert (longer["lsn"], longer["digest"]) == (first["lsn"], first["digest"])
     assert longer["seconds_left"] > 60
     assert freeze(processes, primary, 1)["seconds_left"] > 60
     assert "frozen until" in processes.run("status", "--server", primary.address).stdout.decode()
-    assert thaw(processes, primary)
-    assert not thaw(processes, primary)
+    assert thaw(processes, primary)["was_frozen"]
+    assert thaw(processes, primary, code=FAILED) == {"was_frozen": False, "ran_out": None}
     put(primary.address, "/realm", (b"key", b"2"))
 
 
@@ -158,7 +171,7 @@ def test_what_can_not_be_committed_is_not_frozen(processes: Processes, tmp_path:
         load.wait_for(10)
         told = freeze(processes, primary)
         assert_frozen_copy(copy_files(tmp_path / "a", tmp_path / "c"), told)
-        assert thaw(processes, primary)
+        assert thaw(processes, primary)["was_frozen"]
         load.stop()
 
 

@@ -48,6 +48,7 @@ from understudy.common.errors import (
     NotStored,
     RepositoryBusy,
     RepositoryError,
+    RepositoryRefused,
     StorageFailed,
     UsageError,
 )
@@ -380,7 +381,7 @@ def test_a_storage_that_overwrites_is_refused() -> None:
             pass
 
     careless: Any = Careless()
-    with pytest.raises(RepositoryError, match="overwrites"):
+    with pytest.raises(RepositoryRefused, match="overwrites"):
         claim(careless, ClusterId(new_id()))
 
 
@@ -395,7 +396,8 @@ def test_a_url_that_names_no_storage_is_refused(url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["s3://key:hidden@bucket/a", "s3://bucket/a?secret=hidden", "ftp://u:hidden@h/"]
+    "url",
+    ["s3://key:hidden@bucket/a", "s3://bucket/a?secret=hidden", "ftp://u:hidden@h/", "s3://u:hidden@[h/"],
 )
 def test_credentials_in_a_url_are_refused_and_not_shown(url: str) -> None:
     """G10: they belong into the environment; messages with the URL would show them."""
@@ -759,8 +761,16 @@ def test_a_bucket_that_is_not_there_is_not_an_empty_one(
         lambda: list(repository.list()),
         lambda: repository.delete("one"),
     ):
-        with pytest.raises(RepositoryError, match="no such bucket"):
+        with pytest.raises(RepositoryRefused, match="no such bucket"):
             call()
+
+
+def test_a_storage_that_can_not_be_asked_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Credentials that are missing are no fault of the network's, which would pass."""
+    for name in ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ACCOUNT_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(RepositoryRefused, match="AZURE_STORAGE_ACCOUNT_NAME"):
+        open_repository("az://container/test")
 
 
 def test_memory_is_bounded(s3: S3Server) -> None:

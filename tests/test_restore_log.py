@@ -46,6 +46,7 @@ from understudy.common.directory import IN_PROGRESS_FILE, DataDirectory
 from understudy.common.entries import digest_entry, freeze_entry
 from understudy.common.errors import CorruptionError, StorageFailed
 from understudy.common.records import encode_record
+from understudy.common.store import Store
 from understudy.common.types import Epoch, Lsn, Position
 from understudy.v1 import log_pb2
 
@@ -385,10 +386,10 @@ def test_chosen_realms_are_taken_from_what_was_restored_before(
 
 def append_false_mark(directory: DataDirectory) -> None:
     """Adds a freeze mark to a node's log, and a digest for it that no state has."""
-    with open_log(directory) as target:
-        log = target.log
+    with Store.open(directory.store, cluster=directory.cluster) as store:
+        time_us = store.current.checkpoint.time_us + 1_000_000_000
+    with open_log(directory) as log:
         mark = log_pb2.DigestMark(freeze_lsn=log.end.lsn + 1, state_digest=bytes(32))
-        time_us = target.checkpoint.time_us + 1_000_000_000
         for payload in (freeze_entry(time_us), digest_entry(time_us, mark)):
             lsn = Lsn(log.end.lsn + 1)
             record, digest = encode_record(log.end.digest, lsn, payload)

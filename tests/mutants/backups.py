@@ -222,6 +222,15 @@ MUTANTS = (
         simulated=False,
     ),
     Mutant(
+        name="log that a backup under way needs is removed",
+        guarantee="G8",
+        file="backup/upkeep.py",
+        old=" and now_s - stored.modified_s > ORPHAN_S\n    ]\n",
+        new="\n    ]\n",
+        tests=("tests/test_prune.py::test_the_log_behind_a_backup_that_is_being_stored_stays",),
+        simulated=False,
+    ),
+    Mutant(
         name="the newest backup is not kept",
         guarantee="G8",
         file="backup/retention.py",
@@ -284,7 +293,7 @@ MUTANTS = (
         name="a freeze does not end by itself",
         guarantee="G9",
         file="primary/freezer.py",
-        old="call_later(seconds, self.thaw)\n",
+        old="call_later(seconds, self._run_out)\n",
         new="call_later(seconds, log.info)\n",
         tests=("tests/test_freeze.py::test_a_freeze_ends_by_itself",),
         simulated=False,
@@ -312,9 +321,9 @@ MUTANTS = (
         name="a restore goes on though its backup is not in place",
         guarantee="G8",
         file="backup/restore.py",
-        old="    manifest = origin.fill(directory)\n",
-        new="    note_filled(directory.path, Filled(origin.end, reached=False))\n"
-        "    manifest = origin.fill(directory)\n",
+        old="    manifest, is_reached = origin.fill(directory)\n",
+        new="    note_filled(directory.path, origin.end)\n"
+        "    manifest, is_reached = origin.fill(directory)\n",
         tests=(f"{RESTORE_LOG}::test_a_restore_with_log_goes_on_where_it_was_killed",),
         simulated=False,
     ),
@@ -322,8 +331,8 @@ MUTANTS = (
         name="a restore goes on to another point than it began for",
         guarantee="G8",
         file="backup/restore.py",
-        old="filled is not None and filled.goal == origin.end and",
-        new="filled is not None and",
+        old="            and read_filled(target, origin.name) == origin.end\n",
+        new="            and read_filled(target, origin.name) is not None\n",
         tests=(
             f"{RESTORE_LOG}::test_a_restore_that_was_killed_begins_anew_where_another_point_is_asked_for",
         ),

@@ -624,15 +624,20 @@ class ThawResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     WAS_FROZEN_FIELD_NUMBER: _builtins.int
+    RAN_OUT_S_FIELD_NUMBER: _builtins.int
     was_frozen: _builtins.bool
+    """until now"""
+    ran_out_s: _builtins.float
+    """else when its last freeze ended by itself, seconds since 1970; 0: there was none that did"""
     def __init__(
         self,
         *,
         was_frozen: _builtins.bool = ...,
+        ran_out_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["was_frozen", b"was_frozen"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ran_out_s", b"ran_out_s", "was_frozen", b"was_frozen"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
