@@ -510,7 +510,7 @@ def test_a_replacement_that_was_cut_off_is_not_described_by_the_old_manifest(
 def test_a_disk_without_room_for_a_second_copy_keeps_the_first(
     processes: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """G8: a backup stays one while its successor is made beside it, and of that nothing is left where it has no room."""
+    """G8: a backup stays one while its successor is made beside it; where that has no room, nothing of it is left."""
     primary = filled(processes, tmp_path / "a")
     first = backed_up(tmp_path / "a", tmp_path / "b")
     put(primary.address, "/two", (b"more", b"1"))

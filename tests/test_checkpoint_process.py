@@ -351,7 +351,7 @@ def test_a_killed_process_is_named(tmp_path: Path) -> None:
     with checkpointing(make_store(tmp_path)) as checkpointer:
         os.kill(pid_of(checkpointer), signal.SIGKILL)
         wait_until(lambda: not is_alive(pid_of(checkpointer)))
-        with pytest.raises(StorageFailed, match="ended with signal 9.*give the command again.*memory"):
+        with pytest.raises(StorageFailed, match=r"ended with signal 9.*give the command again.*memory"):
             checkpointer.run([Model().step([])[1]])
 
 
