@@ -39,30 +39,36 @@ class Books:
             NewerFormat, StorageFailed.
         """
         wanted = results or tuple(Result)
-        found = [
-            entry for entry in self.history.entries() if entry.policy == policy and entry.result in wanted
-        ]
-        return found[-1] if found else None
+        return _last(self.history.entries(), policy, *wanted)
 
     def statuses(self) -> list[admin_pb2.BackupStatus]:
         """When each policy that was ever run last succeeded and failed, by name.
 
         What its server alone knows is left out: when it is due, how far its log is shipped, what was proven.
 
-        Raises:
-            NewerFormat, StorageFailed.
-        """
-        return [self._status(policy) for policy in sorted({one.policy for one in self.history.entries()})]
+        Nothing is changed, a history that is damaged neither.
 
-    def _status(self, policy: str) -> admin_pb2.BackupStatus:
-        success = self.last(policy, Result.DONE)
-        failure = self.last(policy, Result.PARTIAL, Result.FAILED)
-        return admin_pb2.BackupStatus(
-            policy=_as_utf8(policy),
-            last_success_s=success.start_s if success else 0.0,
-            last_failure_s=failure.start_s if failure else 0.0,
-            last_error=_as_utf8(failure.errors[0]) if failure and failure.errors else "",
-        )
+        Raises:
+            CorruptionError, NewerFormat, StorageFailed.
+        """
+        entries = self.history.look()
+        return [_status(entries, policy) for policy in sorted({one.policy for one in entries})]
+
+
+def _status(entries: list[Entry], policy: str) -> admin_pb2.BackupStatus:
+    success = _last(entries, policy, Result.DONE)
+    failure = _last(entries, policy, Result.PARTIAL, Result.FAILED)
+    return admin_pb2.BackupStatus(
+        policy=_as_utf8(policy),
+        last_success_s=success.start_s if success else 0.0,
+        last_failure_s=failure.start_s if failure else 0.0,
+        last_error=_as_utf8(failure.errors[0]) if failure and failure.errors else "",
+    )
+
+
+def _last(entries: list[Entry], policy: str, *wanted: Result) -> Entry | None:
+    found = [entry for entry in entries if entry.policy == policy and entry.result in wanted]
+    return found[-1] if found else None
 
 
 def _as_utf8(text: str) -> str:

@@ -239,11 +239,12 @@ def read_catalog(repository: Repository) -> Catalog:
     return catalog
 
 
-def last_proven_s(catalog: Catalog) -> float:
-    """When a drill last proved a backup, seconds since 1970; 0 for never."""
+def last_proven_s(catalog: Catalog, policy: str) -> float:
+    """When a drill last proved a backup of a policy, seconds since 1970; 0 for never."""
     proofs = (
         utc_seconds(check.at)
         for backup in catalog.backups
+        if backup.policy == policy
         for check in backup.checks
         if check.finding is Finding.PROVEN
     )

@@ -38,14 +38,13 @@ def choose_backup(
     Raises:
         UsageError: there is none.
     """
-    suitable = [
+    whole = [
         backup
         for backup in catalog.backups
-        if not backup.is_damaged
-        and backup.manifest.is_whole
-        and (epoch_max is None or backup.manifest.epoch <= epoch_max)
-        and (point is None or not point.is_before(Lsn(backup.manifest.lsn), _time_us(backup)))
+        if backup.manifest.is_whole and (epoch_max is None or backup.manifest.epoch <= epoch_max)
     ]
+    before = [backup for backup in whole if not _lies_behind(backup, point)]
+    suitable = [backup for backup in before if not backup.is_damaged]
     see = f"see what there is, and name one: understudy backups list {url}"
     ends = [one.manifest.rank for one in catalog.backups] + [one.rank for one in stretches]
     if epoch_max is not None and epoch_max > max((epoch for epoch, _ in ends), default=0):
@@ -57,10 +56,40 @@ def choose_backup(
         what = f"there is no backup in {url} that holds all realms"
         what += f" and was made before {point}" if point else ""
         what += f", of epoch {epoch_max} or an earlier one" if epoch_max is not None else ""
-        raise UsageError(what, remedy=see)
+        raise UsageError(what + _why_none(whole, before), remedy=see)
     newest_first = sorted(suitable, key=lambda backup: backup.manifest.rank, reverse=True)
     followed = [one for one in stretches if epoch_max is None or one.epoch <= epoch_max]
     return next((one for one in newest_first if _leads_on(one, followed)), newest_first[0])
+
+
+def _lies_behind(backup: StoredBackup, point: Point | None) -> bool:
+    return point is not None and point.is_before(Lsn(backup.manifest.lsn), _time_us(backup))
+
+
+def _why_none(whole: Sequence[StoredBackup], before: Sequence[StoredBackup]) -> str:
+    """What was passed over, and what would do instead.
+
+    Args:
+        whole: what might be chosen from for some point.
+        before: those of them that the point does not lie before.
+    """
+    said = "".join(f"; {one.id}, of {one.manifest.time}, is known to be damaged" for one in before)
+    sound = [one.manifest for one in whole if not one.is_damaged]
+    if sound:
+        first = min(sound, key=lambda manifest: (utc_seconds(manifest.time), manifest.lsn))
+        said += f"; the earliest moment that can be restored is that of LSN {first.lsn}, {first.time}"
+    return said
+
+
+def reach_of(
+    backup: StoredBackup, stretches: Sequence[Stretch], epoch_max: Epoch | None
+) -> tuple[Epoch, Lsn]:
+    """The epoch and LSN that the log behind a backup leads to, as far as the names of stretches tell."""
+    manifest = backup.manifest
+    followed = [one for one in stretches if epoch_max is None or one.epoch <= epoch_max]
+    targets = [one for one in followed if one.epoch >= manifest.epoch]
+    legs = find_path(targets, followed, manifest.position, {})
+    return legs[-1].stretch.rank if legs else manifest.rank
 
 
 def begun_with(catalog: Catalog, url: str, target: Path) -> Catalog:

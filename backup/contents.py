@@ -15,15 +15,13 @@ from understudy.backup.courtesy import Courtesy
 from understudy.backup.manifest import FileEntry, Manifest, read_manifest, utc_text
 from understudy.backup.progress import Meter, OnProgress
 from understudy.backup.source import Source
-from understudy.common.directory import MANIFEST_FILE, NodeFile, Role
+from understudy.common.directory import ADMIN_TOKEN_FILE, MANIFEST_FILE, NodeFile, Role
 from understudy.common.files import storage_errors
 from understudy.common.store_layout import DATA_FILE
 from understudy.common.types import new_id
 from understudy.v1.store_pb2 import CheckpointRow
 
 STORE_FILE = f"store/{DATA_FILE}"
-# A secret of the source's operators. Nobody but the owner can read it, there or in a copy.
-ADMIN_TOKEN_FILE = "admin-token"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +92,7 @@ def describe(source: Source, entries: Iterable[FileEntry], *, checkpoint: Checkp
         files=list(entries),
         realms_chosen=origin.realms_chosen if origin is not None else [],
         realms_excluded=origin.realms_excluded if origin is not None else [],
+        realms_unmatched=origin.realms_unmatched if origin is not None else [],
         failed=origin.failed if origin is not None else [],
     )
 

@@ -300,7 +300,11 @@ def drill_line(drill: Drill) -> str:
         return f"{name}: could not be done: {drill.problem}"
     if drill.is_proven:
         return (
-            f"{name}: proven, {drill.realms} realms, {drill.pairs:,} pairs, to LSN {drill.lsn}, "
+            f"{name}: proven, {_counted(drill.realms, 'realm')}, {_counted(drill.pairs, 'pair')}, to LSN {drill.lsn}, "
             f"in {drill.seconds:.1f} s" + (f"; {drill.problem}" if drill.problem else "")
         )
     return f"{name}: {drill.finding}: {drill.problem}"
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

@@ -31,6 +31,8 @@ from understudy.common.files import storage_errors
 _PIECE_BYTES = 1 << 20
 _SCRYPT_STANZA = b"-> scrypt "
 _KEY_FILE_BYTES_MAX = 1 << 20
+_SECRET_KEY_MARKS = ("AGE-SECRET-KEY", "PRIVATE KEY")  # age's, and those of SSH in PEM
+_PUBLIC_KEY_STARTS = ("age1", "ssh-")
 
 _T = TypeVar("_T")
 
@@ -173,18 +175,25 @@ class _Raw(io.RawIOBase):
         return len(data)
 
 
+def holds_secret_key(text: str) -> bool:
+    """Whether a text is a secret key, or has one in it: errors and logs must not."""
+    return any(mark in text.upper() for mark in _SECRET_KEY_MARKS)
+
+
 def _parse_recipient(text: str) -> Any:
     try:
         if text.startswith("ssh-"):
             return pyrage.ssh.Recipient.from_str(text)
         return pyrage.x25519.Recipient.from_str(text)
     except pyrage.RecipientError as error:
-        if text.upper().startswith("AGE-SECRET-KEY"):  # which errors and logs must not hold
+        if holds_secret_key(text):
             raise UsageError(
                 "a recipient is a secret key", remedy="give its public key; `age-keygen -y FILE` shows that"
             ) from None
+        # What does not begin as a key does may be a passphrase.
+        shown = repr(text) if text.startswith(_PUBLIC_KEY_STARTS) else "what is given as one"
         raise UsageError(
-            f"{text!r} is no recipient: {error}",
+            f"{shown} is no recipient: {error}",
             remedy="give an age public key (age1…) or an SSH one (ssh-…)",
         ) from error
 

@@ -7,13 +7,21 @@ from __future__ import annotations
 
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from understudy.backup.in_progress import is_in_progress
 from understudy.backup.make import BackupReport
-from understudy.backup.manifest import read_manifest, write_manifest
+from understudy.backup.manifest import Manifest, read_manifest, write_manifest
 from understudy.backup.target_log import describe_reached, settle
-from understudy.common.directory import IN_PROGRESS_FILE, MANIFEST_FILE, DataDirectory, must_begin_anew
+from understudy.backup.writing import describe_file
+from understudy.common.directory import (
+    ADMIN_TOKEN_FILE,
+    IN_PROGRESS_FILE,
+    MANIFEST_FILE,
+    DataDirectory,
+    must_begin_anew,
+)
 from understudy.common.errors import OTHER_BACKUP, CorruptionError, NotADataDirectory, UnfinishedBackup
 from understudy.common.files import storage_errors, sync_directory, sync_tree
 from understudy.common.verify import verify_opened
@@ -40,7 +48,8 @@ def finish_backup(target: Path) -> BackupReport:
         )
     with DataDirectory.open_unfinished(target) as directory:
         shutil.rmtree(directory.incoming, ignore_errors=True)
-        manifest = describe_reached(directory, read_manifest(target), settle(directory))
+        manifest = _with_token(target, read_manifest(target))
+        manifest = describe_reached(directory, manifest, settle(directory))
         found = verify_opened(directory)
         if found.problems:
             raise CorruptionError(f"{target} is damaged: {'; '.join(found.problems)}", remedy=OTHER_BACKUP)
@@ -51,3 +60,10 @@ def finish_backup(target: Path) -> BackupReport:
             mark.unlink()
         sync_directory(target)
     return BackupReport(manifest=manifest, bytes_copied=0, seconds=time.monotonic() - started_s)
+
+
+def _with_token(target: Path, manifest: Manifest) -> Manifest:
+    """With the operators' token as it is now: an update may have brought a new one."""
+    others = [entry for entry in manifest.files if entry.path != ADMIN_TOKEN_FILE]
+    token = [ADMIN_TOKEN_FILE] if (target / ADMIN_TOKEN_FILE).exists() else []
+    return replace(manifest, files=others + [describe_file(target, name) for name in token])

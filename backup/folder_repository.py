@@ -120,9 +120,14 @@ class FolderRepository:
             sync_directory(path.parent)
         return True
 
+    def now_s(self) -> float:
+        """What a file that is made now is dated from: on a network folder, by another machine's clock."""
+        with self._written(self._root / "clock") as (file, _):
+            return os.fstat(file.fileno()).st_mtime
+
     def sweep(self, older_than_s: float) -> None:
         """Removes files that were being written when a run was cut off."""
-        now_s = self._storage_time_s()
+        now_s = self.now_s()
         for path in sorted(self._root.rglob(f"{_TEMPORARY}*")):
             with self._errors("remove", path), contextlib.suppress(FileNotFoundError):
                 if path.stat().st_mtime <= now_s - older_than_s:
@@ -249,11 +254,6 @@ class FolderRepository:
         ):  # deleted meanwhile
             about = entry.stat(follow_symlinks=False)
             yield StoredObject(name, about.st_size, about.st_mtime)
-
-    def _storage_time_s(self) -> float:
-        """The clock that the files' times are told by: on a network folder, another machine's."""
-        with self._written(self._root / "clock") as (file, _):
-            return os.fstat(file.fileno()).st_mtime
 
 
 def _sync_if_there(folder: Path) -> None:

@@ -7,13 +7,13 @@ import enum
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from understudy.backup.manifest import utc_text
 from understudy.backup.side_lock import side_lock
-from understudy.common.errors import NewerFormat
+from understudy.common.errors import CorruptionError, NewerFormat
 from understudy.common.events import log
 from understudy.common.files import publish, storage_errors, sync_directory
 
@@ -62,10 +62,13 @@ class Entry:
     def decode(cls, raw: dict[str, Any]) -> Entry:
         """From what :func:`dataclasses.asdict` makes of it.
 
+        What a later version says beside that is passed over: a server may still run while the next version is used.
+
         Raises:
             ValueError, TypeError: it is none.
         """
-        entry = cls(**{**raw, "result": Result(raw["result"])})
+        known = {each.name: raw[each.name] for each in fields(cls) if each.name in raw}
+        entry = cls(**{**known, "result": Result(raw["result"])})
         numbers = (entry.number, entry.realms, entry.bytes, entry.lsn)
         texts = (entry.policy, entry.start, entry.id, *entry.paths, *entry.errors)
         if not all(isinstance(each, int) for each in numbers) or not all(
@@ -88,6 +91,9 @@ class _Content:
         return json.dumps(content, indent=1).encode() + b"\n"
 
 
+_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+
+
 class History:
     """The runs, the oldest first; several processes may write at the same time.
 
@@ -107,6 +113,21 @@ class History:
         """
         with side_lock(self._path):
             return list(self._load().entries)
+
+    def look(self) -> list[Entry]:
+        """As :meth:`entries`, without a change to any file.
+
+        Raises:
+            CorruptionError: it can't be read.
+            NewerFormat, StorageFailed.
+        """
+        try:
+            return list(self._read_file().entries)
+        except _UNREADABLE as error:
+            raise CorruptionError(
+                f"{self._path} can't be read: {error}",
+                remedy="the next run moves it aside and begins a new one",
+            ) from error
 
     def reserve(self, floor: int = 0) -> int:
         """The next number, which nobody else is given.
@@ -193,6 +214,13 @@ class History:
         publish(self._path, content.encode())
 
     def _load(self) -> _Content:
+        try:
+            return self._read_file()
+        except _UNREADABLE as error:
+            self._move_aside(error)
+            return _Content(0, [])
+
+    def _read_file(self) -> _Content:
         with storage_errors("read", self._path):
             try:
                 with self._path.open("rb") as file:
@@ -203,11 +231,7 @@ class History:
                     data = file.read(_FILE_BYTES_MAX)
             except FileNotFoundError:
                 return _Content(0, [])
-        try:
-            content = self._decode(data)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            self._move_aside(error)
-            return _Content(0, [])
+        content = self._decode(data)
         self._read = which, content
         return content
 

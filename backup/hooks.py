@@ -26,6 +26,7 @@ def run_hook(
     program: Sequence[str],
     report: Mapping[str, Any],
     *,
+    setting: str = "",
     timeout_s: float = 300,
     check: Callable[[], object] = lambda: None,
 ) -> None:
@@ -37,13 +38,15 @@ def run_hook(
     Args:
         program: a path or a name in ``PATH``, and arguments.
         report: what JSON can hold.
+        setting: what a policy calls it.
         timeout_s: how long it may take.
         check: called again and again meanwhile; what it raises ends the hook.
 
     Raises:
         HookFailed: it can't be started, ended with another status than 0, or took too long.
     """
-    hook = _Hook(program, json.dumps(report).encode() + b"\n")
+    name = f"{program[0]} ({setting})" if setting else program[0]
+    hook = _Hook(program, name, json.dumps(report).encode() + b"\n")
     try:
         in_time = hook.wait(timeout_s, check)
     finally:
@@ -61,8 +64,8 @@ def _how_it_ended(status: int) -> str:
 class _Hook:
     """The process, and what goes in and out."""
 
-    def __init__(self, program: Sequence[str], data: bytes) -> None:
-        self._name = program[0]
+    def __init__(self, program: Sequence[str], name: str, data: bytes) -> None:
+        self._name = name
         self._data = memoryview(data)
         self._output = b""
         self._process = self._start(program)
@@ -90,7 +93,7 @@ class _Hook:
         except (OSError, ValueError) as error:  # ValueError: a zero byte in an argument
             why = error.strerror if isinstance(error, OSError) else str(error)
             raise HookFailed(
-                f"the hook {program[0]} can't be run: {why}",
+                f"the hook {self._name} can't be run: {why}",
                 remedy="give the path of a program that may be executed",
             ) from error
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from understudy.backup.archive import opening, read_exactly
 from understudy.backup.encryption import Unlocking
+from understudy.backup.given_up import Fork
 from understudy.backup.log_path import Leg, find_path
 from understudy.backup.point import Point
 from understudy.backup.progress import Meter, OnProgress
@@ -77,6 +78,7 @@ class Following:
         self._origin = START
         self.begins_at_origin = False  # when it was opened, the copy was as the backup is
         self.ended = False  # the log ends before the point, as far as anybody knows
+        self.forks: list[Fork] = []  # of the history that was followed
 
     def follow(self, directory: DataDirectory, origin: Position) -> Reached:
         """Brings a copy forward along the log, as far as that reaches or is wanted.
@@ -97,7 +99,7 @@ class Following:
             self.begins_at_origin = copy.end == origin
             while not self._goes(copy):
                 pass
-            self.ended = not copy.is_enough
+            self.ended, self.forks = not copy.is_enough, copy.forks()
             return copy.finish()
 
     def _goes(self, copy: Replay) -> bool:

@@ -15,12 +15,15 @@ off is taken up by the next ``--update``.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
+from understudy.backup.chosen import check_chosen
 from understudy.backup.contents import STORE_FILE, copy_members, describe, metering, origin_of, token_member
 from understudy.backup.in_progress import begun_from, in_progress, is_in_progress
 from understudy.backup.manifest import FileEntry, Form, Manifest, read_manifest, write_manifest
@@ -30,9 +33,11 @@ from understudy.backup.selection import EVERYTHING, Selection
 from understudy.backup.source import Source, open_source
 from understudy.backup.target_log import append_records, log_files, open_log, read_head
 from understudy.backup.writing import describe_file, write_member
+from understudy.common.backup_end import check_end
 from understudy.common.directory import MANIFEST_FILE, DataDirectory, Role, must_begin_anew
 from understudy.common.errors import (
     AheadOfPrimary,
+    CorruptionError,
     DiskFull,
     Diverged,
     ForeignCluster,
@@ -46,6 +51,7 @@ from understudy.common.locator import relate
 from understudy.common.log_reader import LogPlace
 from understudy.common.store import Store
 from understudy.common.types import Digest, Epoch, Lsn, Position
+from understudy.v1.store_pb2 import CheckpointRow
 
 # So much log behind its store is replayed in a few seconds when a server starts on the backup; or else in less time
 # than its store takes to be restored from where backups lie as a rule.
@@ -90,7 +96,7 @@ def make_backup(
     check_apart(source, target)
     _check_form(target, selection, update=update)
     started_s = time.monotonic()
-    with open_source(source) as pinned, DataDirectory.open_unfinished(target) as directory:
+    with _opened(source, selection) as pinned, DataDirectory.open_unfinished(target) as directory:
         making = _Making(pinned, directory, rate, progress)
         if selection.needs_records:
             making.run_selected(selection)
@@ -101,6 +107,14 @@ def make_backup(
             bytes_copied=making.bytes_copied,
             seconds=time.monotonic() - started_s,
         )
+
+
+@contextlib.contextmanager
+def _opened(source: Path, selection: Selection) -> Iterator[Source]:
+    """The source, before anything is made; one of which nothing is chosen is refused."""
+    with open_source(source) as pinned:
+        check_chosen(pinned, selection)
+        yield pinned
 
 
 def _check_form(target: Path, selection: Selection, *, update: bool) -> None:
@@ -139,18 +153,18 @@ class _Making:
             )
         if self._target.is_new:
             with in_progress(self._root, str(self._source.path)):
-                self._describe(self._copy_all(self._root))
+                self._describe(self._root, self._copy_all(self._root))
                 self._target.begin(Role.BACKUP, self._source.cluster)
             return
         self._check_updatable(update=update)
         self._check_whole()
         head, epoch = self._head()
-        relation = relate([head.position], epoch, self._source.history())
+        relation = self._relation(head.position, epoch)
         self._check_one_history(relation, head.position.lsn)
-        if relation is Relation.ON_LOG and self._is_store_kept():
-            with in_progress(self._root, str(self._source.path)):
-                self._describe(self._append(head))
+        if relation is Relation.ON_LOG and self._is_log_kept() and self._is_store_kept():
             shutil.rmtree(self._target.incoming, ignore_errors=True)  # of an attempt that was cut off
+            with in_progress(self._root, str(self._source.path)):
+                self._describe(self._root, self._append(head))
         else:
             self._replace()
 
@@ -176,7 +190,7 @@ class _Making:
         origin = origin_of(self._source)
         if origin is not None and not origin.is_whole:
             raise UsageError(f"{self._source.path} does not hold all realms", remedy=_ANEW)
-        if not self._was_cut_off and not read_manifest(self._root).is_whole:
+        if not read_manifest(self._root).is_whole:
             raise UsageError(
                 f"{self._root} does not hold all realms, so it can't be brought up to date", remedy=_ANEW
             )
@@ -188,6 +202,12 @@ class _Making:
         known = read_manifest(self._root)
         position = Position(Lsn(known.lsn), Digest(bytes.fromhex(known.digest)))
         return LogPlace(position, known.log_offset), Epoch(known.epoch)
+
+    def _relation(self, head: Position, epoch: Epoch) -> Relation:
+        """Where the target's last entry is in relation to the source's history."""
+        if epoch > self._source.epoch:
+            return Relation.FORKED  # it has that epoch's first entry
+        return relate([head], epoch, self._source.history())
 
     def _check_one_history(self, relation: Relation, lsn: Lsn) -> None:
         source, remedy = self._source, "keep this backup, and back up to another directory"
@@ -239,7 +259,7 @@ class _Making:
     def _replace(self) -> None:
         """A new copy in the place of what is there."""
         try:
-            entries = self._copy_all(self._target.incoming)
+            self._describe(self._target.incoming, self._copy_all(self._target.incoming))
         except DiskFull as error:
             shutil.rmtree(self._target.incoming, ignore_errors=True)
             raise DiskFull(
@@ -248,7 +268,6 @@ class _Making:
             ) from error
         with in_progress(self._root, str(self._source.path)):
             self._target.install(self._source.cluster, keep_old=False, role=Role.BACKUP)
-            self._describe(entries)
 
     def _copy_all(self, root: Path) -> list[FileEntry]:
         """Store and log into ``root``, durably."""
@@ -266,12 +285,19 @@ class _Making:
 
     # -- what has come since -------------------------------------------------------------------------------
 
+    def _is_log_kept(self) -> bool:
+        """Whether the log still ends where its manifest says, so that more can come behind it."""
+        try:
+            check_end(self._root, self._source.cluster)
+        except CorruptionError:
+            return False
+        return True
+
     def _is_store_kept(self) -> bool:
-        """Whether the store is as its manifest says, and recent enough for a server that starts on it."""
-        with Store.open(self._target.store, cluster=self._source.cluster) as store:
-            row = store.current.checkpoint
-        if row.lsn != read_manifest(self._root).checkpoint_lsn:
-            return False  # a replacement was cut off
+        """Whether the store is what its manifest describes, and recent enough for a server that starts on it."""
+        if self._was_cut_off and describe_file(self._root, STORE_FILE) not in read_manifest(self._root).files:
+            return False  # `--finish` was cut off
+        row = self._checkpoint(self._target.store)
         kept_bytes = max(REPLAYED_BYTES, int((self._root / STORE_FILE).stat().st_size * _REPLAYED_SHARE))
         is_recent = self._source.end.offset - row.log_offset <= kept_bytes
         return is_recent or row.lsn >= self._source.checkpoint.lsn
@@ -295,11 +321,15 @@ class _Making:
 
     # -- what it says of itself ----------------------------------------------------------------------------
 
-    def _describe(self, entries: list[FileEntry]) -> None:
-        with Store.open(self._root / "store", cluster=self._source.cluster) as store:
-            row = store.current.checkpoint
+    def _describe(self, root: Path, entries: list[FileEntry]) -> None:
+        """Writes the manifest of the copy in ``root``, whose files but for the operators' token are there."""
         for member in token_member(self._source):
             data = b"".join(member.pieces)
-            publish(self._root / member.name, data)
-            entries.append(describe_file(self._root, member.name))
-        write_manifest(self._root, describe(self._source, entries, checkpoint=row))
+            publish(root / member.name, data)
+            entries.append(describe_file(root, member.name))
+        row = self._checkpoint(root / "store")
+        write_manifest(root, describe(self._source, entries, checkpoint=row))
+
+    def _checkpoint(self, path: Path) -> CheckpointRow:
+        with Store.open(path, cluster=self._source.cluster) as store:
+            return store.current.checkpoint

@@ -13,6 +13,7 @@ from typing import Any
 
 import xxhash
 
+from understudy.backup.selection import describe_unmatched
 from understudy.common.directory import MANIFEST_FILE
 from understudy.common.errors import OTHER_BACKUP, CorruptionError, NewerFormat, NotADataDirectory
 from understudy.common.files import publish, storage_errors
@@ -101,6 +102,7 @@ class Manifest:
     form: Form = Form.PAGES
     realms_chosen: list[str] = field(default_factory=list)  # patterns; none: all realms
     realms_excluded: list[str] = field(default_factory=list)  # patterns
+    realms_unmatched: list[str] = field(default_factory=list)  # of the chosen: the source had no such realm
     failed: list[FailedRealm] = field(default_factory=list)
 
     @property
@@ -131,7 +133,8 @@ class Manifest:
             for one in self.failed[:_PROBLEMS_MAX]
         ]
         more = len(self.failed) - len(lines)
-        return [*lines, f"{more} more realms were left out"] if more else lines
+        lines += [f"{more} more realms were left out"] if more else []
+        return lines + [describe_unmatched(pattern) for pattern in self.realms_unmatched]
 
     @property
     def cluster_id(self) -> ClusterId:
@@ -194,7 +197,7 @@ class Manifest:
             seen.add(file.path)
 
     def _check_realms(self) -> None:
-        for key in ("realms_chosen", "realms_excluded"):
+        for key in ("realms_chosen", "realms_excluded", "realms_unmatched"):
             patterns = getattr(self, key)
             are_texts = isinstance(patterns, list) and all(isinstance(each, str) for each in patterns)
             _require(are_texts, key, patterns)

@@ -69,6 +69,12 @@ _T = TypeVar("_T")
 _REFUSED = (PermissionDeniedError, UnauthenticatedError)
 _NOT_AS_EXPECTED = (AlreadyExistsError, PreconditionError)
 _NO_CONTAINER = re.compile("NoSuchBucket|ContainerNotFound|bucket does not exist", re.IGNORECASE)
+# Of clocks that are being set, and of credentials that are made anew from time to time.
+_PASSING = re.compile(
+    "RequestTimeTooSkewed|RequestExpired|ExpiredToken|TokenRefreshRequired|has expired|signature expired"
+    "|specified time frame|date header too old",
+    re.IGNORECASE,
+)
 _CONTAINER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
 
 
@@ -121,8 +127,10 @@ class ObjectRepository:
         }
         try:
             return from_url(self.url, client_options=client, retry_config=retry)
-        except (BaseError, OSError, ValueError) as error:  # the storage was not even asked
+        except (BaseError, ValueError) as error:  # the storage was not even asked
             raise self._refused(f"can't use {self.url}: {_said(error)}") from error
+        except OSError as error:
+            raise self._failed("use", "", error) from error
 
     def put(self, name: str, data: bytes) -> None:
         """Creates an object, with one request that makes it there whole."""
@@ -194,6 +202,10 @@ class ObjectRepository:
     def swap(self, name: str, data: bytes, expected: bytes | None) -> bool:
         """Writes on condition that it is still the version that had the expected content."""
         return self._put_if(check_name(name), data, expected=expected)
+
+    def now_s(self) -> float:
+        """By this machine's clock: storages refuse requests whose time is not theirs within a quarter of an hour."""
+        return time.time()
 
     def sweep(self, older_than_s: float) -> None:
         """Nothing: parts of an upload that was cut off are the bucket's lifecycle rule to remove."""
@@ -318,7 +330,7 @@ class ObjectRepository:
                 f"can't {action} {what}: there is no such bucket", remedy="make it first"
             )
         said = f"can't {action} {what}: {_said(error)}"
-        if isinstance(error, _REFUSED):
+        if isinstance(error, _REFUSED) and _is_final(error):
             return self._refused(said)
         return RepositoryError(said, remedy=f"is it reachable? It is found by {_CREDENTIALS[self._scheme]}")
 
@@ -410,9 +422,19 @@ def _version(about: ObjectMeta) -> UpdateVersion:
     return version
 
 
+def _is_final(error: Exception) -> bool:
+    """Whether a refusal lasts; one without a reason, as of a HEAD, may be any."""
+    text = _text(error)
+    return "<Code>" in text and not _PASSING.search(text)
+
+
+def _text(error: Exception) -> str:
+    return str(error).partition("Debug source")[0]
+
+
 def _said(error: Exception) -> str:
     """The heart of a message, without addresses and headers that could show a credential."""
-    text = str(error).partition("Debug source")[0]
+    text = _text(error)
     code, message = (re.search(f"<{tag}>([^<]*)</{tag}>", text) for tag in ("Code", "Message"))
     if code is not None and message is not None:
         return f"{code[1]}: {message[1]}"

@@ -14,6 +14,16 @@ def are_apart(one: Path, other: Path) -> bool:
     return first != second and first not in second.parents and second not in first.parents
 
 
+def place_of(url: str) -> str:
+    """The same for all ways to name one repository, wherever links lead to.
+
+    Raises:
+        UsageError: it is no repository's.
+    """
+    folder = folder_of_url(url)
+    return url.rstrip("/") if folder is None else str(folder.resolve())
+
+
 def check_apart(one: Path, other: Path) -> None:
     """Neither of two paths may lie within the other.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from understudy.backup.archive_options import DEFAULT_LEVEL
 from understudy.backup.encryption import Encryption, Unlocking
-from understudy.backup.places import are_apart
+from understudy.backup.places import are_apart, place_of
 from understudy.backup.policy_table import PolicyTable, found
 from understudy.backup.repository import check_url, folder_of_url
 from understudy.backup.retention import Retention
@@ -27,6 +27,7 @@ _RETRY_WAIT_S_MAX = 24 * 3600
 _DRILL_WARN_DAYS_MAX = 3650
 _RETENTION_KEYS = sorted({field.name for field in fields(Retention)} - {"zone"})
 _CRON = 'a cron expression such as "30 2 * * *"'
+_ZONE = 'a time zone such as "Europe/Berlin"'
 _FOLDERS = 'folders and URLs such as ["/backup"]'
 _KEYS = 'public keys such as ["age1..."]'
 _PATTERNS = 'patterns of realms such as ["/orders/**"]'
@@ -64,6 +65,11 @@ class Policy:
     def selection(self) -> Selection:
         """What of the source its backups hold, and in which form."""
         return Selection(realms=self.realms, exclude=self.exclude, portable=self.portable)
+
+    @property
+    def is_encrypted(self) -> bool:
+        """Whether what it stores is."""
+        return bool(self.recipients) or self.passphrase_file is not None
 
     def encryption(self) -> Encryption | None:
         """What its backups are encrypted with, read anew each time: older backups keep theirs.
@@ -149,7 +155,22 @@ def read_policies(path: Path, data_dir: Path | None = None) -> dict[str, Policy]
                 remedy="give each a name of its own",
             )
         policies[policy.name] = policy
+    _check_encrypted_alike(list(policies.values()), path)
     return policies
+
+
+def _check_encrypted_alike(policies: list[Policy], path: Path) -> None:
+    """In one repository all is encrypted, or nothing: both kinds would ship the same log there."""
+    encrypted = [policy for policy in policies if policy.is_encrypted]
+    for plain in (policy for policy in policies if not policy.is_encrypted):
+        for other in encrypted:
+            shared = set(map(place_of, plain.repositories)) & set(map(place_of, other.repositories))
+            if shared:
+                raise UsageError(
+                    f"{path}: backup policy {other.name!r} encrypts what it stores in {min(shared)}, "
+                    f"and {plain.name!r} does not",
+                    remedy="give both recipients or a passphrase_file, or each a repository of its own",
+                )
 
 
 def find_policy(path: Path, name: str, data_dir: Path | None) -> Policy:
@@ -181,14 +202,15 @@ def parse_policy(
     Raises:
         UsageError: a key is unknown, or a value can't be; with the policy and the key.
     """
-    name = table.get("name")
+    left = dict(table)
+    name = left.pop("name", None)
     if not isinstance(name, str) or not name.isprintable() or not 1 <= len(name) <= NAME_CHARACTERS_MAX:
         what = "has no name" if name is None else f"name is {found(name)}"
         raise UsageError(
             f"{where}, backup policy number {number}: {what}",
             remedy=f'give 1 to {NAME_CHARACTERS_MAX} printable characters, such as name = "nightly"',
         )
-    settings = PolicyTable(table, f"{where}, backup policy {name!r}")
+    settings = PolicyTable(left, f"{where}, backup policy {name!r}")
     policy = _policy(name, settings)
     settings.check_all_known([*(field.name for field in fields(Policy)), "zone"])
     _check(policy, settings, data_dir)
@@ -196,7 +218,7 @@ def parse_policy(
 
 
 def _policy(name: str, settings: PolicyTable) -> Policy:
-    zone = settings.text("zone", expected='a time zone such as "Europe/Berlin"', check=zone_named) or "UTC"
+    zone = _zone(settings)
     realms, exclude = (settings.texts(key, expected=_PATTERNS) for key in ("realms", "exclude"))
     return Policy(
         name=name,
@@ -221,6 +243,13 @@ def _policy(name: str, settings: PolicyTable) -> Policy:
         retries=settings.whole("retries", 1, most=_RETRIES_MAX),
         retry_wait_s=settings.number("retry_wait_s", 60, most=_RETRY_WAIT_S_MAX),
     )
+
+
+def _zone(settings: PolicyTable) -> str:
+    zone = settings.text("zone", expected=_ZONE) or "UTC"
+    with settings.checking("zone", _ZONE):
+        zone_named(zone)
+    return zone
 
 
 def _schedule(settings: PolicyTable, zone: str) -> Schedule | None:
@@ -281,8 +310,6 @@ def _check_staging(
     staging: Path, repositories: tuple[str, ...], settings: PolicyTable, data_dir: Path | None
 ) -> None:
     """Drills replace it as a whole, and restore beside it."""
-    if not staging.is_absolute():
-        raise settings.wrong(f"staging is {str(staging)!r}", "give the whole path, from / on")
     for place in (data_dir, *map(folder_of_url, repositories)):
         if place is not None and not are_apart(staging, place):
             raise settings.wrong(

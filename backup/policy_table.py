@@ -1,20 +1,24 @@
 """A policy's table while it is being read: each setting of its kind, or an error that says where and what to give.
 
-What a setting that may hold a credential was found to be is told by its kind only.
+What a setting that may hold a credential was found to be is told by its kind only, and so is a secret key wherever
+it was put by mistake.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from understudy.backup.encryption import holds_secret_key
 from understudy.common.errors import UsageError
 from understudy.common.sizes import parse_size
 
 _SHOWN_CHARACTERS_MAX = 100
+_SHOWN_BITS_MAX = 10_000  # of a number: Python refuses to print one of more than 4,300 digits
+_RATE_MAX = 10**12  # more than any machine reads
 _KINDS: tuple[tuple[type, str], ...] = (
     (bool, "true or false"),  # before int, which it is too
     (str, "a text"),
@@ -31,10 +35,18 @@ def found(value: object) -> str:
     """A value as it is shown to whoever wrote it."""
     if isinstance(value, bool):
         return str(value).lower()
-    return repr(value)[:_SHOWN_CHARACTERS_MAX] if isinstance(value, str | int | float) else _kind(value)
+    return repr(value)[:_SHOWN_CHARACTERS_MAX] if _may_be_shown(value) else _kind(value)
+
+
+def _may_be_shown(value: object) -> bool:
+    if isinstance(value, str):
+        return not holds_secret_key(value)
+    return isinstance(value, float) or (isinstance(value, int) and value.bit_length() <= _SHOWN_BITS_MAX)
 
 
 def _kind(value: object) -> str:
+    if isinstance(value, str) and holds_secret_key(value):
+        return "a secret key"
     return next(words for kind, words in _KINDS if isinstance(value, kind))
 
 
@@ -51,7 +63,7 @@ class PolicyTable:
     """
 
     def __init__(self, table: Mapping[str, Any], where: str, prefix: str = "") -> None:
-        self._left = {key: value for key, value in table.items() if prefix or key != "name"}
+        self._left = dict(table)
         self._where = where
         self._prefix = prefix
 
@@ -68,38 +80,39 @@ class PolicyTable:
         try:
             yield
         except UsageError as error:
-            raise self.wrong(
-                f"{self._prefix}{key}: {error.message}", error.remedy or f"give {expected}"
-            ) from error
+            what = "it holds a secret key" if holds_secret_key(error.message) else error.message
+            raise self.wrong(f"{self._prefix}{key}: {what}", error.remedy or f"give {expected}") from error
 
     def check_all_known(self, known: Iterable[str]) -> None:
         """Nothing is left."""
         if self._left:
-            unknown = f"{self._prefix}{min(self._left)}"
-            raise self.wrong(f"unknown key {unknown!r}", f"known: {', '.join(sorted(known))}")
+            unknown = found(f"{self._prefix}{min(self._left)}")
+            raise self.wrong(f"unknown key {unknown}", f"known: {', '.join(sorted(known))}")
 
     # -- settings ------------------------------------------------------------------------------------------
 
-    def text(self, key: str, *, expected: str, check: Callable[[str], object] | None = None) -> str | None:
-        """A text that is not empty; None if it is not given.
-
-        Args:
-            check: raises UsageError where the text can't be.
-        """
+    def text(self, key: str, *, expected: str) -> str | None:
+        """A text that is not empty; None if it is not given."""
         if key not in self._left:
             return None
         value = self._left.pop(key)
         if not _is_text(value):
             raise self._bad(key, value, expected)
-        with self.checking(key, expected):
-            if check is not None:
-                check(value)
         return str(value)
 
     def path(self, key: str) -> Path | None:
-        """A path; None if it is not given."""
-        text = self.text(key, expected='a path such as "/etc/understudy/file"')
-        return None if text is None else Path(text)
+        """A path from the root on; None if it is not given.
+
+        What else stands there may be what the file should hold, a passphrase or a key.
+        """
+        if key not in self._left:
+            return None
+        value = self._left.pop(key)
+        if not _is_text(value) or not value.startswith("/"):
+            raise self.wrong(
+                f"{key} is {_kind(value)}", 'give a path from / on, such as "/etc/understudy/file"'
+            )
+        return Path(value)
 
     def texts(self, key: str, *, expected: str) -> tuple[str, ...]:
         """One text or more, none of them empty; none if the list is not given."""
@@ -143,12 +156,12 @@ class PolicyTable:
         if key not in self._left:
             return None
         value = self._left.pop(key)
-        expected = 'bytes a second, more than 0, such as "50MB/s"'
+        expected = 'bytes a second, more than 0 and up to 1TB/s, such as "50MB/s"'
         if not isinstance(value, str | int) or isinstance(value, bool):
             raise self._bad(key, value, expected)
         with self.checking(key, expected):
             rate = parse_size(value.removesuffix("/s")) if isinstance(value, str) else value
-        if rate <= 0:
+        if not 0 < rate <= _RATE_MAX:
             raise self._bad(key, value, expected)
         return rate
 

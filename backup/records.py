@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from google.protobuf.message import DecodeError
 
+from understudy.backup.chosen import check_chosen
 from understudy.backup.contents import Member, describe
 from understudy.backup.log_files import LogPart
 from understudy.backup.manifest import FailedRealm, FileEntry, Form, Manifest
@@ -67,12 +68,17 @@ class _Part:
 
 
 class Records:
-    """What a backup of records of a pinned source consists of. Its members are taken once, in their order."""
+    """What a backup of records of a pinned source consists of. Its members are taken once, in their order.
+
+    Raises:
+        UsageError: no realm is chosen.
+    """
 
     def __init__(self, source: Source, selection: Selection, meter: Meter) -> None:
         self._source = source
         self._meter = meter  # of what is read before it is known to be good
         self._selection = selection
+        self._unmatched = check_chosen(source, selection)
         self._environment = source.state.store.environment
         self._txn = source.snapshot.txn
         self._checkpoint = CheckpointRow()
@@ -107,6 +113,7 @@ class Records:
             realms=self._realms,
             realms_chosen=list(selection.realms) or manifest.realms_chosen,
             realms_excluded=[*manifest.realms_excluded, *selection.exclude],
+            realms_unmatched=self._unmatched if selection.realms else manifest.realms_unmatched,
             failed=failed,
         )
 

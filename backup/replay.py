@@ -6,10 +6,12 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from itertools import takewhile
 
+from understudy.backup.given_up import Fork
 from understudy.backup.point import Point
 from understudy.backup.target_log import Reached, in_batches, reached
 from understudy.common.directory import DataDirectory
 from understudy.common.engine import Engine
+from understudy.common.entries import parse_epoch_start
 from understudy.common.errors import CorruptionError
 from understudy.common.records import ChainReader, Record, scan_chain
 from understudy.common.types import ClusterId, Epoch, Lsn, Position
@@ -29,6 +31,7 @@ class Replay:
         self.read_offset = engine.log.end_offset  # the log offset behind it
         self.is_enough = False  # the point is reached: no more is wanted
         self.is_broken = False  # what was taken could not be applied
+        self._behind: Record | None = None  # the first entry read that lies behind the point
         self._note_lsn()
 
     @property
@@ -108,8 +111,15 @@ class Replay:
 
     def forget_read(self) -> None:
         """What was read was of another history; nothing of it was taken."""
-        self.is_enough = False
+        self.is_enough, self._behind = False, None
         self._note_lsn()
+
+    def forks(self) -> list[Fork]:
+        """Where epochs of this history begin, up to the first entry that was not wanted."""
+        infos = [row.info for row in self._engine.state.epochs]
+        behind = parse_epoch_start(self._behind.payload) if self._behind is not None else None
+        found = [Fork(Epoch(info.epoch), Lsn(info.first_lsn - 1)) for info in infos]
+        return [*found, Fork(Epoch(behind[0].epoch), self.end.lsn)] if behind is not None else found
 
     def _wanted(self, records: list[Record]) -> list[Record]:
         """Those not behind the point. Times never go back from one entry to the next."""
@@ -117,7 +127,9 @@ class Replay:
         if point is None or not point.is_before_entry(records[-1]):
             return records
         self.is_enough = True
-        return list(takewhile(lambda record: not point.is_before_entry(record), records))
+        wanted = list(takewhile(lambda record: not point.is_before_entry(record), records))
+        self._behind = records[len(wanted)]
+        return wanted
 
     def _note_lsn(self) -> None:
         if self._point is not None and self._point.lsn is not None and self.end.lsn >= self._point.lsn:

@@ -112,6 +112,9 @@ class Repository(Protocol):
             expected: its content; None where there must be none.
         """
 
+    def now_s(self) -> float:
+        """The time by the clock that objects are dated by, seconds since 1970."""
+
     def sweep(self, older_than_s: float) -> None:
         """Removes what runs have left that were cut off so many seconds ago: a folder's temporary files.
 
@@ -237,6 +240,21 @@ def claim(repository: Repository, cluster: ClusterId) -> None:
             f"{repository.url} holds backups of cluster {format_id(owner)}; this is cluster {format_id(cluster)}",
             remedy="keep the backups of each cluster in a repository of their own",
         )
+
+
+def check_claimed(repository: Repository) -> None:
+    """Makes sure that some cluster keeps its backups there, though there may be none yet.
+
+    Raises:
+        UsageError: it is no repository.
+    """
+    try:
+        repository.read(IDENTITY)
+    except NotStored:
+        raise UsageError(
+            f"{repository.url} is no repository of backups: it has no {IDENTITY}",
+            remedy="give what stands in a policy's repositories; a policy's first run makes one of an empty folder",
+        ) from None
 
 
 def _create_identity(repository: Repository, cluster: ClusterId) -> bytes:

@@ -11,13 +11,14 @@ from pathlib import Path
 from understudy.backup.archive_options import ArchiveOptions
 from understudy.backup.archiver import Archiver
 from understudy.backup.books import Books
-from understudy.backup.catalog import BACKUPS, Catalog, read_catalog
+from understudy.backup.catalog import BACKUPS, Catalog, StoredBackup, read_catalog
 from understudy.backup.drill import drill_backup, scratch_parent
 from understudy.backup.drill_server import ReadAll, read_all
 from understudy.backup.encryption import Encryption
 from understudy.backup.history import Result
 from understudy.backup.hooks import run_hook
 from understudy.backup.log_gap import is_followed
+from understudy.backup.manifest import Manifest
 from understudy.backup.places import check_repository_apart
 from understudy.backup.policy import Policy
 from understudy.backup.progress import OnProgress
@@ -158,7 +159,7 @@ class _Run:
 
     def _run(self) -> None:
         if self._policy.before:
-            run_hook(self._policy.before, self.report.facts(), check=self._check)
+            run_hook(self._policy.before, self.report.facts(), setting="before", check=self._check)
         encryption = self._policy.encryption()
         for url in self._policy.repositories:
             outcome = Outcome(url=url)
@@ -207,15 +208,17 @@ class _Run:
         # What comes now can fail without taking the backup back. Proven first: if it is not good, older ones stay.
         if policy.drill:
             self._drill(outcome)
+        catalog = None
         with _noting(outcome):
             if policy.archive_log:
                 archiver = Archiver(
                     self._data_dir / "log", cluster, repository, encryption=encryption, level=policy.level
                 )
                 outcome.shipped_lsn = archiver.ship()
-                _note_log_gone(outcome, repository)
             with self._locked(repository, "prune") as lock:
-                self._prune(repository, lock, outcome)
+                catalog = self._prune(repository, lock, outcome)
+        with _noting(outcome):  # also where that has failed
+            _note_what_follows(outcome, repository, catalog or read_catalog(repository))
 
     def _locked(self, repository: Repository, what: str) -> AbstractContextManager[RepositoryLock]:
         return locked(repository, f"{what} {self._policy.name}", wait_s=_LOCK_WAIT_S, sleep=self._sleep)
@@ -242,12 +245,16 @@ class _Run:
             if outcome.drill.problem:
                 outcome.errors.append(f"the drill of {outcome.backup.id}: {outcome.drill.problem}")
 
-    def _prune(self, repository: Repository, lock: RepositoryLock, outcome: Outcome) -> None:
-        """Also where all backups are kept: what runs have left that were cut off goes, and log that no backup needs."""
+    def _prune(self, repository: Repository, lock: RepositoryLock, outcome: Outcome) -> Catalog:
+        """Also where all backups are kept: what runs have left that were cut off goes, and log that no backup needs.
+
+        Returns:
+            What was there before.
+        """
         report = prune(repository, lock, self._policy.retention, policy=self._policy.name)
         outcome.pruned, outcome.pruned_stretches = len(report.removed), len(report.stretches)
         outcome.kept = {name for name, _ in report.kept}
-        _note_superseded(outcome, report.catalog)
+        return report.catalog
 
     def tell_hooks(self) -> None:
         """The report goes to the operator's programs, if there is time left for them."""
@@ -271,10 +278,11 @@ class _Run:
 
 def _tell_hooks(policy: Policy, books: Books, report: RunReport, check: Callable[[], object]) -> None:
     """Tells the program of a run that was written down; what goes wrong with it is written down as well."""
-    program = policy.after if report.result is Result.DONE else policy.on_failure
+    is_done = report.result is Result.DONE
+    program, setting = (policy.after, "after") if is_done else (policy.on_failure, "on_failure")
     if program:
         try:
-            run_hook(program, report.facts(), check=check)
+            run_hook(program, report.facts(), setting=setting, check=check)
         except (UnderstudyError, Cancelled) as error:
             report.errors.append(str(error))
             _write_down(books, report)
@@ -306,26 +314,34 @@ def _check_reigns(source: Source) -> None:
         )
 
 
-def _note_log_gone(outcome: Outcome, repository: Repository) -> None:
-    """The log that is shipped goes on behind the newest stretch there, wherever this backup ends."""
+def _note_what_follows(outcome: Outcome, repository: Repository, catalog: Catalog) -> None:
     assert outcome.backup is not None, "it was made just now"
-    manifest = outcome.backup.manifest
-    if not is_followed(manifest, list_stretches(repository)):
-        outcome.errors.append(
-            f"the log behind LSN {manifest.lsn} is not there any more, as to store it took more than a day, or its "
-            "source lags by as much: no moment from there to the next backup can be restored"
-        )
+    # What a node that was superseded has more than its successor is followed by nothing: that is no loss of log.
+    problem = _superseded(outcome.backup, catalog) or _log_gone(outcome.backup.manifest, repository)
+    if problem:
+        outcome.errors.append(problem)
 
 
-def _note_superseded(outcome: Outcome, catalog: Catalog) -> None:
-    """A node that was cut off does not know that another reigns; the repository may."""
-    assert outcome.backup is not None, "it was made just now"
-    newest = max(catalog.backups, key=lambda backup: backup.manifest.rank, default=outcome.backup)
-    if newest.manifest.epoch > outcome.backup.manifest.epoch:
-        outcome.errors.append(
-            f"it is of epoch {outcome.backup.manifest.epoch}, and {newest.id} there is of epoch "
-            f"{newest.manifest.epoch}: another node has taken over, and this one does not follow it"
-        )
+def _superseded(backup: StoredBackup, catalog: Catalog) -> str:
+    """In words; a node that was cut off does not know that another reigns, but the repository may."""
+    newest = max(catalog.backups, key=lambda backup: backup.manifest.rank, default=backup)
+    if newest.manifest.epoch <= backup.manifest.epoch:
+        return ""
+    return (
+        f"it is of epoch {backup.manifest.epoch}, and {newest.id} there is of epoch {newest.manifest.epoch}: "
+        "another node has taken over, and this one does not follow it"
+    )
+
+
+def _log_gone(manifest: Manifest, repository: Repository) -> str:
+    """In words; whoever ships the log goes on behind the newest stretch there, wherever this backup ends."""
+    if not manifest.is_whole or is_followed(manifest, list_stretches(repository)):
+        return ""
+    return (
+        f"the log behind LSN {manifest.lsn} is not all there: no moment from there to the next backup can be restored; "
+        "to store it took more than a day, its source lags by as much, log was removed before it could be shipped, or "
+        "another node has taken over"
+    )
 
 
 @contextlib.contextmanager

@@ -8,10 +8,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from understudy.backup.history import ERROR_CHARACTERS_MAX, ERRORS_MAX, Result
+from understudy.backup.history import ERROR_CHARACTERS_MAX, ERRORS_MAX, Entry, Result
 from understudy.backup.run import Cancelled, CutOff
 from understudy.backup.run_report import RunReport
 from understudy.common.errors import UnderstudyError
@@ -43,6 +43,19 @@ class Run:
     _begun_s: float = 0.0  # by the monotonic clock
     _ending: threading.Event = field(default_factory=threading.Event)
     _reason: Cancelled = field(default_factory=Cancelled)
+
+    @classmethod
+    def of(cls, entry: Entry) -> Run:
+        """One that has ended, as the history knows it."""
+        return cls(
+            id=entry.id,
+            policy=entry.policy,
+            state=_ENDS[entry.result],
+            started_s=entry.start_s,
+            seconds=entry.seconds,
+            paths=entry.paths,
+            errors=entry.errors,
+        )
 
     def begin(self, now_s: float) -> None:
         """Its turn has come."""
@@ -120,6 +133,11 @@ class Runs:
         self._current: Run | None = None
         self._ended: deque[Run] = deque(maxlen=ENDED_MAX)
         self._is_closed = False
+
+    def remember(self, entries: Iterable[Entry]) -> None:
+        """Takes in runs that have ended before, the oldest first."""
+        with self._lock:
+            self._ended.extend(Run.of(entry) for entry in entries if entry.id)
 
     def add(self, policy: str, run_id: str, *, due_s: float | None = None) -> None:
         """Has a policy run when its turn comes.

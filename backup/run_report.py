@@ -105,6 +105,8 @@ def run_line(report: RunReport) -> str:
     backups = sum(outcome.pruned for outcome in report.outcomes)
     stretches = sum(outcome.pruned_stretches for outcome in report.outcomes)
     if backups or stretches:
-        said += f", {backups} older backups and {stretches} stretches of log removed"
+        older = "1 older backup" if backups == 1 else f"{backups:,} older backups"
+        log = "1 stretch" if stretches == 1 else f"{stretches:,} stretches"
+        said += f", {older} and {log} of log removed"
     said += f", in {report.seconds:.1f} s, id {report.id}"
     return said + "".join(f"; {error}" for error in report.all_errors)

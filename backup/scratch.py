@@ -36,8 +36,13 @@ def scratch(parent: Path) -> Iterator[Path]:
     try:
         yield folder / _DATA
     finally:
-        _delete(folder)
-        os.close(fd)
+        try:
+            _delete(folder)
+        except BaseException:  # Ctrl-C, also a second time: nobody wants what lies there in plain to stay
+            _delete(folder)
+            raise
+        finally:
+            os.close(fd)
 
 
 def _claim(parent: Path) -> tuple[Path, int]:

@@ -45,7 +45,8 @@ class Selection:
             UsageError.
         """
         for pattern in (*self.realms, *self.exclude):
-            check_pattern(pattern)
+            # Permissions have no `~`; but while there are no users it is a segment of a realm's path like any other.
+            check_pattern("/".join("-" if segment == "~" else segment for segment in pattern.split("/")))
 
     def __str__(self) -> str:
         """As it is said on a command line."""

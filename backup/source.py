@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from understudy.backup.log_files import LogFiles, LogPart
+from understudy.common.backup_end import check_end
 from understudy.common.directory import NODE_FILE, NodeFile, Role, check_finished, check_restored
 from understudy.common.errors import NotADataDirectory, StorageFailed, UnderstudyError
 from understudy.common.files import storage_errors
@@ -150,6 +151,8 @@ def _open(path: Path, opened: contextlib.ExitStack) -> Source:
             remedy="wait until its node has created or fetched its data",
         )
     store = opened.enter_context(Store.open(path / "store"))
+    if node.role is Role.BACKUP:
+        check_end(path, store.current.cluster())
     snapshot = _pin(store, opened)
     source = Source(path, node, snapshot, State(store))
     opened.callback(source.close)

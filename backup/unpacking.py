@@ -51,14 +51,19 @@ class Unpacking:
         return self._loading.take(member, self.meter)
 
     def finish(self, manifest: Manifest) -> bool:
-        """All were taken, and are what the manifest says; returns whether some of the log was left out."""
+        """All were taken, and are what the manifest says.
+
+        Returns:
+            Whether the point is reached: it lies before the end, and the log behind it was left out. Of pages, that is
+            not looked at here.
+        """
         if manifest.form is not Form.RECORDS:
             return False
         return (self._loading or Loading(self._directory, self._point)).finish(manifest)
 
 
 def copy_files(backup: Path, unpacking: Unpacking) -> tuple[Manifest, bool]:
-    """All files of a backup's directory; returns what its manifest says, and whether some of its log was left out.
+    """All files of a backup's directory; returns what its manifest says, and what :meth:`Unpacking.finish` does.
 
     Raises:
         DirectoryInUse: the backup was updated while it was read.

@@ -47,28 +47,25 @@ class PruneReport:
 
 def prune(
     repository: Repository,
-    lock: RepositoryLock,
+    lock: RepositoryLock | None,
     retention: Retention,
     *,
     policy: str | None = None,
-    dry_run: bool = False,
-    now_s: float | None = None,
 ) -> PruneReport:
     """Removes the backups that the retention no longer keeps, the log before the oldest one kept, and leftovers.
 
     Log that was stored within the last day stays: a backup that is being stored may lie before it.
 
     Args:
-        lock: of the repository, held.
+        lock: of the repository, held; None: only say what would be removed.
         policy: whose backups; of None, those of each by themselves. Other policies' stay as they are.
-        dry_run: only say what would be removed.
-        now_s: seconds since 1970; the clock's time if not given.
 
     Raises:
         CorruptionError: the newest backup that is to stay is not there as its manifest says; nothing was removed.
         RepositoryError.
     """
-    now_s = time.time() if now_s is None else now_s
+    now_s = time.time()
+    old_s = repository.now_s() - ORPHAN_S
     catalog = read_catalog(repository)
     known = {backup.id: backup for backup in catalog.backups}
     policies = {backup.policy for backup in catalog.backups if policy in (None, backup.policy)}
@@ -78,33 +75,33 @@ def prune(
     report = PruneReport(
         kept=[(one.name, reasons) for part in told for one, reasons in part.kept],
         removed=removed,
-        orphans=_orphans(repository, catalog, now_s),
-        stretches=_unneeded(repository, kept, catalog, now_s),
+        orphans=_orphans(repository, catalog, old_s),
+        stretches=_unneeded(repository, kept, catalog, old_s),
         catalog=catalog,
         oldest_before=_oldest(catalog.backups),
         oldest=_oldest(kept),
     )
-    if not dry_run and (report.removed or report.stretches):
+    if lock is None:
+        return report
+    if report.removed or report.stretches:
         for part in told:
             _check_remains(repository, [known[one.name] for one, _ in part.kept if one.restorable])
-    if not dry_run:
-        _remove(repository, lock, report, known)
+    _remove(repository, lock, report, known)
     return report
 
 
 def _told(catalog: Catalog, policy: str, retention: Retention, now_s: float) -> Split:
-    """Which backups of a policy stay.
-
-    One that lacks realms which were damaged counts for no day, nor does one that reaches less far than an earlier one:
-    it is of a node that was cut off, or whose reign had ended.
-    """
-    backups, newest = [], (0, 0)
-    for backup in catalog.backups:
-        if backup.policy != policy:
-            continue
-        counts = backup.is_restorable and backup.manifest.rank >= newest
-        backups.append(Candidate(name=backup.id, made_s=backup.made_s, restorable=counts))
-        newest = max(newest, backup.manifest.rank) if counts else newest
+    """Which backups of a policy stay; one that lacks realms which were damaged counts for no day."""
+    backups = [
+        Candidate(
+            name=backup.id,
+            made_s=backup.made_s,
+            rank=backup.manifest.rank,
+            restorable=backup.is_restorable,
+        )
+        for backup in catalog.backups
+        if backup.policy == policy
+    ]
     return split(backups, retention, now_s=now_s)
 
 
@@ -130,7 +127,7 @@ def _check_remains(repository: Repository, restorable: list[StoredBackup]) -> No
             f"no backup in {repository.url} that is to stay can be restored: nothing was removed",
             remedy="make a new backup first",
         )
-    newest = restorable[0]
+    newest = max(restorable, key=lambda backup: (backup.manifest.rank, backup.made_s))
     repository.read(manifest_name(newest.folder))
     sizes = [
         stored.size for stored in repository.list(newest.archive_name) if stored.name == newest.archive_name
@@ -143,18 +140,22 @@ def _check_remains(repository: Repository, restorable: list[StoredBackup]) -> No
         )
 
 
-def _orphans(repository: Repository, catalog: Catalog, now_s: float) -> list[str]:
+def _orphans(repository: Repository, catalog: Catalog, old_s: float) -> list[str]:
     """Folders that have no manifest, and have had none for a day."""
     found = []
     for folder in catalog.orphans:
-        newest_s = max((stored.modified_s for stored in repository.list(folder)), default=now_s)
-        if now_s - newest_s > ORPHAN_S and not _has_manifest(repository, folder):
+        newest_s = max((stored.modified_s for stored in repository.list(folder)), default=old_s)
+        if newest_s < old_s and not has_manifest(repository, folder):
             found.append(folder)
     return found
 
 
-def _has_manifest(repository: Repository, folder: str) -> bool:
-    """Asked for by name: a listing may not show it yet."""
+def has_manifest(repository: Repository, folder: str) -> bool:
+    """Whether a backup is visible. Asked for by name: a listing may not show it yet.
+
+    Raises:
+        RepositoryError.
+    """
     try:
         repository.read(manifest_name(folder))
     except NotStored:
@@ -162,13 +163,14 @@ def _has_manifest(repository: Repository, folder: str) -> bool:
     return True
 
 
-def _unneeded(repository: Repository, kept: list[StoredBackup], catalog: Catalog, now_s: float) -> list[str]:
+def _unneeded(repository: Repository, kept: list[StoredBackup], catalog: Catalog, old_s: float) -> list[str]:
     """The log before the oldest backup kept; all of it stays while there is a backup that can't be read.
 
     A backup that is being stored, by another policy or node, is in no catalog yet, and holds no lock. Entries behind it
-    were stored after it had been begun, since it takes in all that is durable. So what is older than a backup may take
-    to be stored is needed by none. One that takes longer, or that is of a replica which lags by as much, looks itself
-    whether its log is there (`run.py`).
+    were stored after it had been begun, since it takes in all that is durable; if its source is a replica, as long
+    before as that lags, at the earliest. So log that has been there for a day, by the clock of the storage that dates
+    it, is needed by none, unless storing, waiting for the lock (up to six hours) and lag come to more than that: such a
+    run looks itself whether its log is there (`run.py`).
     """
     if not kept or catalog.problems:
         return []
@@ -177,7 +179,7 @@ def _unneeded(repository: Repository, kept: list[StoredBackup], catalog: Catalog
     return [
         stored.name
         for stored, stretch in found
-        if stretch is not None and stretch.last <= oldest and now_s - stored.modified_s > ORPHAN_S
+        if stretch is not None and stretch.last <= oldest and stored.modified_s < old_s
     ]
 
 
@@ -224,7 +226,7 @@ def delete_chosen(repository: Repository, lock: RepositoryLock, backup_id: str, 
                 remedy="give --force",
             )
         if others:
-            _check_remains(repository, others[::-1])
+            _check_remains(repository, others)
     lock.check()
     delete_backup(repository, backup)
 

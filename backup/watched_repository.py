@@ -42,7 +42,7 @@ class WatchedRepository:
         self.shipped_s = clock()  # when shipping last got on, or there was nothing to do
         self.problem = ""  # why it does not
         self.gap = ""
-        self.proven_s = 0.0  # when a drill last proved a backup, since 1970; 0 for never
+        self.proven_s = 0.0  # when a drill last proved one of its backups there, since 1970; 0 for never
         self.pause_s = SHIP_EVERY_S  # until the next steps
         self._data_dir = data_dir
         self._clock = clock
@@ -111,7 +111,7 @@ class WatchedRepository:
         try:
             repository = open_repository(self.url)
             catalog = read_catalog(repository)
-            self.proven_s = max(self.proven_s, last_proven_s(catalog))
+            self.proven_s = max(self.proven_s, last_proven_s(catalog, self.policy.name))
             if self.policy.archive_log:
                 self.gap = find_gap(catalog, list_stretches(repository))
         except (UnderstudyError, OSError) as error:

@@ -85,6 +85,8 @@ class Worker:
         self._clock = clock
         self._attempts = Attempts(data_dir / FOLDER / _ATTEMPTS_FILE)
         self._runs = Runs(clock)
+        self._runs.remember(self._books.history.entries())
+        self._journal_mark = self._books.journal.mark()
         self._stopping = threading.Event()
         self._look = threading.Event()  # there is something to run, or to end
         self._telling = threading.Lock()  # what is told later is also later
@@ -164,6 +166,7 @@ class Worker:
 
     def look_once(self) -> None:
         """Runs the policies that are due now, and those that were ordered."""
+        self._notice_others()
         for name, planned in self._planned.items():
             if self._is_due(planned) and not self._runs.is_waiting(name):
                 assert planned.policy.schedule is not None, "it is due"
@@ -172,7 +175,17 @@ class Worker:
         while (run := self._runs.begin()) is not None:
             self.report()
             self._runs.end(self._run(run))
+            self._journal_mark = self._books.journal.mark()
             self.report()
+
+    def _notice_others(self) -> None:
+        """Where somebody has run or drilled a policy by hand, the journal has grown, and repositories are looked at."""
+        mark = self._books.journal.mark()
+        if mark != self._journal_mark:
+            self._journal_mark = mark
+            for planned in self._planned.values():
+                for watched in planned.watched:
+                    watched.look_again()
 
     def _is_due(self, planned: _Planned) -> bool:
         schedule = planned.policy.schedule
@@ -302,7 +315,8 @@ class Worker:
             last_success_s=success.start_s if success else 0.0,
             last_failure_s=failure.start_s if failure else 0.0,
             last_error=failure.errors[0] if failure and failure.errors else "",
-            last_proven_s=max(watched.proven_s for watched in planned.watched),
+            # Whichever repository is left after a loss: the one that was proven last says nothing about the others.
+            last_proven_s=min(watched.proven_s for watched in planned.watched),
             drill_warn_days=policy.drill_warn_days,
             repositories=[
                 admin_pb2.RepositoryStatus(
@@ -346,7 +360,11 @@ def _take_orders(worker: Worker) -> None:
 
 
 def _print(report: admin_pb2.BackupReport) -> None:
-    print(json_format.MessageToJson(report, indent=None), flush=True)
+    try:
+        print(json_format.MessageToJson(report, indent=None), flush=True)
+    except BrokenPipeError:
+        # The server was killed: standard input ends as well, and ends us in order. Until then there is nobody to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _ending_all(work: Callable[[], None]) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from understudy.cli.backup_drill import drill
+from understudy.cli.interruption import handling
 from understudy.cli.options import EPILOG, INTERRUPTED, byte_rate, json_option
 from understudy.cli.policies import policy_arguments
 from understudy.cli.realm_choice import exclude_option, print_problems, realm_option
@@ -97,14 +98,15 @@ def backup(
     A TARGET that ends in .tar.zst is one archive, and in .tar.zst.age one that is encrypted, for --recipient or with
     the passphrase in --passphrase-file. age, zstd and tar open it too.
 
-    A backup with --realm, --exclude or --portable is no server's directory: `understudy restore` makes one of it. A
-    realm that is damaged is left out of it, and the exit code is 1 then. It is not brought up to date, but made anew.
+    Of a backup with --portable, and of any archive, `understudy restore` makes a server's directory. With --realm,
+    --exclude or --portable a realm that is damaged is left out, and the exit code is 1 then, as where a --realm matches
+    nothing; where no realm is chosen at all, nothing is made. Such a backup is not brought up to date, but made anew.
 
     With a command, it works with the policies of a server's TOML file instead.
 
-    While at work a directory holds the file BACKUP_IN_PROGRESS; what was cut off is finished with --update, or by the
-    same command again where it is made anew. If the source is lost then, --finish verifies what an older backup there
-    has got, and makes it whole as it is.
+    While it is no whole backup a directory holds the file BACKUP_IN_PROGRESS; what was cut off is finished with
+    --update, or by the same command again where it is made anew. If the source is lost then, --finish verifies what an
+    older backup there has got, and makes it whole as it is.
 
     \b
     Example:
@@ -135,15 +137,22 @@ def backup(
             report = _make(source, target, update, options, progress.update)
     except KeyboardInterrupt:
         how_on = "give the same command again" if selection.needs_records else "go on with --update"
-        click.echo(
-            "understudy: interrupted"
-            + (f"; {target} is not finished: {how_on}, or remove it" if target.is_dir() else ""),
-            err=True,
-        )
+        click.echo(f"understudy: interrupted{_left_behind(target, how_on)}", err=True)
         context.exit(INTERRUPTED)
     _tell(report, as_json=as_json, to_stderr=target == _STANDARD_OUTPUT)
     if print_problems(report.manifest):
         context.exit(ExitCode.FAILED)
+
+
+def _left_behind(target: Path, how_on: str) -> str:
+    """What to do with a directory that was being written."""
+    from understudy.backup.in_progress import is_in_progress
+
+    if not target.is_dir():
+        return ""
+    if not is_in_progress(target):
+        return f"; {target} is as it was"
+    return f"; {target} is not finished: {how_on}, or remove it"
 
 
 @backup.command(epilog=EPILOG)
@@ -171,11 +180,13 @@ def run(context: click.Context, name: str, config: Path, data_dir: Path, as_json
     from understudy.backup.run import Cancelled, run_policy
     from understudy.cli.backup_tables import print_run
     from understudy.cli.output import Progress, print_json
+    from understudy.common.directory import check_data_directory
     from understudy.common.logs import configure_logs
 
     configure_logs(level=logging.WARNING)
     let_commits_go_first()
     policy = find_policy(config, name, data_dir)
+    check_data_directory(data_dir)
     report = None
     with contextlib.suppress(Cancelled), Progress("backing up", unit="bytes") as progress, _ctrl_c_cancels():
         report = run_policy(policy, data_dir, progress=progress.update)
@@ -194,19 +205,14 @@ def run(context: click.Context, name: str, config: Path, data_dir: Path, as_json
 
 @contextlib.contextmanager
 def _ctrl_c_cancels() -> Iterator[None]:
-    """Ctrl-C ends a run as an operator's order does: it is written down, and the hook for failures is told."""
+    """Ctrl-C and SIGTERM end a run as an operator's order does: it is written down, the hook for failures is told."""
     from understudy.backup.run import Cancelled
 
-    def cancel(*_: object) -> None:
-        raise Cancelled("Ctrl-C has cancelled it")
+    def cancel(number: int, _: object) -> None:
+        raise Cancelled("Ctrl-C has cancelled it" if number == signal.SIGINT else "SIGTERM has cancelled it")
 
-    before = signal.getsignal(signal.SIGINT)
-    if before is signal.default_int_handler:  # else whoever started it wants it to go on
-        signal.signal(signal.SIGINT, cancel)
-    try:
+    with handling(cancel):
         yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 backup.add_command(drill)

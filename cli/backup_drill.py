@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from understudy.cli.options import EPILOG, json_option
+from understudy.cli.interruption import interrupted_once
+from understudy.cli.options import EPILOG, INTERRUPTED, json_option
 from understudy.cli.policies import policy_arguments
 from understudy.common.errors import ExitCode
 
@@ -71,31 +72,39 @@ def drill(
     from understudy.backup.policy import find_policy
     from understudy.cli.output import Progress
     from understudy.common.addresses import check_free, check_listen
+    from understudy.common.directory import check_data_directory
     from understudy.common.logs import QUIET, configure_logs
 
     configure_logs(level=QUIET)
     policy = find_policy(config, name, data_dir)
+    if data_dir is not None:
+        check_data_directory(data_dir)
     if listen is not None:
         check_listen(listen, has_tls=False)
         check_free(listen)
     parent = scratch_parent(policy, data_dir, scratch)
     journal = Books.of(data_dir).journal if data_dir is not None else None
     drills: list[Drill] = []
-    for url in policy.repositories:
-        with Progress("restoring", unit="bytes") as progress:
-            drills.append(
-                drill_newest(
-                    policy,
-                    url,
-                    parent,
-                    read_all=read_all,
-                    journal=journal,
-                    on_proven=None if listen is None else lambda path: _serve(path, listen),
-                    progress=progress.update,
-                )
-            )
-        if listen is not None and drills[-1].is_proven:
-            break
+    try:
+        with interrupted_once():
+            for url in policy.repositories:
+                with Progress("restoring", unit="bytes") as progress:
+                    drills.append(
+                        drill_newest(
+                            policy,
+                            url,
+                            parent,
+                            read_all=read_all,
+                            journal=journal,
+                            on_proven=None if listen is None else lambda path: _serve(path, listen),
+                            progress=progress.update,
+                        )
+                    )
+                if listen is not None and drills[-1].is_proven:
+                    break
+    except KeyboardInterrupt:
+        click.echo("understudy: the drill was cut off; what it had restored was removed again", err=True)
+        context.exit(INTERRUPTED)
     _tell(drills, as_json=as_json)
     context.exit(_exit_code(drills))
 

@@ -128,7 +128,8 @@ async def _follow(
         if progress.is_watched:
             progress.update(run.done_bytes, run.total_bytes or None)
     raise PeerUnreachable(
-        f"the server has ended before run {run_id} had", remedy="its history says how far it got"
+        f"the server has ended before run {run_id} had",
+        remedy="once it runs again, `understudy backups watch` tells what came of it",
     )
 
 

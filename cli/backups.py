@@ -39,11 +39,13 @@ for _command in (start, cancel, watch):
 
 
 def _open(url: str) -> Repository:
-    from understudy.backup.repository import open_repository
+    from understudy.backup.repository import check_claimed, open_repository
     from understudy.common.logs import QUIET, configure_logs
 
     configure_logs(level=QUIET)
-    return open_repository(url)
+    repository = open_repository(url)
+    check_claimed(repository)
+    return repository
 
 
 def _read(repository: Repository) -> Catalog:
@@ -135,6 +137,8 @@ def verify(context: click.Context, url: str, backup_id: str | None, checks_all: 
     from understudy.backup.upkeep import by_need, nearest_intact, verify_stored
     from understudy.cli.output import Progress, plain, print_json
 
+    if backup_id and checks_all:
+        raise click.UsageError("Give BACKUP or --all, not both.")
     repository = _open(url)
     catalog = _read(repository)
     chosen = [catalog.find(backup_id)] if backup_id else by_need(catalog.backups)
@@ -163,7 +167,8 @@ def verify(context: click.Context, url: str, backup_id: str | None, checks_all: 
 @_repository
 @_backup
 @click.option("--force", is_flag=True, help="Though it is the last one that can be restored.")
-def delete(url: str, backup_id: str, force: bool) -> None:
+@json_option
+def delete(url: str, backup_id: str, force: bool, as_json: bool) -> None:
     """Remove a backup.
 
     The log that was shipped stays; `understudy backups prune` removes what no backup needs any more.
@@ -174,11 +179,15 @@ def delete(url: str, backup_id: str, force: bool) -> None:
     """
     from understudy.backup.repository_lock import locked
     from understudy.backup.upkeep import delete_chosen
+    from understudy.cli.output import print_json
 
     repository = _open(url)
     with locked(repository, f"delete {backup_id}") as lock:
         delete_chosen(repository, lock, backup_id, force=force)
-    click.echo(f"removed {backup_id}")
+    if as_json:
+        print_json({"removed": backup_id})
+    else:
+        click.echo(f"removed {backup_id}")
 
 
 @backups.command(epilog=EPILOG)
@@ -192,7 +201,8 @@ def delete(url: str, backup_id: str, force: bool) -> None:
     callback=absolute_repository,
     help="Where it is copied to.",
 )
-def copy(url: str, backup_id: str, target_url: str) -> None:
+@json_option
+def copy(url: str, backup_id: str, target_url: str, as_json: bool) -> None:
     """Copy a backup to another repository, checked on the way.
 
     Without the log behind it: the copy alone restores to its own end, and to no moment after that.
@@ -201,17 +211,25 @@ def copy(url: str, backup_id: str, target_url: str) -> None:
     Example:
       understudy backups copy /backup 20261121T023000Z-... --to s3://bucket/backups
     """
-    from understudy.backup.repository import claim
+    from understudy.backup.repository import claim, open_repository
     from understudy.backup.repository_lock import locked
-    from understudy.backup.upkeep import copy_backup
-    from understudy.cli.output import Progress
+    from understudy.backup.upkeep import copy_backup, has_manifest
+    from understudy.cli.output import Progress, print_json
 
-    source, target = _open(url), _open(target_url)
+    source, target = _open(url), open_repository(target_url)
     backup = _read(source).find(backup_id)
     claim(target, backup.manifest.cluster_id)
+    was_there = has_manifest(target, backup.folder)
     with locked(target, f"copy {backup_id}") as lock, Progress("copying", unit="bytes") as progress:
         copy_backup(source, target, lock, backup, progress=progress.update)
-    click.echo(f"copied {backup_id} to {target_url}")
+    if as_json:
+        print_json({"backup": backup_id, "to": target_url, "was_there": was_there})
+    else:
+        click.echo(
+            f"{backup_id} is in {target_url} already, intact"
+            if was_there
+            else f"copied {backup_id} to {target_url}"
+        )
 
 
 @backups.command(epilog=EPILOG)
@@ -263,8 +281,11 @@ def prune(
         last=last, hourly=hourly, daily=daily, weekly=weekly, monthly=monthly, minimum=minimum, zone=zone
     )
     repository = _open(url)
-    with locked(repository, "prune") as lock:
-        report = prune_repository(repository, lock, retention, dry_run=dry_run)
+    if dry_run:
+        report = prune_repository(repository, None, retention)
+    else:
+        with locked(repository, "prune") as lock:
+            report = prune_repository(repository, lock, retention)
     if as_json:
         print_json(
             {

@@ -35,7 +35,9 @@ def freeze(server: str, credentials: Credentials, seconds: float, as_json: bool)
     Returns once all that was taken in is durable and committed, and no checkpoint runs: a snapshot of the data
     directory that is taken now reaches exactly the LSN that is shown. Transactions wait meanwhile, as long as their
     callers do. `understudy thaw` ends it; it ends by itself after --for, too. Asked again, it lasts for --for from then
-    on at the least.
+    on at the least, and the answer is "still frozen" (`was_frozen` with --json). Where it is not, the freeze before has
+    ended: what was not taken by then has to be taken again. Where it is unexpected, somebody else has frozen the
+    server, and may thaw it.
 
     A snapshot that shows all files as of one moment is good without it, too, as after a power loss: it holds all that
     was acknowledged. A copy made file by file needs it, to the end of the copying.
@@ -58,11 +60,13 @@ def freeze(server: str, credentials: Credentials, seconds: float, as_json: bool)
                 "lsn": answer.lsn,
                 "digest": answer.digest.hex(),
                 "seconds_left": round(answer.seconds_left, 3),
+                "was_frozen": answer.was_frozen,
             }
         )
     else:
+        frozen = "still frozen" if answer.was_frozen else "frozen"
         click.echo(
-            f"frozen at LSN {answer.lsn} {answer.digest.hex()} for {seconds_text(answer.seconds_left)}; before that: "
+            f"{frozen} at LSN {answer.lsn} {answer.digest.hex()} for {seconds_text(answer.seconds_left)}; before that: "
             f"understudy thaw --server {server}"
         )
 
@@ -99,7 +103,7 @@ def thaw(server: str, credentials: Credentials, timeout_s: float, as_json: bool)
 def _not_frozen(server: str, ran_out: str | None) -> UnderstudyError:
     if ran_out is None:
         return UnderstudyError(
-            f"{server} was not frozen: it has been thawed already, or nobody has frozen it since it was started",
+            f"{server} was not frozen: it has been thawed already, its freeze has ended, or nobody has frozen it",
             remedy="if a snapshot was taken, take it again after `understudy freeze`",
         )
     return UnderstudyError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -12,15 +12,17 @@ import click
 from understudy.cli.options import EPILOG, INTERRUPTED, absolute_repository, credential_options, json_option
 from understudy.cli.realm_choice import print_problems, realm_option
 from understudy.cli.secrets import unlocking_options
-from understudy.common.errors import ExitCode
+from understudy.common.errors import ExitCode, UnderstudyError, UnfinishedBackup
 from understudy.common.types import Epoch, Lsn
 
 if TYPE_CHECKING:
     from understudy.backup.encryption import Unlocking
     from understudy.backup.point import Point
-    from understudy.backup.restore import BeforeFolding, RestoreReport
+    from understudy.backup.restore import RestoreReport
+    from understudy.backup.restore_whole import BeforeFolding
     from understudy.backup.selection import Selection
     from understudy.cli.restore_into import Options
+    from understudy.cli.restore_plan import Plan
     from understudy.common.credentials import Credentials
 
     class Make(Protocol):
@@ -132,7 +134,12 @@ def restore(
     point = _point(lsn, at)
     if is_repository(backup):
         epoch_max = Epoch(epoch) if epoch is not None else None
-        make = _of_repository(backup, backup_id, point, epoch_max, unlocking, target)
+        plan = _plan(backup, backup_id, point, epoch_max, target)
+        plan.tell()
+        make = _of_repository(plan, unlocking)
+        if dry_run and target is not None:
+            plan.print_facts(as_json=as_json)
+            return
     else:
         make = _of_files(Path(backup), point, unlocking)
     is_whole = True
@@ -143,7 +150,7 @@ def restore(
             selection=selection, as_path=as_path, scratch=scratch or Path(), dry_run=dry_run, yes=yes
         )
         is_whole = _into_server(make, into_server, credentials, options, as_json=as_json)
-    elif target is not None and not dry_run:
+    elif target is not None:
         is_whole = _to_directory(make, target, selection, as_json=as_json)
     if not is_whole:
         context.exit(ExitCode.FAILED)
@@ -185,6 +192,8 @@ def _into_server(
 
 def _to_directory(make: Make, target: Path, selection: Selection, *, as_json: bool) -> bool:
     """Makes a data directory; returns whether nothing is missing in it."""
+    from understudy.backup.in_progress import is_in_progress
+
     try:
         report = make(selection, target)
     except KeyboardInterrupt:
@@ -193,6 +202,10 @@ def _to_directory(make: Make, target: Path, selection: Selection, *, as_json: bo
             err=True,
         )
         click.get_current_context().exit(INTERRUPTED)
+    except UnderstudyError as error:
+        if is_in_progress(target) and not isinstance(error, UnfinishedBackup):  # which is about that
+            click.echo(f"note: {target} is not finished: mend this and go on with it, or remove it", err=True)
+        raise
     _tell(report, target, as_json=as_json)
     return not print_problems(report)
 
@@ -215,7 +228,7 @@ def _of_files(backup: Path, point: Point | None, unlocking: Unlocking) -> Make:
         selection: Selection, target: Path, before_folding: BeforeFolding | None = None
     ) -> RestoreReport:
         with Progress("restoring", unit="bytes") as progress:
-            return restore_backup(
+            report = restore_backup(
                 backup,
                 target,
                 point=point,
@@ -224,25 +237,27 @@ def _of_files(backup: Path, point: Point | None, unlocking: Unlocking) -> Make:
                 before_folding=before_folding,
                 progress=progress.update,
             )
+        _print_notes(report.notes)
+        return report
 
     return make
 
 
-def _of_repository(
-    url: str,
-    backup_id: str | None,
-    point: Point | None,
-    epoch_max: Epoch | None,
-    unlocking: Unlocking,
-    target: Path | None,
-) -> Make:
-    """Chooses the backup, and says which: the one that an attempt before has begun with, where that was cut off."""
+def _print_notes(notes: Iterable[str]) -> None:
+    for note in notes:
+        click.echo(f"note: {note}", err=True)
+
+
+def _plan(
+    url: str, backup_id: str | None, point: Point | None, epoch_max: Epoch | None, target: Path | None
+) -> Plan:
+    """Chooses the backup: the one that an attempt before has begun with, where that was cut off."""
     from understudy.backup.catalog import read_catalog
     from understudy.backup.choice import begun_with, choose_backup
     from understudy.backup.repository import open_repository
-    from understudy.backup.restore import restore_stored
     from understudy.backup.stretch import list_stretches
-    from understudy.cli.output import Progress, plain
+    from understudy.cli.output import plain
+    from understudy.cli.restore_plan import Plan
 
     repository = open_repository(url)
     catalog = read_catalog(repository)
@@ -252,38 +267,43 @@ def _of_repository(
     if backup_id is not None:
         backup = catalog.find(backup_id)
     else:
-        backup = choose_backup(
-            begun_with(catalog, url, target) if target is not None else catalog,
-            point,
-            url,
-            stretches=stretches,
-            epoch_max=epoch_max,
-        )
-    with_log = point is not None or epoch_max is not None or backup_id is None
-    click.echo(
-        f"from {backup.id}, which reaches LSN {backup.manifest.lsn} of {backup.manifest.time}"
-        + (f"; then the log, up to {point or 'its end'}" if with_log else ""),
-        err=True,
+        candidates = begun_with(catalog, url, target) if target is not None else catalog
+        backup = choose_backup(candidates, point, url, stretches=stretches, epoch_max=epoch_max)
+    return Plan(
+        repository=repository,
+        catalog=catalog,
+        stretches=stretches,
+        backup=backup,
+        with_log=point is not None or epoch_max is not None or backup_id is None,
+        point=point,
+        epoch_max=epoch_max,
     )
+
+
+def _of_repository(plan: Plan, unlocking: Unlocking) -> Make:
+    from understudy.backup.restore import restore_stored
+    from understudy.cli.output import Progress
 
     def make(
         selection: Selection, target: Path, before_folding: BeforeFolding | None = None
     ) -> RestoreReport:
         with Progress("restoring", unit="bytes") as progress:
-            return restore_stored(
-                repository,
-                backup,
+            report = restore_stored(
+                plan.repository,
+                plan.backup,
                 target,
-                with_log=with_log,
-                point=point,
-                epoch_max=epoch_max,
-                catalog=catalog,
-                stretches=stretches,
+                with_log=plan.with_log,
+                point=plan.point,
+                epoch_max=plan.epoch_max,
+                catalog=plan.catalog,
+                stretches=plan.stretches,
                 selection=selection,
                 unlocking=unlocking,
                 before_folding=before_folding,
                 progress=progress.update,
             )
+        _print_notes(report.notes)
+        return report
 
     return make
 
@@ -302,17 +322,12 @@ def _tell(report: RestoreReport, target: Path, *, as_json: bool) -> None:
                 "digest": manifest.digest,
                 "time": manifest.time,
                 "ended": report.ended,
+                "notes": report.notes,
                 "problems": report.problems,
                 "seconds": round(report.seconds, 3),
             }
         )
         return
-    if report.ended:
-        click.echo(
-            f"note: the log in the repository ends with LSN {manifest.lsn} of {manifest.time}, before what was asked "
-            "for: whatever came in between was not shipped",
-            err=True,
-        )
     click.echo(
         f"{counted(manifest.realms, 'realm')}, {size_text(manifest.total_bytes)}, at LSN {manifest.lsn} of "
         f"{manifest.time}, in {seconds_text(report.seconds)}"

@@ -14,10 +14,12 @@ import click
 
 from understudy.backup.manifest import Manifest
 from understudy.backup.realm_bases import Bases
-from understudy.backup.restore import BeforeFolding, RestoreReport
+from understudy.backup.restore import RestoreReport
+from understudy.backup.restore_chosen import Restored
+from understudy.backup.restore_whole import BeforeFolding
 from understudy.backup.restored_realms import Pair, RestoredRealms, differences, in_transactions
 from understudy.backup.scratch import scratch
-from understudy.backup.selection import Selection, describe_unmatched
+from understudy.backup.selection import Selection
 from understudy.backup.source import open_source
 from understudy.cli import pairs
 from understudy.cli.loader import connected
@@ -108,18 +110,11 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """What came of it."""
+class Outcome(Restored):
+    """What came of it; the manifest is of what was restored beside."""
 
-    manifest: Manifest  # of what was restored
-    unmatched: list[str]  # of the patterns of realms: there is no such realm in it
     plans: list[Plan]
     seconds: float
-
-    @property
-    def problems(self) -> list[str]:
-        """What is missing that was asked for, a line each."""
-        return [*self.manifest.problems, *map(describe_unmatched, self.unmatched)]
 
     @property
     def others(self) -> list[Plan]:

@@ -205,9 +205,9 @@ def admin(directory: Path, as_json: bool) -> None:
     import asyncio
 
     from understudy.cli.output import print_json
+    from understudy.common.directory import ADMIN_TOKEN_FILE
     from understudy.common.logs import QUIET, configure_logs
     from understudy.common.portal import new_event_loop
-    from understudy.primary.admin_token import ADMIN_TOKEN_FILE
     from understudy.primary.admin_token_renewal import renew_admin_token
 
     configure_logs(level=QUIET)

@@ -96,7 +96,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
     ) -> AsyncIterator[admin_pb2.BackupRun]:
         """Tells how a run stands, up to its end."""
         async with answering_errors(context):
-            async for run in self._backups().runs.watch(request.id):
+            async for run in self._backups().watch(request.id):
                 yield run
 
     def _backups(self) -> BackupWorker:

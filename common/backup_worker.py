@@ -70,8 +70,8 @@ class BackupWorker:
             found += self._lateness(policy)
             if policy.drill_warn_days and self._is_unproven(policy):
                 found.append(
-                    f"backup {name}: none was proven by restoring it for {policy.drill_warn_days} days: run "
-                    f"understudy backup drill {name}"
+                    f"backup {name}: in a repository, none was proven by restoring it for "
+                    f"{policy.drill_warn_days} days: run understudy backup drill {name}"
                 )
             found += [
                 f"backup {name}: the log is not shipped to {repository.url}: {repository.problem}"
@@ -151,12 +151,26 @@ class BackupWorker:
         self._order(admin_pb2.BackupOrder(cancel=run_id))
         return run
 
-    async def _check_policy(self, policy: str) -> None:
+    async def watch(self, run_id: str) -> AsyncIterator[admin_pb2.BackupRun]:
+        """How a run stands, up to its end; also of one that ended before this server was started.
+
+        Raises:
+            UsageError: there is none of that id, or none any more.
+            Unavailable: nobody knows yet.
+        """
+        await self._hear()
+        async for run in self.runs.watch(run_id):
+            yield run
+
+    async def _hear(self) -> None:
         try:
             async with asyncio.timeout(_ANSWER_S_MAX):
                 await self._heard.wait()
         except TimeoutError:
             raise self._away() from None
+
+    async def _check_policy(self, policy: str) -> None:
+        await self._hear()
         known = [status.policy for status in self.report.policies]
         if policy not in known:
             raise UsageError(

@@ -33,6 +33,7 @@ import os
 import shutil
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,6 +58,8 @@ FORMAT_VERSION = 1
 NODE_FILE = "node.json"
 CONTROL_SOCKET = "control.sock"
 MANIFEST_FILE = "backup.json"
+# A secret of the operators. Nobody but the owner can read it, there or in a copy.
+ADMIN_TOKEN_FILE = "admin-token"
 IN_PROGRESS_FILE = "BACKUP_IN_PROGRESS"
 # A killed process's checkpoint process ends once its LMDB commit is through; on a slow disk that takes a while.
 LOCK_WAIT_S = 10.0
@@ -171,13 +174,7 @@ class DataDirectory:
         Raises:
             NotADataDirectory: it holds none.
         """
-        check_finished(path)
-        check_restored(path)
-        if not (path / NODE_FILE).is_file():
-            raise NotADataDirectory(
-                f"{path} is not a data directory of Understudy: it has no {NODE_FILE}",
-                remedy="give the directory that `understudy primary` or `understudy replica` was started with",
-            )
+        check_data_directory(path)
         return cls.open(path)
 
     def close(self) -> None:
@@ -283,9 +280,12 @@ class DataDirectory:
         # What it says will not be true for long.
         with storage_errors("remove", self.path / MANIFEST_FILE):
             (self.path / MANIFEST_FILE).unlink(missing_ok=True)
+        shutil.rmtree(self.incoming, ignore_errors=True)  # of an update that was cut off
 
     def install(self, cluster: ClusterId, *, keep_old: bool, role: Role = Role.REPLICA) -> Path | None:
         """Puts ``incoming/store`` and ``incoming/log``, complete and synced, in the old copy's place.
+
+        Of a backup, the files that go with them, too.
 
         A crash on the way is made good by the next :meth:`open`.
 
@@ -330,6 +330,9 @@ class DataDirectory:
         for current in (self.store, self.log):
             with storage_errors("replace", current):
                 self._replace(current, self.incoming / current.name, old_to)
+        for name in (ADMIN_TOKEN_FILE, MANIFEST_FILE):
+            with storage_errors("replace", self.path / name), contextlib.suppress(FileNotFoundError):
+                os.replace(self.incoming / name, self.path / name)
         sync_directory(self.path)
         if old_to is not None:
             sync_directory(old_to)
@@ -352,6 +355,21 @@ class DataDirectory:
     def _publish(self, node: NodeFile) -> None:
         publish(self.path / NODE_FILE, json.dumps(asdict(node), indent=2).encode() + b"\n")
         self._node = node
+
+
+def check_data_directory(path: Path) -> None:
+    """Refuses what no node's data is in, without touching it; a server may run on it.
+
+    Raises:
+        NotADataDirectory, UnfinishedBackup.
+    """
+    check_finished(path)
+    check_restored(path)
+    if not (path / NODE_FILE).is_file():
+        raise NotADataDirectory(
+            f"{path} is not a data directory of Understudy: it has no {NODE_FILE}",
+            remedy="give the directory that `understudy primary` or `understudy replica` was started with",
+        )
 
 
 def check_finished(path: Path) -> None:
@@ -408,6 +426,21 @@ def _new_folder(parent: Path, name: str) -> Path:
 def _foreign(path: Path) -> bool:
     ours = {"lock", NODE_FILE + ".new", IN_PROGRESS_FILE + ".new"}  # left by a first step that was cut off
     return any(entry.name not in ours and entry.name != "lost+found" for entry in path.iterdir())
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keeps everybody else out of a directory that can't be opened as it is.
+
+    Raises:
+        DirectoryInUse, DiskFull, StorageFailed.
+    """
+    with storage_errors("lock", path):
+        lock_fd = _lock(path)
+    try:
+        yield
+    finally:
+        os.close(lock_fd)
 
 
 def _lock(path: Path) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import re
 import secrets
@@ -20,6 +21,8 @@ from typing import IO, Protocol
 from understudy.common.errors import DiskFull, StorageFailed
 
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
+_NAME_BYTES_MAX = 255  # of one file's, on all usual file systems
+_RANDOM_BYTES = 8
 
 
 @contextlib.contextmanager
@@ -211,7 +214,7 @@ def _begin_hidden(path: Path, mode: int) -> tuple[Path, int]:
     """A new file beside ``path`` that nobody else has, locked as long as it is open: its name, and it itself."""
     while True:  # once more for each of the others that look for leftovers at just this moment
         # The random part keeps everybody's files, and other exports to this name, out of each other's way.
-        beside = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
+        beside = path.with_name(_hidden_prefix(path) + secrets.token_hex(_RANDOM_BYTES))
         fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -224,9 +227,18 @@ def _begin_hidden(path: Path, mode: int) -> tuple[Path, int]:
         os.close(fd)
 
 
+def _hidden_prefix(path: Path) -> str:
+    """What the names of hidden files beside ``path`` begin with; for nobody else's but by a collision of digests."""
+    prefix = f".{path.name}-"
+    if len(os.fsencode(prefix)) + 2 * _RANDOM_BYTES <= _NAME_BYTES_MAX:
+        return prefix
+    return f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()}-"
+
+
 def _remove_leftovers(path: Path) -> None:
     """Removes the hidden files beside ``path`` whose writers were killed; what can't be removed stays."""
-    is_hidden_part = re.compile(re.escape(f".{path.name}-") + "[0-9a-f]{16}").fullmatch
+    pattern = re.escape(_hidden_prefix(path)) + f"[0-9a-f]{{{2 * _RANDOM_BYTES}}}"
+    is_hidden_part = re.compile(pattern).fullmatch
     with contextlib.suppress(OSError):
         for name in filter(is_hidden_part, os.listdir(path.parent)):
             _remove_if_left(path.with_name(name))

@@ -69,7 +69,7 @@ class BackupRuns:
             raise UsageError(
                 f"there is no backup run {run_id!r:.80}",
                 remedy="`understudy status` shows the one that is under way; of those that have ended, the last "
-                f"{ENDED_MAX} are known, as long as their server runs",
+                f"{ENDED_MAX} are known; journal and history, in the data directory's folder backups, tell of more",
             )
         return run
 

@@ -103,6 +103,8 @@ def relate(locator: Sequence[Position], epoch: Epoch, ours: History) -> Relation
     later = [span for span in ours.epochs if span.epoch > epoch]
     if later and head.lsn >= later[0].first_lsn:
         return Relation.FORKED  # it went on in its epoch after ours had forked off
+    if later and head.lsn != NO_LSN and epoch not in {span.epoch for span in ours.epochs}:
+        return Relation.FORKED  # it has the first entry of an epoch that is none of ours
     if head.lsn > ours.head.lsn:
         return Relation.FORKED if _contradicts(locator, ours) else Relation.BEYOND
     known = START.digest if head.lsn == NO_LSN else ours.lookup(head.lsn)

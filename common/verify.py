@@ -17,7 +17,8 @@ from pathlib import Path
 
 from google.protobuf.message import DecodeError
 
-from understudy.common.directory import DataDirectory
+from understudy.common.backup_end import check_end
+from understudy.common.directory import DataDirectory, Role
 from understudy.common.engine import HISTORY_KEY
 from understudy.common.entries import change_digest, parse_change, parse_entry, sign
 from understudy.common.errors import RESTORE, CorruptionError, NotADataDirectory, UnderstudyError
@@ -115,6 +116,9 @@ class _Verification:
             with self._noting():
                 log.run()
                 unwritten = log.realms_not_in_store()
+            if self._directory.role is Role.BACKUP:
+                with self._noting():
+                    check_end(self._directory.path, self._directory.cluster)
         return VerifyReport(
             lsn=log.position.lsn,
             digest=log.position.digest,

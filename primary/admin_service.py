@@ -74,9 +74,12 @@ class PrimaryAdminService(AdminService):
         """Writes nothing for some time: an operator takes a snapshot of the directory."""
         async with answering_errors(context):
             self._node.refuse_if_fenced()
-            position = await self._node.freezer.freeze(request.seconds)
+            frozen = await self._node.freezer.freeze(request.seconds)
             return admin_pb2.FreezeResponse(
-                lsn=position.lsn, digest=position.digest, seconds_left=self._node.freezer.seconds_left
+                lsn=frozen.position.lsn,
+                digest=frozen.position.digest,
+                seconds_left=self._node.freezer.seconds_left,
+                was_frozen=frozen.was_frozen,
             )
         raise AssertionError("aborted")
 

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 
 from understudy.common.accounts import Accounts, token_key
-from understudy.common.directory import DataDirectory
+from understudy.common.directory import ADMIN_TOKEN_FILE, DataDirectory
 from understudy.common.errors import UnderstudyError
 from understudy.common.events import log
 from understudy.common.files import publish, storage_errors, sync_directory
@@ -21,8 +21,6 @@ from understudy.common.operations import Operation, Put
 from understudy.common.tokens import Lasting, LastingToken
 from understudy.common.types import SYSTEM_REALM
 from understudy.v1 import accounts_pb2
-
-ADMIN_TOKEN_FILE = "admin-token"
 
 CommitSystem = Callable[[str, Iterable[Operation]], Awaitable[Receipt]]
 

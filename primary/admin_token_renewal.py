@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from understudy.common.directory import CONTROL_SOCKET, DataDirectory
+from understudy.common.directory import ADMIN_TOKEN_FILE, CONTROL_SOCKET, DataDirectory
 from understudy.common.errors import DirectoryInUse
 from understudy.common.files import publish
 from understudy.common.metrics import EngineMetrics
 from understudy.common.rpc import open_channel, peer_errors, short_socket_path
 from understudy.common.settings import PrimarySettings
-from understudy.primary.admin_token import ADMIN_TOKEN_FILE, renew_here
+from understudy.primary.admin_token import renew_here
 from understudy.primary.node import PrimaryNode
 from understudy.v1 import accounts_pb2, accounts_pb2_grpc
 

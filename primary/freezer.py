@@ -10,6 +10,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from understudy.common.errors import Unavailable, UsageError
@@ -21,6 +22,14 @@ if TYPE_CHECKING:
 
 # Clients wait meanwhile, and a snapshot takes seconds.
 FREEZE_S_MAX = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """What a freeze has come to."""
+
+    position: Position  # where the log ends
+    was_frozen: bool  # before already: this one has put off the end
 
 
 class Freezer:
@@ -45,7 +54,7 @@ class Freezer:
         """Until it ends by itself; 0 if nothing is frozen."""
         return max(self._until_s - self._clock(), 0.0) if self.is_on else 0.0
 
-    async def freeze(self, seconds: float) -> Position:
+    async def freeze(self, seconds: float) -> Frozen:
         """Lets nothing more into the log; returns where that ends once all of it is durable, committed and at rest.
 
         Frozen already, it stays so at least for so long. Cancelled before it is done, it is not frozen.
@@ -70,8 +79,8 @@ class Freezer:
             if not was_frozen:
                 await self._settle(seconds)
         position = self._node.engine.durable
-        log.info("frozen", lsn=position.lsn, seconds=round(self.seconds_left, 1))
-        return position
+        log.info("frozen", lsn=position.lsn, seconds=round(self.seconds_left, 1), was_frozen=was_frozen)
+        return Frozen(position, was_frozen)
 
     def _end_in(self, seconds: float) -> None:
         if self._end is not None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from understudy.common import entries
+from understudy.common.backup_end import check_end
 from understudy.common.directory import DataDirectory, Role
 from understudy.common.engine import Engine
 from understudy.common.errors import (
@@ -105,6 +106,7 @@ class PrimaryNode:
         tls = load_tls(settings)
         is_backup = directory.role is Role.BACKUP
         if is_backup:
+            check_end(directory.path, directory.cluster)
             directory.leave_backup()
         else:
             _check_role(directory)

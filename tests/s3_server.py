@@ -73,7 +73,8 @@ class FaultyFront:
     """Hands requests on to a server; harmless until it is told otherwise. Counts are of requests still to fail."""
 
     def __init__(self, target: str) -> None:
-        self.refused = 0  # answered with 503
+        self.refused = 0  # answered as ``refusal`` says
+        self.refusal = 503, _SLOW_DOWN  # status and content
         self.unanswered_puts = 0  # done, but the connection is cut before the answer
         self.unanswered_posts = 0
         self.cut_downloads = 0  # cut in the middle of the content
@@ -140,7 +141,8 @@ class FaultyFront:
             self._cut(request)
             return
         if self._is_next("refused"):
-            self._send(request, 503, {}, _SLOW_DOWN)
+            status, content = self.refusal
+            self._send(request, status, {}, content)
             return
         connection = http.client.HTTPConnection(self._target)
         with contextlib.closing(connection):

@@ -10,6 +10,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from harness import Process, Processes, complaint, wait_until
 from killing import KILLED, Nursery
 from nodes import (
@@ -34,7 +35,8 @@ from understudy.backup.manifest import FileEntry, read_manifest
 from understudy.backup.progress import Meter
 from understudy.backup.restore import restore_backup
 from understudy.backup.writing import describe_file, write_member
-from understudy.common.directory import IN_PROGRESS_FILE, MANIFEST_FILE, Role
+from understudy.cli.main import cli
+from understudy.common.directory import IN_PROGRESS_FILE, MANIFEST_FILE, DataDirectory, Role
 from understudy.common.errors import CorruptionError, DiskFull
 
 CORRUPT = 4
@@ -346,6 +348,33 @@ def test_a_backup_that_knows_more_than_its_source_is_kept(
     assert backed_up(tmp_path / "a", tmp_path / "b", update=True) == lsn
 
 
+def test_a_backup_of_an_epoch_that_its_source_does_not_know_is_kept(
+    processes: Processes, tmp_path: Path
+) -> None:
+    """G4: nor does a source take them that has pruned the log which would show that it went another way."""
+    filled(processes, tmp_path / "a").terminate()
+    copy_node(tmp_path / "a", tmp_path / "other")
+    backed_up(tmp_path / "a", tmp_path / "b")
+    restored = copy_node(tmp_path / "b", tmp_path / "restored")
+    successor = processes.primary(restored)
+    for value in (
+        b"1",
+        b"2",
+    ):  # so that it ends where the source has no checkpoint, whose position it would know
+        put(successor.address, "/one", (b"only", value))
+    lsn = backed_up(restored, tmp_path / "b", update=True)
+    old = processes.primary(tmp_path / "other", "--log-floor", "0")
+    value = os.urandom(8 << 20)
+    for number in range(18):
+        put(old.address, "/one", (b"large%d" % (number % 2), value))
+        checkpoint(old.address)
+    wait_until(lambda: len(list((tmp_path / "other" / "log").iterdir())) == 1)
+    arguments = ("backup", "-f", tmp_path / "other", "-t", tmp_path / "b", "--update")
+    assert "keep this backup" in complaint(processes.run(*arguments, code=RESET_NEEDED))
+    assert_sound(tmp_path / "b")
+    assert read_manifest(tmp_path / "b").lsn == lsn
+
+
 def test_another_clusters_backup_is_not_overwritten(processes: Processes, tmp_path: Path) -> None:
     """G4: a source of another cluster is refused."""
     filled(processes, tmp_path / "a").terminate()
@@ -469,35 +498,46 @@ def spoil(directory: Path, key: bytes) -> None:
     store.write_bytes(data.replace(key, key[:-1] + b"x"))
 
 
-@pytest.mark.parametrize("was_cut_off", [False, True])
-def test_damage_is_not_taken_into_a_new_digest(
-    processes: Processes, tmp_path: Path, was_cut_off: bool
-) -> None:
+def test_damage_is_not_taken_into_a_new_digest(processes: Processes, tmp_path: Path) -> None:
     """G11: a store that is not as it was written is found by whoever looks, updated or not."""
-    primary = filled(processes, tmp_path / "a")
-    checkpoint(primary.address)
-    backed_up(tmp_path / "a", tmp_path / "b")
-    put(primary.address, "/two", (b"more", b"1"))
-    checkpoint(primary.address)
-    spoil(tmp_path / "b", b"late000007")
-    if was_cut_off:
-        (tmp_path / "b" / IN_PROGRESS_FILE).write_text("{}")
-    make_backup(tmp_path / "a", tmp_path / "b", update=True)
+    update_damaged(processes, tmp_path)
     with pytest.raises(CorruptionError, match=r"data\.mdb"):
         restore_backup(tmp_path / "b", tmp_path / "restored")
+
+
+def test_an_update_after_one_that_was_cut_off_replaces_a_damaged_store(
+    processes: Processes, tmp_path: Path
+) -> None:
+    """G8, G11: whatever the one before has left, what the manifest says of the store is true in the end."""
+    update_damaged(processes, tmp_path, was_cut_off=True)
+    assert_sound(tmp_path / "b")
+    restore_backup(tmp_path / "b", tmp_path / "restored")
+
+
+def update_damaged(processes: Processes, folder: Path, *, was_cut_off: bool = False) -> None:
+    """Makes a backup, changes its store, and brings it up to date."""
+    primary = filled(processes, folder / "a")
+    checkpoint(primary.address)
+    backed_up(folder / "a", folder / "b")
+    put(primary.address, "/two", (b"more", b"1"))
+    checkpoint(primary.address)
+    spoil(folder / "b", b"late000007")
+    if was_cut_off:
+        (folder / "b" / IN_PROGRESS_FILE).write_text("{}")
+    make_backup(folder / "a", folder / "b", update=True)
 
 
 def test_a_replacement_that_was_cut_off_is_not_described_by_the_old_manifest(
     processes: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """G8: where the new copy is in its place and its manifest is not, the next update makes both fit."""
+    """G8: where the manifest is of another copy than the one in its place, the next update makes both fit."""
     primary = filled(processes, tmp_path / "a")
     backed_up(tmp_path / "a", tmp_path / "b")
     put(primary.address, "/two", (b"more", b"1"))
     checkpoint(primary.address)
     with monkeypatch.context() as patched:
         copy_anew(patched)
-        patched.setattr(make, "write_manifest", _interrupted)
+        patched.setattr(DataDirectory, "install", _interrupted)
         with pytest.raises(KeyboardInterrupt):
             make_backup(tmp_path / "a", tmp_path / "b", update=True)
     assert (tmp_path / "b" / IN_PROGRESS_FILE).exists()
@@ -505,6 +545,47 @@ def test_a_replacement_that_was_cut_off_is_not_described_by_the_old_manifest(
     for entry in read_manifest(tmp_path / "b").files:
         assert describe_file(tmp_path / "b", entry.path) == entry
     assert_sound(tmp_path / "b")
+
+
+def test_a_backup_stays_one_while_it_is_copied_anew(
+    processes: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G8: what was cut off then is gone on with, or removed by a server that starts on the backup."""
+    primary = filled(processes, tmp_path / "a")
+    first = backed_up(tmp_path / "a", tmp_path / "b")
+    put(primary.address, "/two", (b"more", b"1"))
+    checkpoint(primary.address)
+    copy_anew(monkeypatch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(make, "sync_tree", _interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            make_backup(tmp_path / "a", tmp_path / "b", update=True)
+    assert (tmp_path / "b" / "incoming" / "store").exists()
+    assert_sound(tmp_path / "b")
+    assert read_manifest(tmp_path / "b").lsn == first
+    served = copy_node(tmp_path / "b", tmp_path / "served")
+    assert pairs(processes.primary(served).address, "/one") == pairs(primary.address, "/one")
+    assert not (served / "incoming").exists()
+    assert backed_up(tmp_path / "a", tmp_path / "b", update=True) > first
+
+
+def test_ctrl_c_tells_a_backup_that_is_whole_from_one_that_is_not(
+    processes: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody is advised to remove the only copy there is."""
+    filled(processes, tmp_path / "a").terminate()
+    backed_up(tmp_path / "a", tmp_path / "b")
+    words = ["backup", "-f", str(tmp_path / "a"), "-t"]
+    with monkeypatch.context() as patched:
+        patched.setattr(make, "open_source", _interrupted)
+        updated = CliRunner().invoke(cli, [*words, str(tmp_path / "b"), "--update"])
+    with monkeypatch.context() as patched:
+        patched.setattr(make, "sync_tree", _interrupted)
+        new = CliRunner().invoke(cli, [*words, str(tmp_path / "new")])
+    assert updated.exit_code == new.exit_code == INTERRUPTED
+    assert "is as it was" in updated.stderr
+    assert "is not finished: go on with --update" in new.stderr
 
 
 def test_a_disk_without_room_for_a_second_copy_keeps_the_first(
@@ -534,7 +615,7 @@ def test_a_disk_without_room_for_a_second_copy_keeps_the_first(
     assert_sound(tmp_path / "b")
 
 
-def _interrupted(*_: object) -> None:
+def _interrupted(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
 
 

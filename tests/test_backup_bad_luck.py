@@ -374,7 +374,8 @@ def test_an_archive_that_was_taken_for_a_leftover_is_no_backup(tmp_path: Path, o
     with open_source(data_dir) as source:
         stored = store_archive(source, repository, policy="n", run=1, options=ArchiveOptions())
     with locked(repository, "test") as lock:
-        prune(repository, lock, Retention(), now_s=time.time() + 2 * ORPHAN_S)
+        os.utime(folder / stored.archive_name, (0, time.time() - 2 * ORPHAN_S))
+        prune(repository, lock, Retention())
         with pytest.raises(RepositoryError, match="removed before it could be published"):
             publish_stored(repository, lock, stored)
     assert read_catalog(repository).backups == []

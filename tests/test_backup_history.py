@@ -221,7 +221,6 @@ GOOD = {
                 {"seconds": "1"},
                 {"paths": [1]},
                 {"errors": None},
-                {"other": 1},
             ]
         ),
         json.dumps({"format": 1, "last_number": 1, "entries": [GOOD, GOOD]}).encode(),
@@ -256,6 +255,16 @@ def test_a_file_without_damage_stays_where_it_is(path: Path) -> None:
     """The form that the damaged ones above differ from is read."""
     path.write_text(json.dumps({"format": 1, "last_number": 1, "entries": [GOOD]}))
     assert numbers(History(path)) == [1]
+
+
+def test_what_a_later_version_says_beside_is_passed_over(path: Path) -> None:
+    """A server that still runs reads what a newer `backup run` has written."""
+    later = {**GOOD, "later": 1}
+    path.write_text(json.dumps({"format": 1, "last_number": 1, "entries": [later], "more": 1}))
+    history = History(path)
+    assert numbers(history) == [1]
+    assert add(history).number == 2
+    assert not list(path.parent.glob("*.damaged-*"))
 
 
 def test_a_history_of_a_newer_version_is_refused_and_kept(path: Path) -> None:

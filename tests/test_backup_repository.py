@@ -319,7 +319,10 @@ def test_a_backup_of_a_history_that_was_given_up_is_told_as_such(
 ) -> None:
     """G3: made behind the fork, it is passed over; named, the error says how to get the successor's history."""
     forked(processes, tmp_path, folder)
-    given_up = done(run_policy(policy_to(folder, archive_log=False), tmp_path / "a"))
+    (outcome,) = run_policy(policy_to(folder, archive_log=False), tmp_path / "a").outcomes
+    assert "another node has taken over" in outcome.errors[0]
+    given_up = outcome.backup
+    assert given_up is not None
     refused = processes.run(
         "restore", folder, given_up.id, "--to", tmp_path / "a1", "--epoch", "2", code=CORRUPT
     )

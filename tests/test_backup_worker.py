@@ -6,11 +6,14 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 import uuid
 from pathlib import Path
 
 import pytest
+from google.protobuf import json_format
 from harness import Processes, complaint, wait_until
 from nodes import children, is_alive, pairs, put, status, wait_until_caught_up, warnings
 
@@ -22,12 +25,12 @@ from understudy.backup.policy import read_policies
 from understudy.backup.repository import Repository, open_repository
 from understudy.backup.stretch import list_stretches
 from understudy.backup.worker import Worker
-from understudy.common.backup_worker import BackupWorker
+from understudy.common.backup_worker import MODULE, BackupWorker
 from understudy.common.directory import NODE_FILE, NodeFile
 from understudy.common.types import ClusterId
 from understudy.v1 import admin_pb2
 
-USAGE = 2
+FAILED, USAGE = 1, 2
 DAY_S = 86_400.0
 
 
@@ -195,6 +198,21 @@ def test_policies_run_when_they_are_due_and_missed_runs_are_made_up_once(
     assert len(read_catalog(open_repository(str(folder))).backups) == 2
 
 
+def test_a_server_learns_of_runs_and_drills_by_hand(
+    processes: Processes, tmp_path: Path, folder: Path
+) -> None:
+    """What was proven beside a running server shows in its status, without a restart."""
+    config = write_config(tmp_path / "u.toml", folder)
+    primary = processes.primary(tmp_path / "a", "--config", config)
+    wait_until(lambda: shipped(primary.address))
+    by_hand = ("nightly", "--config", config, "--data-dir", tmp_path / "a")
+    processes.run("backup", "run", *by_hand)
+    wait_until(lambda: status(primary.address).backups[0].last_success_s)
+    assert not status(primary.address).backups[0].last_proven_s
+    processes.run("backup", "drill", *by_hand)
+    wait_until(lambda: status(primary.address).backups[0].last_proven_s)
+
+
 def test_a_status_warns_where_no_backup_was_proven_for_days(tmp_path: Path) -> None:
     """Without a drill in so many days after the last proof there is a warning; with one there is none."""
     worker = BackupWorker(tmp_path, tmp_path / "u.toml")
@@ -287,3 +305,43 @@ def test_the_process_is_started_again_and_ends_with_its_server(
     assert children(primary)
     primary.kill()
     wait_until(lambda: not is_alive(second))
+
+
+def test_a_process_whose_server_was_killed_ends_quietly(
+    processes: Processes, tmp_path: Path, folder: Path
+) -> None:
+    """Nobody is left who listens, which is no failure: it ends in order, without a traceback."""
+    processes.primary(tmp_path / "a")
+    config = write_config(tmp_path / "u.toml", folder, "archive_log = false\n")
+    command = [sys.executable, "-m", MODULE, str(tmp_path / "a"), str(config), "console"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as worker:
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        assert worker.stdout.readline()
+        worker.stdout.close()
+        order = admin_pb2.BackupOrder(start=admin_pb2.BackupOrder.Start(id="0a1b2c3d", policy="nightly"))
+        worker.stdin.write(json_format.MessageToJson(order, indent=None).encode() + b"\n")
+        worker.stdin.flush()
+        wait_until(lambda: Books.of(tmp_path / "a").history.entries())
+        _, said = worker.communicate(timeout=60)
+    assert (worker.returncode, said) == (0, b"")
+
+
+def test_a_run_that_was_cut_off_is_told_by_the_next_server(
+    processes: Processes, tmp_path: Path, folder: Path
+) -> None:
+    """A run by order that its server's end cut off is not made up, and the next server still says what came of it."""
+    before = json.dumps([sys.executable, "-c", "import time; time.sleep(3600)"])
+    config = write_config(tmp_path / "u.toml", folder, f"before = {before}\n")
+    primary = processes.primary(tmp_path / "a", "--config", config)
+    start = ("backups", "start", "nightly", "--server", primary.address, "--json")
+    run_id = json.loads(processes.run(*start).stdout)["id"]
+    wait_until(lambda: status(primary.address).backups[0].run == run_id)
+    assert primary.terminate() == 0
+    again = processes.primary(tmp_path / "a", "--config", config)
+    watch = ("backups", "watch", run_id, "--server", again.address, "--json")
+    told = json.loads(processes.run(*watch, code=FAILED).stdout)
+    assert (told["id"], told["state"], told["errors"]) == (run_id, "cancelled", ["the server ends"])
+    assert not status(again.address).backups[0].running

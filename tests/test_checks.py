@@ -23,8 +23,9 @@ from understudy.backup.catalog import (
 )
 from understudy.backup.folder_repository import FolderRepository
 from understudy.backup.manifest import Manifest, utc_text
+from understudy.backup.repository import claim, open_repository
 from understudy.common.errors import OTHER_BACKUP, CorruptionError, RepositoryError
-from understudy.common.types import Lsn
+from understudy.common.types import ClusterId, Lsn
 
 MADE_S = 1_763_760_000.0
 INTACT, PROVEN, DAMAGED = Finding.INTACT, Finding.PROVEN, Finding.DAMAGED
@@ -146,7 +147,7 @@ def test_a_storage_that_lets_nobody_remove_takes_checks(
     for number in range(3):
         note_check(repository, BACKUP, PROVEN, "", MADE_S + number)
     assert len(check_names(repository)) == 3
-    assert last_proven_s(read_catalog(repository)) == MADE_S + 2
+    assert last_proven_s(read_catalog(repository), BACKUP.policy) == MADE_S + 2
 
 
 def test_no_bit_of_a_check_counts(repository: FolderRepository) -> None:
@@ -158,7 +159,7 @@ def test_no_bit_of_a_check_counts(repository: FolderRepository) -> None:
     for at in range(len(whole)):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         backup = stored(repository)
-        assert (backup.state, last_proven_s(read_catalog(repository))) in (
+        assert (backup.state, last_proven_s(read_catalog(repository), BACKUP.policy)) in (
             ("damaged", 0.0),
             ("proven", MADE_S),  # white space
         )
@@ -170,7 +171,7 @@ def test_a_check_of_no_time_counts_as_damage(repository: FolderRepository, at: o
     raw = json.dumps({"finding": "proven", "at": at, "detail": ""}).encode()
     repository.put(f"{BACKUP.folder}checks/1.json", raw)
     assert stored(repository).state == "damaged"
-    assert last_proven_s(read_catalog(repository)) == 0.0
+    assert last_proven_s(read_catalog(repository), BACKUP.policy) == 0.0
 
 
 @pytest.mark.parametrize("key", ["made", "time"])
@@ -270,6 +271,7 @@ def without_seal(changed: dict[str, object]) -> bytes:
 
 def test_verify_of_an_empty_repository_says_so(processes: Processes, tmp_path: Path) -> None:
     """Nobody takes silence for a good backup."""
+    claim(open_repository(str(tmp_path)), ClusterId(bytes(16)))
     said = processes.run("backups", "verify", tmp_path).stdout.decode()
     assert said == f"no backup in {tmp_path}\n"
     assert json.loads(processes.run("backups", "verify", tmp_path, "--json").stdout) == []

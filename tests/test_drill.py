@@ -16,8 +16,8 @@ from nodes import assert_sound, checkpoint, copy_node, pairs, put
 from understudy.backup import drill_server
 from understudy.backup import staging as staging_module
 from understudy.backup.archiver import Archiver
-from understudy.backup.catalog import StoredBackup, read_catalog
-from understudy.backup.drill import Drill, drill_newest
+from understudy.backup.catalog import Finding, StoredBackup, read_catalog
+from understudy.backup.drill import Drill, drill_line, drill_newest
 from understudy.backup.drill_server import ReadReport, read_all
 from understudy.backup.policy import Policy, parse_policy
 from understudy.backup.repository import open_repository
@@ -25,6 +25,7 @@ from understudy.backup.retention import Retention
 from understudy.backup.run import run_policy
 from understudy.backup.scratch import PREFIX, scratch
 from understudy.backup.staging import NOTE_FILE, replace_staging
+from understudy.cli.options import INTERRUPTED
 from understudy.common.directory import NODE_FILE, NodeFile
 from understudy.common.errors import CorruptionError, UnderstudyError, UsageError
 from understudy.common.types import ClusterId
@@ -346,6 +347,23 @@ def test_what_a_killed_drill_leaves_is_swept_by_the_next(
     assert left_over(tmp_path) == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_drill_that_is_interrupted_leaves_nothing(
+    processes: Processes, tmp_path: Path, folder: Path, number: signal.Signals
+) -> None:
+    """Ctrl-C and SIGTERM, a second one at once included, leave nothing that is decrypted, and it is said."""
+    put(processes.primary(tmp_path / "a").address, "/realm", (b"key", b"1"))
+    backed_up(policy_to(folder), tmp_path / "a")
+    command = ("backup", "drill", "nightly", "--config", config(tmp_path / "u.toml", folder))
+    process = processes.start(*command, "--data-dir", tmp_path / "a")
+    wait_until(lambda: [*tmp_path.glob(f"{PREFIX}*/data/node.json")], what=process.describe)
+    for _ in range(2):
+        process.send(number)
+    assert process.wait() == INTERRUPTED
+    assert left_over(tmp_path) == []
+    assert "was removed again" in process.stderr
+
+
 def test_a_proven_backup_is_served_on_this_machine(
     processes: Processes, tmp_path: Path, folder: Path
 ) -> None:
@@ -455,3 +473,9 @@ def _cut_off(monkeypatch: pytest.MonkeyPatch) -> Callable[[pytest.MonkeyPatch, i
         cut.setattr(staging_module.shutil, "rmtree", wrapped(remove))
 
     return install
+
+
+def test_one_realm_is_no_more_than_one() -> None:
+    """What came of a drill reads as people would say it."""
+    drill = Drill(url="/backup", finding=Finding.PROVEN, realms=1, pairs=2000, lsn=7)
+    assert drill_line(drill) == "drill of /backup: proven, 1 realm, 2,000 pairs, to LSN 7, in 0.0 s"

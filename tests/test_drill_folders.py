@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -99,3 +100,22 @@ def test_what_a_killed_drill_has_marked_is_removed(tmp_path: Path) -> None:
         (copied / "data" / "log").mkdir(parents=True)
     with scratch(tmp_path):
         assert not copied.exists()
+
+
+def test_ctrl_c_in_the_middle_of_a_removal_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies there in plain goes, though Ctrl-C comes while it is removed."""
+    interrupts = [KeyboardInterrupt()]
+    rmtree = shutil.rmtree
+
+    def interrupted(path: Path, **how: bool) -> None:
+        if interrupts:
+            raise interrupts.pop()
+        rmtree(path, **how)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt), scratch(tmp_path) as target:
+        target.mkdir()  # and whatever is in it
+    assert interrupts == []
+    assert os.listdir(tmp_path) == []

@@ -128,6 +128,22 @@ def test_g9_what_a_killed_writer_left_is_removed_by_the_next_and_by_nobody_else(
     assert set(tmp_path.iterdir()) == {path, *others}
 
 
+@pytest.mark.parametrize("letter", ["n", "\N{GREEK SMALL LETTER NU}"])
+@pytest.mark.parametrize("length", [236, 238, 240, 254])
+def test_names_can_be_as_long_as_the_file_system_has_them(tmp_path: Path, length: int, letter: str) -> None:
+    """G9: the hidden name beside a long one is no longer, and what a killed writer left is found by it."""
+    path, other = (tmp_path / (letter * (length // len(letter.encode()))) for letter in (letter, "m"))
+    for one in (path, other):
+        killed = begin_writing(one)
+        killed.kill()
+        killed.wait()
+    assert len(list(tmp_path.iterdir())) == 2
+    publish_through_a_hidden_file(path, b"whole")
+    assert len(list(tmp_path.iterdir())) == 2  # the other's leftover stays
+    publish_through_a_hidden_file(other, b"whole")
+    assert {child.name for child in tmp_path.iterdir()} == {path.name, other.name}
+
+
 def begin_writing(path: Path) -> subprocess.Popen[bytes]:
     """A process that has written half of what it publishes, and goes on when its input ends."""
     process = subprocess.Popen(

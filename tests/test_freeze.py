@@ -121,6 +121,7 @@ def test_a_freeze_can_be_asked_for_again(processes: Processes, tmp_path: Path) -
     assert "was not frozen" in never.stderr.decode()
     first = freeze(processes, primary, 60)
     longer = freeze(processes, primary, 200)
+    assert (first["was_frozen"], longer["was_frozen"]) == (False, True)
     assert (longer["lsn"], longer["digest"]) == (first["lsn"], first["digest"])
     assert longer["seconds_left"] > 60
     assert freeze(processes, primary, 1)["seconds_left"] > 60
@@ -128,6 +129,21 @@ def test_a_freeze_can_be_asked_for_again(processes: Processes, tmp_path: Path) -
     assert thaw(processes, primary)["was_frozen"]
     assert thaw(processes, primary, code=FAILED) == {"was_frozen": False, "ran_out": None}
     put(primary.address, "/realm", (b"key", b"2"))
+
+
+def test_who_freezes_too_late_is_told(processes: Processes, tmp_path: Path) -> None:
+    """G1: a freeze that ended by itself is not taken for one that another has made longer."""
+    primary = processes.primary(tmp_path / "a")
+    first = freeze(processes, primary, 0.1)
+    put(primary.address, "/realm", (b"key", b"1"))  # once it has ended
+    again = freeze(processes, primary)
+    assert not again["was_frozen"]
+    assert again["lsn"] > first["lsn"]
+    still = processes.run("freeze", "--server", primary.address)
+    assert still.stdout.decode().startswith(f"still frozen at LSN {again['lsn']} ")
+    assert thaw(processes, primary)["was_frozen"]
+    begun = processes.run("freeze", "--server", primary.address)
+    assert begun.stdout.decode().startswith(f"frozen at LSN {again['lsn']} ")
 
 
 def test_a_primary_that_is_told_to_stop_while_it_is_frozen_keeps_what_it_took_in(

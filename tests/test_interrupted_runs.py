@@ -1,4 +1,4 @@
-"""What Ctrl-C does to a run of a policy, and to who only watches one."""
+"""What Ctrl-C and SIGTERM do to a run of a policy, and to who only watches one."""
 
 from __future__ import annotations
 
@@ -50,21 +50,28 @@ def primary(processes: Processes, tmp_path: Path, config: Path) -> Process:
     return process
 
 
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
 def test_ctrl_c_cancels_a_run_and_says_so(
-    processes: Processes, tmp_path: Path, folders: list[Path], config: Path, primary: Process
+    processes: Processes,
+    tmp_path: Path,
+    folders: list[Path],
+    config: Path,
+    primary: Process,
+    number: signal.Signals,
+    name: str,
 ) -> None:
     """It ends with 130 and one line of what that means, leaves no backup and no lock, and is written down and told."""
     process = processes.start(
         "backup", "run", "slow", "--config", config, "--data-dir", tmp_path / "a", "--json"
     )
     wait_until(lambda: (folders[0] / "understudy.json").exists())
-    process.send(signal.SIGINT)
+    process.send(number)
     assert process.wait() == INTERRUPTED
     (line,) = process.stderr.splitlines()
     assert line.startswith("understudy: the run was cancelled; what it had finished stays")
     facts = json.loads(process.stdout)
     assert facts["result"] == "cancelled"
-    assert facts["errors"] == ["Ctrl-C has cancelled it"]
+    assert facts["errors"] == [f"{name} has cancelled it"]
     assert json.loads((tmp_path / "told").read_bytes())["result"] == "cancelled"
     assert [entry.result for entry in Books.of(tmp_path / "a").history.entries()] == [Result.CANCELLED]
     repository = open_repository(str(folders[0]))

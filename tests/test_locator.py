@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import given
@@ -326,3 +326,13 @@ def test_the_usual_fork_is_found_exactly_from_any_bound() -> None:
     new = shared.longer(5, b"promoted", new_epochs=(0,))
     for bound in (START, shared.at(1), shared.at(700), shared.at(1_000)):
         assert fork_position(old.history, new.epochs, bound) == shared.head
+
+
+def test_an_epoch_that_is_none_of_ours_shows_a_fork_that_was_pruned() -> None:
+    """G4: a peer whose entries we have pruned has gone another way if its epoch is not in our history."""
+    shared = begun(10)
+    theirs = shared.longer(5, b"theirs", new_epochs=(0,))
+    ours = shared.longer(30, b"ours", new_epochs=(20,)).pruned(40)
+    third = replace(ours, epochs=(*ours.epochs[:-1], replace(ours.epochs[-1], epoch=Epoch(3))))
+    assert relate([theirs.head], Epoch(2), third.history) is Relation.FORKED
+    assert relate([shared.head], Epoch(1), third.history) is Relation.PRUNED

@@ -14,6 +14,7 @@ from understudy.common.errors import UsageError
 USAGE = 2
 LIST, WORDS, TEXT, FLAG = "a list", "give a list of", "a text", "true or false, without quotes"
 COUNT = "a whole number from 0 to 1,000,000"
+PUBLIC_KEY = "age1lggyhqrw2nlhcxprm67z43rta597azn8gknawjehu9d9dl0jq3yqqvfafg"
 
 # Setting, what is written, what was found, what is expected.
 MISTAKES = [
@@ -31,7 +32,7 @@ MISTAKES = [
     ("repositories", '["/backup", 1]', "repositories holds a number", WORDS),
     ("repositories", '["/backup", ""]', "repositories holds a text that is empty", WORDS),
     ("repositories", '["backup"]', "'backup'", "give /path"),
-    ("repositories", '["s3://[::1/x"]', "s3://[::1/x", "folders and URLs"),
+    ("repositories", '["s3://[::1/x"]', "s3://[::1/x", "give /path"),
     ("repositories", '["/backup", "/backup"]', "named twice", "name each once"),
     ("realms", '"/orders"', "realms is a text", WORDS),
     ("realms", "[]", "realms is an empty list", "or leave it out"),
@@ -43,18 +44,21 @@ MISTAKES = [
     ("recipients", '"age1x"', "recipients is a text", WORDS),
     ("recipients", "[]", "recipients is an empty list", "or leave it out"),
     ("recipients", '["age1nobody"]', "'age1nobody'", "age public key"),
-    ("passphrase_file", "true", "passphrase_file is true", "a path"),
-    ("passphrase_file", '""', "passphrase_file is ''", "a path"),
-    ("passphrase_file", '"a\\u0000b"', r"passphrase_file is 'a\x00b'", "a path"),
+    ("passphrase_file", "true", "passphrase_file is true or false", "a path"),
+    ("passphrase_file", '""', "passphrase_file is a text", "a path"),
+    ("passphrase_file", '"/a\\u0000b"', "passphrase_file is a text", "a path"),
+    ("passphrase_file", '"passphrase"', "passphrase_file is a text", "from / on"),
     ("identity_file", '["key"]', "identity_file is a list", "a path"),
     ("staging", "{ a = 1 }", "staging is a table", "a path"),
-    ("staging", '"here"', "staging is 'here'", "from / on"),
+    ("staging", '"here"', "staging is a text", "from / on"),
     ("staging", '"/backup/x"', "staging is '/backup/x'", "another place"),
     ("rate", "5.5", "rate is 5.5", "bytes a second"),
     ("rate", "0", "rate is 0", "bytes a second"),
     ("rate", "-1", "rate is -1", "bytes a second"),
     ("rate", "true", "rate is true", "bytes a second"),
     ("rate", '"0MB/s"', "rate is '0MB/s'", "bytes a second"),
+    ("rate", "1" + 400 * "0", "rate is 1000", "up to 1TB/s"),
+    ("rate", '"2TB/s"', "rate is '2TB/s'", "up to 1TB/s"),
     ("rate", '"fast"', "rate: 'fast' is not a size", "256MB"),
     ("level", "0", "level is 0", "from 1 to 19"),
     ("level", "20", "level is 20", "from 1 to 19"),
@@ -78,6 +82,7 @@ MISTAKES = [
     ("after", "[1]", "after holds a number", "a program and its arguments"),
     ("on_failure", '["/bin/true", ["x"]]', "on_failure holds a list", "a program and its arguments"),
     ("retries", "-1", "retries is -1", "from 0 to 100"),
+    ("retries", "0x1" + 4000 * "0", "retries is a number", "from 0 to 100"),
     ("retries", "101", "retries is 101", "from 0 to 100"),
     ("retry_wait_s", "nan", "retry_wait_s is nan", "from 0 to 86,400"),
     ("retry_wait_s", "inf", "retry_wait_s is inf", "from 0 to 86,400"),
@@ -116,10 +121,13 @@ def test_there_is_a_mistake_for_each_setting() -> None:
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        ('recipients = ["x"]\npassphrase_file = "/p"\n', ""),
+        (
+            f'recipients = ["{PUBLIC_KEY}"]\npassphrase_file = "/p"\n',
+            "both recipients and passphrase_file are given",
+        ),
         ('realms = ["/a"]\narchive_log = true\n', "archive_log is true, with realms or exclude"),
         (
-            'drill = true\nrecipients = ["age1lggyhqrw2nlhcxprm67z43rta597azn8gknawjehu9d9dl0jq3yqqvfafg"]\n',
+            f'drill = true\nrecipients = ["{PUBLIC_KEY}"]\n',
             "drill is true, with recipients and without identity_file",
         ),
     ],
@@ -170,13 +178,61 @@ def test_two_policies_of_one_name_and_the_second_without_one(tmp_path: Path) -> 
         read_policies(path)
 
 
+@pytest.mark.parametrize("key", [f'recipients = ["{PUBLIC_KEY}"]', 'passphrase_file = "/key"'])
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("{}/b", "{}/b/"), ("{}/b", "file://{}/b"), ("{}/b", "{}/link"), ("s3://b/a", "s3://b/a/")],
+)
+def test_what_one_policy_encrypts_no_other_stores_in_the_clear(
+    tmp_path: Path, key: str, one: str, other: str
+) -> None:
+    """G10: two policies share a repository, by whatever names, only if both encrypt or neither does."""
+    (tmp_path / "link").symlink_to(tmp_path / "b")
+    path = tmp_path / "u.toml"
+    plain, secret = (
+        f'[[backup]]\nname = "{name}"\nrepositories = ["/only/{name}", "{url.format(tmp_path)}"]\n'
+        for name, url in (("plain", one), ("secret", other))
+    )
+    for content in (plain + secret + key, secret + key + "\n" + plain):
+        path.write_text(content)
+        with pytest.raises(UsageError, match=r"'secret' encrypts what it stores in .*, and 'plain' does not"):
+            read_policies(path)
+    for content in (plain + secret, f"{plain}{key}\n{secret}{key}"):
+        path.write_text(content)
+        assert len(read_policies(path)) == 2
+
+
+SECRET_KEYS = (
+    "AGE-SECRET-KEY-1" + 10 * "HIDDEN",
+    " age-secret-key-1" + 10 * "hidden",
+    "-----BEGIN OPENSSH PRIVATE KEY-----\nhidden",
+)
+
+
+@pytest.mark.parametrize("key", SECRET_KEYS)
+def test_a_secret_key_in_any_setting_is_not_shown(key: str) -> None:
+    """G10: wherever it was pasted by mistake, no error holds it, and each says where it is."""
+    written: list[dict[str, object]] = [{field.name: key} for field in fields(Policy)]
+    written += [{name: [key]} for name in ("repositories", "realms", "exclude", "recipients")]
+    written += [{"zone": key}, {"retention": {"daily": key}}, {key: 1}]
+    written += [{name: f"{key}\0"} for name in ("passphrase_file", "identity_file", "schedule")]
+    for said in written:
+        with pytest.raises(UsageError) as caught:
+            parse_policy({"name": "nightly", "repositories": ["/backup"], **said}, "u.toml")
+        assert "hidden" not in str(caught.value).lower(), said
+        assert next(iter(said)) in caught.value.message or key in said
+
+
 def test_what_may_hold_a_secret_is_not_shown() -> None:
-    """G10: a key or a URL that was written into the wrong place comes into no log."""
+    """G10: a passphrase or a URL that was written into the wrong place comes into no log."""
     for said in (
         {"repositories": "s3://user:hidden@bucket"},
         {"repositories": ["s3://user:hidden@bucket"]},
-        {"recipients": "AGE-SECRET-KEY-1HIDDEN"},
-        {"recipients": ["AGE-SECRET-KEY-1HIDDEN"]},
+        {"recipients": "correct horse hidden"},
+        {"recipients": ["correct horse hidden"]},
+        {"passphrase_file": "correct horse hidden"},
+        {"passphrase_file": ["correct horse hidden"]},
+        {"identity_file": "correct horse hidden"},
         {"before": "curl --header hidden"},
     ):
         with pytest.raises(UsageError) as caught:

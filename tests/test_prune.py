@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from harness import Process, Processes
@@ -12,14 +15,19 @@ from nodes import assert_sound, offline_status, put
 from repositories import age_log, done, policy_to, ship
 
 from understudy.backup import run as run_module
+from understudy.backup import upkeep
 from understudy.backup.books import Books
-from understudy.backup.catalog import StoredBackup, manifest_name
+from understudy.backup.catalog import StoredBackup, manifest_name, read_catalog
 from understudy.backup.folder_repository import FolderRepository
+from understudy.backup.make import make_backup
 from understudy.backup.repository import SIZE_MAX, open_repository
+from understudy.backup.repository_lock import locked
 from understudy.backup.retention import Retention
 from understudy.backup.run import run_policy
-from understudy.backup.run_report import RunReport
+from understudy.backup.run_report import RunReport, run_line
 from understudy.backup.stretch import list_stretches
+from understudy.backup.upkeep import ORPHAN_S, prune
+from understudy.common.errors import RepositoryError
 
 
 @pytest.fixture
@@ -42,12 +50,13 @@ def primary(processes: Processes, tmp_path: Path) -> Process:
 
 
 def overtaken(
-    processes: Processes, primary: Process, tmp_path: Path, folder: Path, *, days: bool
+    processes: Processes, primary: Process, tmp_path: Path, folder: Path, *, days: bool, **settings: object
 ) -> tuple[RunReport, int]:
     """A run in whose middle another policy makes a backup of what has come since, and keeps no other.
 
     Args:
         days: as if it took that long.
+        settings: of its policy.
 
     Returns:
         The run's report, and the LSN of an entry that lies between the two backups.
@@ -70,7 +79,7 @@ def overtaken(
         put(primary.address, "/realm", (b"key", b"3"))
         ship(tmp_path / "a", open_repository(str(folder)))
 
-    slow = replace(policy_to(folder), name="slow")
+    slow = replace(policy_to(folder, **settings), name="slow")
     return run_policy(slow, tmp_path / "a", progress=overtake), between[0]
 
 
@@ -85,17 +94,107 @@ def test_the_log_behind_a_backup_that_is_being_stored_stays(
     assert_sound(tmp_path / "b")
 
 
+@pytest.mark.parametrize("archive_log", [True, False])
 def test_a_backup_whose_log_was_removed_meanwhile_says_so(
-    processes: Processes, primary: Process, tmp_path: Path, folder: Path
+    processes: Processes, primary: Process, tmp_path: Path, folder: Path, archive_log: bool
 ) -> None:
-    """G8: what took more than a day to store is a backup, and its run is partial, as moments behind it are lost."""
-    report, _ = overtaken(processes, primary, tmp_path, folder, days=True)
+    """G8: what took more than a day to store is a backup, and its run is partial, whoever ships the log behind it."""
+    report, _ = overtaken(processes, primary, tmp_path, folder, days=True, archive_log=archive_log)
     (backup,) = report.backups
     assert report.result == "partial"
     (error,) = report.all_errors
-    assert f"the log behind LSN {backup.manifest.lsn} is not there any more" in error
+    assert f"the log behind LSN {backup.manifest.lsn} is not all there" in error
     processes.run("restore", folder, backup.id, "--to", tmp_path / "b")
     assert_sound(tmp_path / "b")
+
+
+def test_a_backup_of_chosen_realms_misses_no_log(
+    processes: Processes, primary: Process, tmp_path: Path, folder: Path
+) -> None:
+    """None is ever applied to such a backup, so that its run is done, wherever the log begins."""
+    chosen = {"archive_log": False, "realms": ("/realm",)}
+    done(overtaken(processes, primary, tmp_path, folder, days=True, **chosen)[0])
+
+
+@pytest.mark.parametrize("days_off", [-3, 3])
+def test_what_is_old_is_told_by_the_clock_of_the_storage(
+    primary: Process, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, days_off: int
+) -> None:
+    """G8: whatever the pruner's clock says, log and what was cut off go when they are old, and not before."""
+    old, young = [done(run_policy(policy_to(folder, archive_log=False), tmp_path / "a")) for _ in range(2)]
+    repository = open_repository(str(folder))
+    for number in range(2):
+        put(primary.address, "/realm", (b"key", b"%d" % number))
+        ship(tmp_path / "a", repository)
+    done(run_policy(policy_to(folder, archive_log=False), tmp_path / "a"))
+    for backup in (old, young):
+        (folder / manifest_name(backup.folder)).unlink()
+    first, _ = list_stretches(repository)
+    for name in (old.archive_name, first.name):
+        os.utime(folder / name, (0, 0))
+    clock = SimpleNamespace(time=lambda: time.time() + days_off * ORPHAN_S)
+    monkeypatch.setattr(upkeep, "time", clock)
+    with locked(repository, "test") as lock:
+        report = prune(repository, lock, Retention())
+    assert (report.orphans, report.stretches) == ([old.folder], [first.name])
+
+
+def test_a_run_by_a_wrong_clock_costs_no_other_backup(
+    primary: Process, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G8: one that was dated back by two months makes none worth nothing, and the minimum is kept of all."""
+    policy, now = policy_to(folder, retention=Retention(last=1, minimum=5)), time.time
+    made = []
+    for number, days_off in enumerate((0, 0, 0, -60, 0)):
+        put(primary.address, "/realm", (b"key", b"%d" % number))
+        with monkeypatch.context() as patched:
+            patched.setattr(time, "time", lambda: now() + days_off * ORPHAN_S)  # noqa: B023  # called in this round
+            made.append(done(run_policy(policy, tmp_path / "a")).id)
+    assert {backup.id for backup in read_catalog(open_repository(str(folder))).backups} == set(made)
+    newest = done(run_policy(policy, tmp_path / "a")).id
+    left = {backup.id for backup in read_catalog(open_repository(str(folder))).backups}
+    assert newest in left
+    assert len(left) >= 5
+
+
+# -- of a node that was superseded -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def superseded(processes: Processes, primary: Process, tmp_path: Path, folder: Path) -> Path:
+    """A node with more entries than the one that has taken over, which has a backup and log in the repository."""
+    primary.terminate()
+    make_backup(tmp_path / "a", tmp_path / "b")
+    successor = processes.primary(tmp_path / "b")
+    put(successor.address, "/realm", (b"key", b"1"))
+    done(run_policy(policy_to(folder), tmp_path / "b"))
+    put(successor.address, "/realm", (b"key", b"2"))
+    ship(tmp_path / "b", open_repository(str(folder)))
+    old = processes.primary(tmp_path / "a")
+    for number in range(20):
+        put(old.address, "/realm", (b"key", b"%d" % number))
+    return tmp_path / "a"
+
+
+def test_the_log_behind_a_superseded_nodes_backup_is_not_missed(superseded: Path, folder: Path) -> None:
+    """G3: that another node has taken over is said, and nothing of a backup that took too long."""
+    (error,) = run_policy(policy_to(folder), superseded).all_errors
+    assert error.endswith("another node has taken over, and this one does not follow it")
+
+
+@pytest.mark.parametrize("what", ["Archiver", "prune"])
+def test_that_a_node_was_superseded_is_said_whatever_fails(
+    superseded: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """G3: neither shipping nor pruning has to go well for it."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise RepositoryError("not now")
+
+    monkeypatch.setattr(run_module, what, fail)
+    failed, taken_over = run_policy(policy_to(folder), superseded).all_errors
+    assert failed.endswith("not now")
+    assert taken_over.endswith("another node has taken over, and this one does not follow it")
 
 
 # -- what is said ----------------------------------------------------------------------------------------------
@@ -120,7 +219,17 @@ def test_a_run_says_what_it_has_removed(primary: Process, tmp_path: Path, folder
     (told,) = report.facts()["repositories"]
     assert (told["pruned"], told["pruned_stretches"]) == (3, before)
     line = (tmp_path / "a" / "backups" / "journal").read_text().splitlines()[-1]
-    assert f"3 older backups and {before} stretches of log removed" in line
+    assert f", 3 older backups and {before} stretches of log removed, " in line
+
+
+def test_a_run_counts_one_in_the_singular(primary: Process, tmp_path: Path, folder: Path) -> None:
+    """A line in the journal is a sentence."""
+    run_policy(policy_to(folder), tmp_path / "a")
+    put(primary.address, "/realm", (b"key", b"1"))
+    ship(tmp_path / "a", open_repository(str(folder)))
+    age_log(folder)
+    report = run_policy(policy_to(folder, retention=Retention(last=1), archive_log=False), tmp_path / "a")
+    assert ", 1 older backup and 1 stretch of log removed, " in run_line(report)
 
 
 def test_prune_says_what_goes_and_which_moments_with_it(

@@ -6,6 +6,7 @@ This file is also a program: what has to run in a process of its own.
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import json
 import os
@@ -28,7 +29,7 @@ from harness import plain_environment, wait_until
 from s3_server import BUCKET, PAGE_OBJECTS, FaultyFront, S3Server, credentials
 from store_helpers import fill_disk, small_disk
 
-from understudy.backup import folder_repository
+from understudy.backup import folder_repository, object_repository
 from understudy.backup.folder_repository import FolderRepository
 from understudy.backup.object_repository import ObjectRepository, Patience
 from understudy.backup.repository import (
@@ -156,6 +157,7 @@ def test_an_object_is_stored_read_listed_and_deleted(repository: Repository) -> 
     empty, one = sorted(repository.list(), key=lambda stored: stored.size)
     assert (empty.name, empty.size, one.name, one.size) == ("empty", 0, "a/b/one", 4)
     assert one.modified_s > 1_700_000_000
+    assert one.modified_s - 60 < repository.now_s() < one.modified_s + 3600  # of its own clock
     for _ in range(2):
         repository.delete("a/b/one")
         assert names(repository) == ["empty"]
@@ -771,6 +773,50 @@ def test_a_storage_that_can_not_be_asked_is_refused(monkeypatch: pytest.MonkeyPa
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(RepositoryRefused, match="AZURE_STORAGE_ACCOUNT_NAME"):
         open_repository("az://container/test")
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "message", "lasts"),
+    [
+        (403, "AccessDenied", "Access Denied", True),
+        (403, "InvalidAccessKeyId", "The key does not exist in our records.", True),
+        (401, "AuthenticationRequired", "Authentication required.", True),
+        (403, "RequestTimeTooSkewed", "The difference between the times is too large.", False),
+        (403, "ExpiredToken", "The provided token has expired.", False),
+        (403, "AuthenticationFailed", "Signature not valid in the specified time frame.", False),
+        (403, "SignatureDoesNotMatch", "Signature expired: it is now earlier than", False),
+    ],
+)
+def test_a_refusal_that_may_pass_is_told_from_one_that_lasts(
+    behind: Repository, front: FaultyFront, status: int, code: str, message: str, lasts: bool
+) -> None:
+    """A clock that is being set and a token that is being renewed are waited for, a missing permission is not."""
+    front.refusal = status, f"<Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()
+    front.refused = 10_000
+    for call in (lambda: behind.read("one"), lambda: behind.put("one", b"1"), lambda: behind.delete("one")):
+        with pytest.raises(RepositoryError, match=code) as caught:
+            call()
+        assert caught.value.is_lasting == lasts
+    with (
+        pytest.raises(RepositoryError) as caught,
+        behind.upload("one"),
+    ):  # begins with a HEAD, which says no reason
+        pass
+    assert not caught.value.is_lasting
+
+
+def test_what_the_system_refuses_for_now_is_no_refusal_of_the_storage(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of credentials that lie in a file, the next attempt may read what this one could not."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(object_repository, "from_url", fail)
+    with pytest.raises(RepositoryError, match="Too many open files") as caught:
+        open_repository("s3://bucket/test")
+    assert not caught.value.is_lasting
 
 
 def test_memory_is_bounded(s3: S3Server) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import random
 import re
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -19,19 +22,21 @@ from repositories import done, policy_to, ship
 from understudy.backup.archive import write_archive
 from understudy.backup.archive_options import ArchiveOptions
 from understudy.backup.catalog import StoredBackup
-from understudy.backup.in_progress import read_filled
+from understudy.backup.in_progress import in_progress, read_filled
 from understudy.backup.log_following import Following
 from understudy.backup.make import make_backup
 from understudy.backup.manifest import read_manifest
 from understudy.backup.point import Point
 from understudy.backup.repository import Repository, open_repository
 from understudy.backup.restore import restore_backup, restore_stored
+from understudy.backup.restore_target import open_target
 from understudy.backup.run import run_policy
 from understudy.backup.selection import Selection
 from understudy.backup.stretch import Stretch, list_stretches
+from understudy.common.directory import NODE_FILE, DataDirectory, NodeFile, Role
 from understudy.common.errors import CorruptionError, NotStored, StorageFailed, UsageError
 from understudy.common.log_reader import segments_behind
-from understudy.common.types import Lsn
+from understudy.common.types import ClusterId, Lsn, new_id
 
 FAILED, USAGE, CORRUPT = 1, 2, 4
 VALUE_BYTES = 300_000
@@ -124,6 +129,57 @@ def test_what_was_in_place_and_is_not_any_more_is_fetched_anew(
         assert_sound(target)
         assert contents(target) == expected, (happens, where)
         shutil.rmtree(target)
+
+
+def begun_and_damaged(path: Path) -> NodeFile:
+    """A restore that was cut off, with a spoilt ``node.json``; returns what that said."""
+    with DataDirectory.open_unfinished(path) as directory:
+        directory.begin(Role.BACKUP, ClusterId(new_id()))
+    with contextlib.suppress(StorageFailed), in_progress(path, "it", anew=True, goes_on=False):
+        raise StorageFailed("cut off")
+    before = NodeFile.read(path / NODE_FILE)
+    spoil(path / NODE_FILE)
+    return before
+
+
+def test_what_another_restore_has_made_good_meanwhile_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G4: a ``node.json`` that was damaged when it was read, and is sound when it is to be replaced."""
+    before = begun_and_damaged(tmp_path)
+    open_unfinished = DataDirectory.open_unfinished
+
+    def open_then_mend(path: Path) -> DataDirectory:
+        try:
+            return open_unfinished(path)
+        except CorruptionError:
+            (path / NODE_FILE).write_text(json.dumps(asdict(before)))
+            raise
+
+    monkeypatch.setattr(DataDirectory, "open_unfinished", open_then_mend)
+    with open_target(tmp_path, "it") as directory:
+        assert not directory.is_new
+    assert NodeFile.read(tmp_path / NODE_FILE) == before
+
+
+def test_a_damaged_part_that_can_not_be_removed_is_told_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the file's name; and the lock is free again."""
+    begun_and_damaged(tmp_path)
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", fail)
+        with (
+            pytest.raises(StorageFailed, match=r"can't replace .*node\.json: Read-only"),
+            open_target(tmp_path, "it"),
+        ):
+            pass
+    with open_target(tmp_path, "it") as directory:
+        assert directory.is_new
 
 
 @pytest.mark.parametrize(

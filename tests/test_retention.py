@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Sequence
+from dataclasses import replace
 from zoneinfo import ZoneInfo
 
 import pytest
@@ -12,21 +13,30 @@ from hypothesis import strategies as st
 
 from understudy.backup.retention import Candidate, Retention, split
 from understudy.common.errors import UsageError
+from understudy.common.types import Epoch, Lsn
 
 HOUR_S, DAY_S = 3600.0, 86400.0
 NOW_S = datetime.datetime(2026, 11, 21, 18, 30, tzinfo=datetime.UTC).timestamp()
 
 
+def candidate(
+    name: str, made_s: float, lsn: int = 1, *, epoch: int = 1, restorable: bool = True
+) -> Candidate:
+    """One of a quiet server, if no LSN is given."""
+    return Candidate(name=name, made_s=made_s, rank=(Epoch(epoch), Lsn(lsn)), restorable=restorable)
+
+
 def backup(made: str, *, restorable: bool = True, zone: str = "UTC", fold: int = 0) -> Candidate:
-    """One that is called by the time at which it was made."""
+    """One that is called by the time at which it was made, and holds what was written until then."""
     moment = datetime.datetime.fromisoformat(made).replace(tzinfo=ZoneInfo(zone), fold=fold)
-    return Candidate(name=made + "'" * fold, made_s=moment.timestamp(), restorable=restorable)
+    made_s = moment.timestamp()
+    return candidate(made + "'" * fold, made_s, int(made_s), restorable=restorable)
 
 
 def hourly_backups(count: int) -> list[Candidate]:
     """One each hour, the newest half an hour before now."""
     times = [NOW_S - HOUR_S / 2 - number * HOUR_S for number in range(count)]
-    return [Candidate(name=f"{time:.0f}", made_s=time, restorable=True) for time in times]
+    return [candidate(f"{time:.0f}", time, int(time)) for time in times]
 
 
 def kept_times(backups: Sequence[Candidate], retention: Retention) -> list[str]:
@@ -214,17 +224,17 @@ def restorable(backups: Sequence[Candidate]) -> list[Candidate]:
 def test_a_restorable_backup_remains_whatever_happens(
     story: list[tuple[float, str, int, Retention]],
 ) -> None:
-    """A removal leaves as many restorable backups as asked, the newest among them, and finds nothing more to remove."""
+    """G8: a removal leaves as many restorable backups as asked and the newest, whatever the clock did meanwhile."""
     backups: list[Candidate] = []
     now_s = NOW_S
     for number, (pause_s, step, choice, retention) in enumerate(story):
         now_s += pause_s
         if step in ("add", "cut off"):
-            backups.append(Candidate(name=str(number), made_s=now_s, restorable=step == "add"))
+            backups.append(candidate(str(number), now_s, number, restorable=step == "add"))
         elif step == "damage" and backups:
             damaged = backups[choice % len(backups)]
             backups = [each for each in backups if each != damaged]
-            backups.append(Candidate(name=damaged.name, made_s=damaged.made_s, restorable=False))
+            backups.append(replace(damaged, restorable=False))
         elif step == "prune":
             left = check_prune(backups, retention, now_s)
             backups = left
@@ -235,24 +245,116 @@ def check_prune(backups: list[Candidate], retention: Retention, now_s: float) ->
     result = split(backups, retention, now_s=now_s)
     left = [each for each, _ in result.kept]
     assert sorted(names(left) + names(result.removable)) == sorted(names(backups))
-    good = sorted(restorable(backups), key=lambda each: (each.made_s, each.name))
-    assert len(restorable(left)) >= min(len(good), max(retention.minimum, 1))
-    assert good[-1:] == [] or good[-1] in left
+    good = restorable(backups)
+    for newest in (max(good, key=key, default=None) for key in (by_time, by_rank)):
+        assert newest is None or newest in left
+    past = [each for each in good if each.made_s <= now_s]
+    assert len([each for each in past if each in left]) >= min(len(past), max(retention.minimum, 1))
     assert good or not result.removable
     assert all(each.made_s <= now_s for each in result.removable)
     for bad in (each for each in result.removable if not each.restorable):
-        assert any(each.made_s > bad.made_s for each in restorable(left))
-    assert split(left, retention, now_s=now_s).removable == []
+        assert any(each.made_s > bad.made_s and each.rank >= bad.rank for each in restorable(left))
+    if sorted(backups, key=by_time) == sorted(backups, key=by_rank):
+        assert split(left, retention, now_s=now_s).removable == []
     return left
 
 
-@given(st.lists(st.tuples(st.integers(0, 10**7), st.booleans()), max_size=40), retentions)
+def by_time(backup: Candidate) -> tuple[float, tuple[Epoch, Lsn], str]:
+    return backup.made_s, backup.rank, backup.name
+
+
+def by_rank(backup: Candidate) -> tuple[tuple[Epoch, Lsn], float, str]:
+    return backup.rank, backup.made_s, backup.name
+
+
+# One after the other by right clocks, and from which one on how many were made by a wrong one.
+days = st.lists(st.floats(60, 40 * DAY_S), min_size=3, max_size=40)
+gaps = st.tuples(st.integers(0, 38), st.integers(1, 38))
+
+
+@given(days, gaps, st.booleans(), st.booleans(), retentions)
+def test_backups_with_wrong_times_take_no_place_of_others(
+    pauses_s: list[float], wrong: tuple[int, int], is_ahead: bool, is_over: bool, retention: Retention
+) -> None:
+    """G8: what would stay without them stays, whether the clock was ahead or behind, and even once their time comes."""
+    times = [NOW_S - sum(pauses_s[number:]) for number in range(len(pauses_s))]
+    first, last = 1 + wrong[0] % (len(times) - 2), wrong[1]
+    off_s = sum(pauses_s) + DAY_S
+    backups = [candidate(str(number), time, number) for number, time in enumerate(times)]
+    moved = [
+        replace(each, made_s=each.made_s + (off_s if is_ahead else -off_s))
+        for each in backups[first : min(first + last, len(times) - 1)]
+    ]
+    others = backups[:first] + backups[first + len(moved) :]
+    now_s = NOW_S + off_s if is_over else NOW_S
+    assert removed([*others, *moved], retention, now_s) <= removed(others, retention, now_s) | set(moved)
+
+
+@given(days, st.integers(1, 38), st.lists(st.floats(0, 1), max_size=40), st.booleans(), retentions)
+def test_a_node_that_was_cut_off_takes_no_place_of_others(
+    pauses_s: list[float], cut_off: int, made: list[float], is_fenced: bool, retention: Retention
+) -> None:
+    """G3, G8: an old primary or a replica that lags goes on with its policy; what would stay without it stays."""
+    times = [NOW_S - sum(pauses_s[number:]) for number in range(len(pauses_s))]
+    fork = 1 + cut_off % (len(times) - 1)
+    others = [
+        candidate(f"{number}", time, number, epoch=2 if is_fenced and number >= fork else 1)
+        for number, time in enumerate(times)
+    ]
+    behind = [
+        candidate(f"{number} behind", NOW_S - share * (NOW_S - times[fork]), 1000 if is_fenced else fork - 1)
+        for number, share in enumerate(made)
+    ]
+    behind = [each for each in behind if each.made_s > times[fork]]
+    assert removed([*others, *behind], retention, NOW_S) <= removed(others, retention, NOW_S) | set(behind)
+
+
+@given(days, retentions)
+def test_with_right_clocks_it_does_not_matter_how_far_backups_reach(
+    pauses_s: list[float], retention: Retention
+) -> None:
+    """A quiet server's backups are kept as those of a busy one are."""
+    times = [NOW_S - sum(pauses_s[number:]) for number in range(len(pauses_s))]
+    quiet = [candidate(str(number), time) for number, time in enumerate(times)]
+    busy = [candidate(str(number), time, number) for number, time in enumerate(times)]
+    results = [split(backups, retention, now_s=NOW_S) for backups in (quiet, busy)]
+    assert names(results[0].removable) == names(results[1].removable)
+    reasons = [[(each.name, why) for each, why in result.kept] for result in results]
+    assert reasons[0] == reasons[1]
+
+
+def removed(backups: Sequence[Candidate], retention: Retention, now_s: float) -> set[Candidate]:
+    return set(split(backups, retention, now_s=now_s).removable)
+
+
+@pytest.mark.parametrize("days_off", [-60, 60, 3650])
+def test_a_clock_that_was_wrong_once_removes_nothing_that_is_good(days_off: int) -> None:
+    """G8: eleven days' backups stay, by whatever clock another was made, and when it is right again."""
+    good = [candidate(str(day), NOW_S - day * DAY_S, 100 - day) for day in range(12, 1, -1)]
+    wrong = candidate("wrong", NOW_S + days_off * DAY_S, 99)
+    after = candidate("after", NOW_S, 100)
+    retention = Retention(daily=30, monthly=12, minimum=5)
+    for now_s in (NOW_S, NOW_S + days_off * DAY_S):
+        assert split([*good, wrong], retention, now_s=now_s).removable == []
+        assert split([*good, wrong, after], retention, now_s=now_s).removable == []
+
+
+def test_a_wrong_clock_and_a_node_that_was_cut_off_together_cost_no_day() -> None:
+    """G8: of each day stays what reaches the furthest, where neither explanation holds by itself."""
+    good = [candidate(str(day), NOW_S - day * DAY_S - 60, 100 - day) for day in range(10)]
+    behind = [candidate(f"{day} behind", NOW_S - day * DAY_S, 1) for day in range(10)]
+    wrong = candidate("wrong", NOW_S - 60 * DAY_S, 101)
+    result = split([*good, *behind, wrong], Retention(daily=10, last=2, minimum=5), now_s=NOW_S)
+    assert set(good) | {wrong} <= {each for each, _ in result.kept}
+
+
+@given(st.lists(st.tuples(st.integers(0, 10**7), st.integers(1, 40), st.booleans()), max_size=40), retentions)
 def test_the_order_in_which_backups_are_listed_does_not_matter(
-    made: list[tuple[int, bool]], retention: Retention
+    made: list[tuple[int, int, bool]], retention: Retention
 ) -> None:
     """The same backups are split in the same way however a directory lists them."""
     backups = [
-        Candidate(name=str(number), made_s=NOW_S - age, restorable=good)
-        for number, (age, good) in enumerate(made)
+        candidate(str(number), NOW_S - age, lsn, restorable=good)
+        for number, (age, lsn, good) in enumerate(made)
     ]
     assert split(backups, retention, now_s=NOW_S) == split(backups[::-1], retention, now_s=NOW_S)

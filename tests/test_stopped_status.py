@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from harness import Processes, wait_until
 from nodes import offline_status, put, warnings
 
@@ -86,13 +87,20 @@ def test_each_policy_that_was_run_has_its_row_and_its_warning(processes: Process
     assert "never" in processes.run("status", data_dir).stdout.decode()
 
 
-def test_a_history_that_can_not_be_read_is_a_warning(processes: Processes, tmp_path: Path) -> None:
-    """The rest of the status is told: it is what people look at when something is wrong."""
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [('{"format": 99}', "was written by a newer version"), ('{"format": 1}', "history.json can't be read")],
+)
+def test_a_history_that_can_not_be_read_is_a_warning(
+    processes: Processes, tmp_path: Path, content: str, said: str
+) -> None:
+    """The rest of the status is told, and nothing is changed: it is what people look at when something is wrong."""
     data_dir = tmp_path / "a"
     processes.primary(data_dir).terminate()
     note(data_dir, "nightly", START_S, Result.DONE)
-    (data_dir / FOLDER / "history.json").write_text('{"format": 99}')
+    (data_dir / FOLDER / "history.json").write_text(content)
     found = offline_status(data_dir)
     assert found.role == "primary"
     assert not found.backups
-    assert "was written by a newer version" in found.warnings[0]
+    assert said in found.warnings[0]
+    assert (data_dir / FOLDER / "history.json").read_text() == content

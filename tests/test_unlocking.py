@@ -13,6 +13,7 @@ from understudy.backup.policy import read_passphrase
 from understudy.common.errors import CorruptionError, RepositoryError, UsageError
 
 SIZE = 3 << 20
+SECRET_KEY = "AGE-SECRET-KEY-1" + 10 * "HIDDEN"
 
 
 class FailingSource(io.BytesIO):
@@ -55,6 +56,32 @@ def test_a_source_that_can_not_be_read_is_not_damaged(
     with pytest.raises(type(error)) as raised, unlocking.decrypting(peekable(source), "it") as stream:
         read_all(stream, SIZE if is_cut_noticed else 0)
     assert raised.value is error
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        SECRET_KEY,
+        f" {SECRET_KEY.lower()}",
+        f"age1 {SECRET_KEY}",
+        "-----BEGIN OPENSSH PRIVATE KEY-----\nhidden",
+    ],
+)
+def test_a_secret_key_in_a_recipients_place_is_not_shown(given: str) -> None:
+    """G10: however it was pasted, with what to give instead."""
+    with pytest.raises(UsageError, match=r"is a secret key .*age-keygen -y") as caught:
+        Encryption("", (given,)).check()
+    assert "hidden" not in str(caught.value).lower()
+
+
+def test_what_does_not_begin_as_a_public_key_is_not_shown() -> None:
+    """G10: it may be a passphrase; a public key with a mistake in it is."""
+    with pytest.raises(UsageError, match="is no recipient") as caught:
+        Encryption("", ("correct horse",)).check()
+    assert "horse" not in str(caught.value)
+    for given in ("age1nobody", "ssh-nothing"):
+        with pytest.raises(UsageError, match=f"'{given}' is no recipient"):
+            Encryption("", (given,)).check()
 
 
 def private(path: Path, data: bytes) -> Path:

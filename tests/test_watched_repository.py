@@ -16,6 +16,8 @@ from nodes import offline_status, put, settle, status
 
 from understudy.backup import archiver as archiver_module
 from understudy.backup import watched_repository as watched_module
+from understudy.backup.drill import drill_newest
+from understudy.backup.drill_server import read_all
 from understudy.backup.folder_repository import FolderRepository
 from understudy.backup.policy import Policy
 from understudy.backup.repository import Repository, open_repository
@@ -219,3 +221,40 @@ def test_a_new_passphrase_counts_for_the_log_too(
     assert "give both" in processes.run(*across, code=7).stderr.decode()
     processes.run(*across, "--passphrase-file", old)
     assert offline_status(tmp_path / "c").lsn == receipt.lsn
+
+
+# -- what was proven -------------------------------------------------------------------------------------------
+
+
+def proven_at(data_dir: Path, policies: dict[str, Policy]) -> dict[str, bool]:
+    """Whether each policy is proven, as a new worker tells after a look at each repository."""
+    reports: list[admin_pb2.BackupReport] = []
+    worker = Worker(data_dir, policies, tell=reports.append)
+    worker.stop()  # so that each looks once
+    for watch in worker.watchers():
+        watch()
+    worker.report()
+    return {one.policy: bool(one.last_proven_s) for one in reports[-1].policies}
+
+
+def test_a_policy_is_proven_once_its_own_backups_are_in_all_its_repositories(
+    primary: Process, tmp_path: Path, folder: Path
+) -> None:
+    """G8: neither another policy's drill in the same repository nor one of another repository's backup counts."""
+    (tmp_path / "second").mkdir()
+    nightly = replace(policy_to(folder, tmp_path / "second"), archive_log=False)
+    weekly = replace(nightly, name="weekly", repositories=(str(folder),))
+    for policy in (nightly, weekly):
+        assert run_policy(policy, tmp_path / "a").all_errors == []
+    policies = {"nightly": nightly, "weekly": weekly}
+
+    def prove(policy: Policy, url: Path) -> None:
+        drill = drill_newest(policy, str(url), tmp_path, read_all=read_all)
+        assert drill.is_proven
+
+    prove(nightly, tmp_path / "second")
+    assert proven_at(tmp_path / "a", policies) == {"nightly": False, "weekly": False}
+    prove(weekly, folder)
+    assert proven_at(tmp_path / "a", policies) == {"nightly": False, "weekly": True}
+    prove(nightly, folder)
+    assert proven_at(tmp_path / "a", policies) == {"nightly": True, "weekly": True}

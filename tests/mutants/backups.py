@@ -11,6 +11,9 @@ DRILL = "tests/test_drill.py"
 RESTORE_LOG = "tests/test_restore_log.py"
 RUNS = "tests/test_backup_runs.py"
 WATCHED = "tests/test_watched_repository.py"
+PRUNE = "tests/test_prune.py"
+RETENTION = "tests/test_retention.py"
+BACKUP = "tests/test_backup.py"
 
 MUTANTS = (
     Mutant(
@@ -91,7 +94,7 @@ MUTANTS = (
         file="backup/retention.py",
         old="    good = [backup for backup in past if backup.restorable]\n",
         new="    good = past\n",
-        tests=("tests/test_retention.py",),
+        tests=(RETENTION,),
         simulated=False,
     ),
     Mutant(
@@ -116,10 +119,28 @@ MUTANTS = (
     Mutant(
         name="a node that was cut off takes its successor's place in the retention",
         guarantee="G8",
-        file="backup/upkeep.py",
-        old="        counts = backup.is_restorable and backup.manifest.rank >= newest\n",
-        new="        counts = backup.is_restorable\n",
-        tests=(f"{REPOSITORY}::test_a_node_that_does_not_know_of_its_successor_takes_no_ones_place",),
+        file="backup/retention.py",
+        old="    yield _rising(good[::-1])[::-1]\n",
+        new="",
+        tests=(f"{RETENTION}::test_a_node_that_was_cut_off_takes_no_place_of_others",),
+        simulated=False,
+    ),
+    Mutant(
+        name="a clock that was behind makes all other backups worth nothing",
+        guarantee="G8",
+        file="backup/retention.py",
+        old="    yield _falling(good)\n    yield good\n",
+        new="",
+        tests=(f"{RETENTION}::test_a_clock_that_was_wrong_once_removes_nothing_that_is_good",),
+        simulated=False,
+    ),
+    Mutant(
+        name="neither explanation for wrong times holds, and no backup counts",
+        guarantee="G8",
+        file="backup/retention.py",
+        old="    yield good\n",
+        new="",
+        tests=(f"{RETENTION}::test_a_wrong_clock_and_a_node_that_was_cut_off_together_cost_no_day",),
         simulated=False,
     ),
     Mutant(
@@ -138,6 +159,15 @@ MUTANTS = (
         old="        return Encryption(read_passphrase(self.passphrase_file))\n",
         new="        return None\n",
         tests=(f"{REPOSITORY}::test_encryption_that_can_not_be_is_no_backup",),
+        simulated=False,
+    ),
+    Mutant(
+        name="one policy stores in the clear what another encrypts",
+        guarantee="G10",
+        file="backup/policy.py",
+        old="            if shared:\n",
+        new="            if False:\n",
+        tests=("tests/test_policy_errors.py::test_what_one_policy_encrypts_no_other_stores_in_the_clear",),
         simulated=False,
     ),
     Mutant(
@@ -225,7 +255,7 @@ MUTANTS = (
         name="log that a backup under way needs is removed",
         guarantee="G8",
         file="backup/upkeep.py",
-        old=" and now_s - stored.modified_s > ORPHAN_S\n    ]\n",
+        old=" and stored.modified_s < old_s\n    ]\n",
         new="\n    ]\n",
         tests=("tests/test_prune.py::test_the_log_behind_a_backup_that_is_being_stored_stays",),
         simulated=False,
@@ -236,7 +266,7 @@ MUTANTS = (
         file="backup/retention.py",
         old="for backup in good[:count])\n",
         new="for backup in good[1 : count + 1])\n",
-        tests=("tests/test_retention.py",),
+        tests=(RETENTION,),
         simulated=False,
     ),
     Mutant(
@@ -320,7 +350,7 @@ MUTANTS = (
     Mutant(
         name="a restore goes on though its backup is not in place",
         guarantee="G8",
-        file="backup/restore.py",
+        file="backup/restore_whole.py",
         old="    manifest, is_reached = origin.fill(directory)\n",
         new="    note_filled(directory.path, origin.end)\n"
         "    manifest, is_reached = origin.fill(directory)\n",
@@ -330,7 +360,7 @@ MUTANTS = (
     Mutant(
         name="a restore goes on to another point than it began for",
         guarantee="G8",
-        file="backup/restore.py",
+        file="backup/restore_whole.py",
         old="            and read_filled(target, origin.name) == origin.end\n",
         new="            and read_filled(target, origin.name) is not None\n",
         tests=(
@@ -368,7 +398,7 @@ MUTANTS = (
     Mutant(
         name="a restore goes on with the epochs that were known at first",
         guarantee="G7",
-        file="backup/restore.py",
+        file="backup/restore_whole.py",
         old="            directory.raise_epoch_floor(origin.epoch_floor)\n            sync_tree(target)\n"
         "            write_manifest(target, manifest)\n    return manifest\n\n\ndef _bring_forward",
         new="            sync_tree(target)\n"
@@ -380,9 +410,95 @@ MUTANTS = (
         name="the second backup of a day takes the way back to the first",
         guarantee="G8",
         file="backup/retention.py",
-        old="        if good and 0 < len(seen) < wanted:\n",
+        old="        if 0 < len(best) < wanted:\n",
         new="        if False:\n",
-        tests=("tests/test_retention.py",),
+        tests=(RETENTION,),
+        simulated=False,
+    ),
+    Mutant(
+        name="log that is gone behind a backup is not missed",
+        guarantee="G8",
+        file="backup/log_gap.py",
+        old="    return not beyond or bool(find_path(beyond, stretches, _position(manifest), {}))\n",
+        new="    return True\n",
+        tests=(f"{PRUNE}::test_a_backup_whose_log_was_removed_meanwhile_says_so",),
+        simulated=False,
+    ),
+    Mutant(
+        name="a run does not look for the log behind its backup",
+        guarantee="G8",
+        file="backup/run.py",
+        old=" or _log_gone(outcome.backup.manifest, repository)\n",
+        new="\n",
+        tests=(f"{PRUNE}::test_a_backup_whose_log_was_removed_meanwhile_says_so",),
+        simulated=False,
+    ),
+    Mutant(
+        name="log is missed that could not be applied",
+        guarantee="G8",
+        file="backup/run.py",
+        old="    if not manifest.is_whole or is_followed(",
+        new="    if is_followed(",
+        tests=(f"{PRUNE}::test_a_backup_of_chosen_realms_misses_no_log",),
+        simulated=False,
+    ),
+    Mutant(
+        name="a superseded node is told of it by pruning only",
+        guarantee="G3",
+        file="backup/run.py",
+        old="            _note_what_follows(outcome, repository, catalog or read_catalog(repository))\n",
+        new="            _note_what_follows(outcome, repository, catalog or Catalog([], [], []))\n",
+        tests=(f"{PRUNE}::test_that_a_node_was_superseded_is_said_whatever_fails",),
+        simulated=False,
+    ),
+    Mutant(
+        name="what is old is told by the clock of who prunes",
+        guarantee="G8",
+        file="backup/upkeep.py",
+        old="    old_s = repository.now_s() - ORPHAN_S\n",
+        new="    old_s = now_s - ORPHAN_S\n",
+        tests=(f"{PRUNE}::test_what_is_old_is_told_by_the_clock_of_the_storage",),
+        simulated=False,
+    ),
+    Mutant(
+        name="a store is kept that its manifest does not describe",
+        guarantee="G8",
+        file="backup/make.py",
+        old="            return False  # `--finish` was cut off\n",
+        new="            pass\n",
+        tests=(
+            f"{BACKUP}::test_a_replacement_that_was_cut_off_is_not_described_by_the_old_manifest",
+            f"{BACKUP}::test_an_update_after_one_that_was_cut_off_replaces_a_damaged_store",
+        ),
+        simulated=False,
+    ),
+    Mutant(
+        name="a backup's server may have any log to replay",
+        guarantee="G9",
+        file="backup/make.py",
+        old="        return is_recent or row.lsn >= self._source.checkpoint.lsn\n",
+        new="        return is_recent or row.lsn > 0\n",
+        tests=(f"{BACKUP}::test_behind_a_long_log_the_store_is_copied_anew",),
+        simulated=False,
+    ),
+    Mutant(
+        name="a manifest describes the last segment as it was",
+        guarantee="G11",
+        file="backup/make.py",
+        old='if entry.path.startswith("log/"))[:-1]}\n',
+        new='if entry.path.startswith("log/"))}\n',
+        tests=(f"{BACKUP}::test_many_segments_are_read_only_as_far_as_they_have_grown",),
+        simulated=False,
+    ),
+    Mutant(
+        name="a restore of records goes past its point",
+        guarantee="G2",
+        file="backup/load_records.py",
+        old="        self.is_cut |= self._point is not None and self._point.is_before(position.lsn, row.time_us)\n",
+        new="",
+        tests=(
+            "tests/test_restore_again.py::test_a_backup_of_records_is_restored_up_to_any_point_in_its_tail",
+        ),
         simulated=False,
     ),
 )

@@ -585,20 +585,24 @@ class FreezeResponse(_message.Message):
     LSN_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
     SECONDS_LEFT_FIELD_NUMBER: _builtins.int
+    WAS_FROZEN_FIELD_NUMBER: _builtins.int
     lsn: _builtins.int
     """the last entry of the log"""
     digest: _builtins.bytes
     seconds_left: _builtins.float
+    was_frozen: _builtins.bool
+    """before already, and until now: this has put off the end"""
     def __init__(
         self,
         *,
         lsn: _builtins.int = ...,
         digest: _builtins.bytes = ...,
         seconds_left: _builtins.float = ...,
+        was_frozen: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "lsn", b"lsn", "seconds_left", b"seconds_left"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "lsn", b"lsn", "seconds_left", b"seconds_left", "was_frozen", b"was_frozen"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
