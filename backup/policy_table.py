@@ -18,7 +18,7 @@ from understudy.common.sizes import parse_size
 
 _SHOWN_CHARACTERS_MAX = 100
 _SHOWN_BITS_MAX = 10_000  # of a number: Python refuses to print one of more than 4,300 digits
-_RATE_MAX = 10**12  # more than any machine reads
+_RATE_MIN, _RATE_MAX = 1_000, 10**12  # with less a unit was forgotten; more no machine reads
 _KINDS: tuple[tuple[type, str], ...] = (
     (bool, "true or false"),  # before int, which it is too
     (str, "a text"),
@@ -156,12 +156,12 @@ class PolicyTable:
         if key not in self._left:
             return None
         value = self._left.pop(key)
-        expected = 'bytes a second, more than 0 and up to 1TB/s, such as "50MB/s"'
+        expected = 'bytes a second, from 1kB/s up to 1TB/s, such as "50MB/s"'
         if not isinstance(value, str | int) or isinstance(value, bool):
             raise self._bad(key, value, expected)
         with self.checking(key, expected):
             rate = parse_size(value.removesuffix("/s")) if isinstance(value, str) else value
-        if not 0 < rate <= _RATE_MAX:
+        if not _RATE_MIN <= rate <= _RATE_MAX:
             raise self._bad(key, value, expected)
         return rate
 

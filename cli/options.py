@@ -46,11 +46,14 @@ def byte_size(text: str) -> int:
         raise click.BadParameter(f"{error.message}: {error.remedy}.") from error
 
 
+_RATE_MIN = 1_000  # with less a unit was forgotten
+
+
 def byte_rate(text: str) -> int:
     """Bytes a second: ``50MB/s``, or without the ``/s``; click's usage error where it is none."""
     rate = byte_size(text.removesuffix("/s"))
-    if not rate:
-        raise click.BadParameter("nothing would ever be done at a rate of 0.")
+    if rate < _RATE_MIN:
+        raise click.BadParameter(f"{rate} bytes a second are too few: give a unit, such as 50MB/s.")
     return rate
 
 

@@ -54,6 +54,7 @@ MISTAKES = [
     ("staging", '"/backup/x"', "staging is '/backup/x'", "another place"),
     ("rate", "5.5", "rate is 5.5", "bytes a second"),
     ("rate", "0", "rate is 0", "bytes a second"),
+    ("rate", "50", "rate is 50", "such as"),
     ("rate", "-1", "rate is -1", "bytes a second"),
     ("rate", "true", "rate is true", "bytes a second"),
     ("rate", '"0MB/s"', "rate is '0MB/s'", "bytes a second"),
