@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from understudy.common.directory import MANIFEST_FILE
-from understudy.common.errors import CorruptionError
+from understudy.common.errors import CorruptionError, UsageError
 from understudy.common.files import storage_errors
 from understudy.common.log_reader import segments_behind
 from understudy.common.segment import Segment
@@ -51,7 +51,10 @@ def _expected_end(manifest: Path) -> Position | None:
 
 
 def _position_at(log: Path, cluster: ClusterId, lsn: Lsn) -> Position | None:
-    segment = segments_behind(log, cluster, lsn)[0]
+    try:
+        segment = segments_behind(log, cluster, lsn)[0]
+    except UsageError:
+        return None  # it begins behind it
     if segment.header.before.lsn == lsn:  # it goes on there
         return segment.header.before
     try:
