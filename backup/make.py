@@ -34,7 +34,7 @@ from understudy.backup.source import Source, open_source
 from understudy.backup.target_log import append_records, log_files, open_log, read_head
 from understudy.backup.writing import describe_file, write_member
 from understudy.common.backup_end import check_end
-from understudy.common.directory import MANIFEST_FILE, DataDirectory, Role, must_begin_anew
+from understudy.common.directory import ADMIN_TOKEN_FILE, MANIFEST_FILE, DataDirectory, Role, must_begin_anew
 from understudy.common.errors import (
     AheadOfPrimary,
     CorruptionError,
@@ -45,7 +45,7 @@ from understudy.common.errors import (
     UsageError,
     WrongRole,
 )
-from understudy.common.files import publish, sync_tree
+from understudy.common.files import publish, storage_errors, sync_tree
 from understudy.common.follow_table import Relation
 from understudy.common.locator import relate
 from understudy.common.log_reader import LogPlace
@@ -273,8 +273,10 @@ class _Making:
         """Store and log into ``root``, durably."""
         members = copy_members(self._source)
         meter = self._meter(sum(member.size for member in members))
-        # A cut-off attempt's may begin elsewhere.
+        # A cut-off attempt's may begin elsewhere, or be of another source.
         shutil.rmtree(root / "log", ignore_errors=True)
+        with storage_errors("remove", root / ADMIN_TOKEN_FILE):
+            (root / ADMIN_TOKEN_FILE).unlink(missing_ok=True)
         entries = [write_member(root, member, meter) for member in members]
         sync_tree(root)
         self.bytes_copied = meter.done

@@ -14,11 +14,11 @@ from typing import Any
 
 from understudy.backup.encryption import holds_secret_key
 from understudy.common.errors import UsageError
-from understudy.common.sizes import parse_size
+from understudy.common.sizes import RATE_MIN, parse_size
 
 _SHOWN_CHARACTERS_MAX = 100
 _SHOWN_BITS_MAX = 10_000  # of a number: Python refuses to print one of more than 4,300 digits
-_RATE_MIN, _RATE_MAX = 1_000, 10**12  # with less a unit was forgotten; more no machine reads
+_RATE_MAX = 10**12  # more than any machine reads
 _KINDS: tuple[tuple[type, str], ...] = (
     (bool, "true or false"),  # before int, which it is too
     (str, "a text"),
@@ -161,7 +161,7 @@ class PolicyTable:
             raise self._bad(key, value, expected)
         with self.checking(key, expected):
             rate = parse_size(value.removesuffix("/s")) if isinstance(value, str) else value
-        if not _RATE_MIN <= rate <= _RATE_MAX:
+        if not RATE_MIN <= rate <= _RATE_MAX:
             raise self._bad(key, value, expected)
         return rate
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import click
 
 from understudy.common.errors import BadKey, BadOperation, ExitCode, UsageError
-from understudy.common.sizes import parse_size
+from understudy.common.sizes import RATE_MIN, parse_size
 
 _MEANINGS = {
     ExitCode.DONE: "done",
@@ -46,13 +46,10 @@ def byte_size(text: str) -> int:
         raise click.BadParameter(f"{error.message}: {error.remedy}.") from error
 
 
-_RATE_MIN = 1_000  # with less a unit was forgotten
-
-
 def byte_rate(text: str) -> int:
     """Bytes a second: ``50MB/s``, or without the ``/s``; click's usage error where it is none."""
     rate = byte_size(text.removesuffix("/s"))
-    if rate < _RATE_MIN:
+    if rate < RATE_MIN:
         raise click.BadParameter(f"{rate} bytes a second are too few: give a unit, such as 50MB/s.")
     return rate
 

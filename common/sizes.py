@@ -20,6 +20,7 @@ _UNITS = {
 }
 # With more digits it is no size of anything, and in the end more than a float can hold.
 _SIZE = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([A-Za-z]*)\s*\Z")
+RATE_MIN = 1_000  # bytes a second; with less a unit was forgotten
 
 
 def parse_size(text: str) -> int:

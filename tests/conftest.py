@@ -37,6 +37,14 @@ def seed() -> int:
     return value
 
 
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A repository in a folder."""
+    path = tmp_path / "repository"
+    path.mkdir()
+    return path
+
+
 @pytest.fixture(autouse=True)
 def logging_as_it_was() -> Iterator[None]:
     """How loud a command makes this process ends with its test."""

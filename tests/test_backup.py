@@ -562,12 +562,16 @@ def test_a_backup_stays_one_while_it_is_copied_anew(
         with pytest.raises(KeyboardInterrupt):
             make_backup(tmp_path / "a", tmp_path / "b", update=True)
     assert (tmp_path / "b" / "incoming" / "store").exists()
+    (tmp_path / "b" / "incoming" / "admin-token").write_text("of another source")
     assert_sound(tmp_path / "b")
     assert read_manifest(tmp_path / "b").lsn == first
     served = copy_node(tmp_path / "b", tmp_path / "served")
     assert pairs(processes.primary(served).address, "/one") == pairs(primary.address, "/one")
     assert not (served / "incoming").exists()
+    (tmp_path / "a" / "admin-token").unlink()
+    (tmp_path / "b" / "admin-token").unlink()
     assert backed_up(tmp_path / "a", tmp_path / "b", update=True) > first
+    assert not (tmp_path / "b" / "admin-token").exists()
 
 
 def test_a_rate_without_a_unit_is_refused(processes: Processes, tmp_path: Path) -> None:

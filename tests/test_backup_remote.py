@@ -47,14 +47,6 @@ rate = "5kB/s"
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A repository in a folder."""
-    path = tmp_path / "repository"
-    path.mkdir()
-    return path
-
-
-@pytest.fixture
 def config(tmp_path: Path, folder: Path) -> Path:
     """Two policies, one of which takes minutes."""
     path = tmp_path / "understudy.toml"

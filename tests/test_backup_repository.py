@@ -49,14 +49,6 @@ from understudy.common.types import Digest
 FAILED, USAGE, CORRUPT = 1, 2, 4
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A repository in a folder."""
-    path = tmp_path / "repository"
-    path.mkdir()
-    return path
-
-
 def write_config(path: Path, *folders: Path, more: str = "") -> Path:
     repositories = json.dumps([str(folder) for folder in folders])
     path.write_text(f'[[backup]]\nname = "nightly"\nrepositories = {repositories}\nretries = 0\n{more}')

@@ -43,14 +43,6 @@ from understudy.v1 import admin_pb2
 DAY_S = 86_400.0
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A repository in a folder."""
-    path = tmp_path / "repository"
-    path.mkdir()
-    return path
-
-
 def policy_to(folder: Path, **values: object) -> Policy:
     settings: dict[str, object] = {"retries": 0, "archive_log": False, **values}
     return Policy(name="nightly", schedule=None, repositories=(str(folder),), **settings)  # type: ignore[arg-type]

@@ -12,7 +12,6 @@ import time
 import uuid
 from pathlib import Path
 
-import pytest
 from google.protobuf import json_format
 from harness import Processes, complaint, wait_until
 from nodes import children, is_alive, pairs, put, status, wait_until_caught_up, warnings
@@ -36,14 +35,6 @@ DAY_S = 86_400.0
 
 def write_config(path: Path, folder: Path, more: str = "") -> Path:
     path.write_text(f'[[backup]]\nname = "nightly"\nrepositories = ["{folder}"]\nretries = 0\n{more}')
-    return path
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A repository in a folder."""
-    path = tmp_path / "repository"
-    path.mkdir()
     return path
 
 

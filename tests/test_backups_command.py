@@ -20,14 +20,6 @@ USAGE, DIRECTORY = 2, 6
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A repository in a folder."""
-    path = tmp_path / "repository"
-    path.mkdir()
-    return path
-
-
-@pytest.fixture
 def primary(processes: Processes, tmp_path: Path) -> Process:
     """A server with an entry."""
     process = processes.primary(tmp_path / "a")

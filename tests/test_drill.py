@@ -33,14 +33,6 @@ from understudy.common.types import ClusterId
 FAILED, CORRUPT, NOT_PERMITTED = 1, 4, 7
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A repository in a folder."""
-    path = tmp_path / "repository"
-    path.mkdir()
-    return path
-
-
 def policy_to(folder: Path, **values: object) -> Policy:
     settings: dict[str, object] = {"retries": 0, "archive_log": False, **values}
     return Policy(name="nightly", schedule=None, repositories=(str(folder),), **settings)  # type: ignore[arg-type]

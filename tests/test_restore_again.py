@@ -42,14 +42,6 @@ FAILED, USAGE, CORRUPT = 1, 2, 4
 VALUE_BYTES = 300_000
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A repository in a folder."""
-    path = tmp_path / "repository"
-    path.mkdir()
-    return path
-
-
 def stored(
     processes: Processes, tmp_path: Path, folder: Path, *, stretches: int = 1, puts: int = 1
 ) -> StoredBackup:

@@ -53,14 +53,6 @@ from understudy.v1 import log_pb2
 CORRUPT = 4
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A repository in a folder."""
-    path = tmp_path / "repository"
-    path.mkdir()
-    return path
-
-
 def stored_with_log(
     processes: Processes, tmp_path: Path, folder: Path
 ) -> tuple[StoredBackup, dict[str, RealmContent]]:

@@ -24,14 +24,6 @@ USAGE, CORRUPT, NOT_PERMITTED = 2, 4, 7
 FUTURE = "2100-01-01T00:00:00Z"
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A repository in a folder."""
-    path = tmp_path / "repository"
-    path.mkdir()
-    return path
-
-
 def stored(processes: Processes, tmp_path: Path, folder: Path) -> StoredBackup:
     """A backup, and log behind it."""
     primary = processes.primary(tmp_path / "a")

@@ -31,14 +31,6 @@ from understudy.v1 import admin_pb2
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A repository in a folder."""
-    path = tmp_path / "repository"
-    path.mkdir()
-    return path
-
-
-@pytest.fixture
 def primary(processes: Processes, tmp_path: Path) -> Process:
     """One with a log."""
     primary = processes.primary(tmp_path / "a")
